@@ -1,0 +1,103 @@
+"""Codebooks of centroids: how many, where they start, which one a weight is nearest to."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.histogram import Histogram, to_value
+
+
+def num_centroids(bits: int) -> int:
+    """Return the number of centroids that the paper gives to `bits` bits: `2**(bits-1) + 1`.
+
+    One centroid is zero, the others come in pairs of sign (Xu et al., 2018; so does INQ).
+
+    Args:
+      bits: 1 to 16.
+
+    Raises:
+      ValueError: if `bits` is not such a number.
+
+    >>> [num_centroids(bits) for bits in (2, 3, 5)]
+    [3, 5, 17]
+    """
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 16:
+        raise ValueError(f"expected bits between 1 and 16, got {bits!r}")
+    return 2 ** (bits - 1) + 1
+
+
+def assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
+    """Return the code of the centroid nearest to each entry.
+
+    `codes[i] = argmin_j |x[i] - centroids[j]|`; a tie goes to the lower centroid, and among equal
+    centroids to the lower index. Centroids may stand in any order. Elementwise in `x`: any shape,
+    any sharding, no [n, k] array. Cost O(n k) compares up to k = 256, O(n log k) beyond.
+
+    Args:
+      x: [...] floating point.
+      centroids: [k] floating point.
+
+    Returns:
+      [...] codes, uint8 for k up to 256, else int32.
+
+    Raises:
+      ValueError: if `centroids` is not one-dimensional or empty.
+
+    >>> assign(jnp.array([-1.0, 0.5, 0.6, 9.0]), jnp.array([0.0, 1.0]))
+    Array([0, 0, 1, 1], dtype=uint8)
+    """
+    x, centroids = jnp.asarray(x), jnp.asarray(centroids)
+    if centroids.ndim != 1 or not centroids.size:
+        raise ValueError(f"expected centroids of shape [k] with k >= 1, got {centroids.shape}")
+    dtype = jnp.promote_types(jnp.promote_types(x.dtype, centroids.dtype), jnp.float32)
+    order = jnp.argsort(centroids)  # stable: of equal centroids the lower index comes first
+    ascending = centroids[order].astype(dtype)
+    middles = ascending[1:] * 0.5 + ascending[:-1] * 0.5  # an entry on a middle is a tie
+    first = jnp.searchsorted(ascending, ascending)  # of a run of equal centroids
+    table = order[first].astype(jnp.uint8 if centroids.size <= 256 else jnp.int32)
+    if centroids.size <= 256:
+        above = x[..., None].astype(dtype) > jnp.expand_dims(middles, range(x.ndim))
+        rank = jnp.sum(above, axis=-1, dtype=jnp.uint8)
+    else:
+        rank = jnp.searchsorted(middles, x.astype(dtype))
+    return table.at[rank].get(mode="promise_in_bounds")
+
+
+def reconstruct(codes: jax.Array, centroids: jax.Array) -> jax.Array:
+    """Return the centroid of each code, `centroids[codes]`.
+
+    Args:
+      codes: [...] integers in [0, k).
+      centroids: [k], any dtype.
+
+    Returns:
+      [...] of the centroids' dtype; NaN for a code out of range.
+
+    >>> reconstruct(jnp.array([2, 0]), jnp.array([-1.0, 0.0, 1.0]))
+    Array([ 1., -1.], dtype=float32)
+    """
+    return jnp.asarray(centroids).at[codes].get(mode="fill", fill_value=jnp.nan)
+
+
+def start_linear(histogram: Histogram, k: int) -> jax.Array:
+    """Return `k` centroids equally spaced between the extreme weights (Han et al., 2016)."""
+    return to_value(histogram, jnp.linspace(0.0, histogram.mass.shape[0], k))
+
+
+def start_quantile(histogram: Histogram, k: int) -> jax.Array:
+    """Return `k` centroids at the quantiles (j + 1/2) / k of the weights."""
+    cumulative = jnp.cumsum(histogram.mass).astype(jnp.float32)
+    targets = (jnp.arange(k, dtype=jnp.float32) + 0.5) / k * cumulative[-1]
+    return to_value(histogram, histogram.position[jnp.searchsorted(cumulative, targets)])
+
+
+def start_power_of_two(histogram: Histogram, k: int) -> jax.Array:
+    """Return the centroids 0, m, -m, m/2, -m/2, ... with `m = 2**floor(log2 max|w|)`.
+
+    In index order, not ascending: the start of the SLQ authors' released code.
+    """
+    largest = jnp.maximum(jnp.abs(histogram.low), jnp.abs(histogram.high))
+    _, exponent = jnp.frexp(largest)  # exact: largest = f * 2**exponent with f in [1/2, 1)
+    power = exponent - 1 - jnp.arange(k // 2)
+    magnitudes = jnp.where(largest > 0, jnp.ldexp(jnp.float32(1.0), power), 0.0)
+    pairs = jnp.stack([magnitudes, -magnitudes], axis=1).reshape(-1)
+    return jnp.concatenate([jnp.zeros(1), pairs])

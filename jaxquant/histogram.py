@@ -1,0 +1,150 @@
+"""The sufficient statistic of one-dimensional clustering: a histogram, gathered in one pass.
+
+Sums are kept as integers, so they do not depend on the order in which weights are added: one
+device, eight devices and a GPU's atomic additions give the same bits.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+BINS = 65536
+_CHUNK = 1 << 20  # weights per step of a long pass: its temporaries stay in the cache
+_OFFSET_BITS = 8  # float32 resolves a position among 65,536 bins to 2**-8 of a bin
+
+
+class Histogram(NamedTuple):
+    """Weights of one layer on equal bins; positions are in units of bins, counted from `low`."""
+
+    mass: jax.Array  # [bins] int32 counts, or float32 sums of sample weights
+    position: jax.Array  # [bins] float32, mean position of a bin's weights; its middle if empty
+    low: jax.Array  # float32 scalar, smallest weight
+    high: jax.Array  # float32 scalar, largest weight
+
+
+def bin_width(histogram: Histogram) -> jax.Array:
+    """Return the width of a bin, float32; 1 where all weights are equal."""
+    bins = histogram.mass.shape[0]
+    # Halves and divided before the difference: high - low of finite weights may overflow.
+    width = jnp.maximum(histogram.high / bins - histogram.low / bins, jnp.finfo(jnp.float32).tiny)
+    return jnp.where(histogram.high > histogram.low, width, 1.0)
+
+
+def to_position(histogram: Histogram, values: jax.Array) -> jax.Array:
+    """Convert weights to positions on the bins."""
+    half = values * 0.5 - histogram.low * 0.5
+    return half * (2.0 / bin_width(histogram))
+
+
+def to_value(histogram: Histogram, positions: jax.Array) -> jax.Array:
+    """Convert positions on the bins to weights."""
+    return histogram.low + positions * bin_width(histogram)
+
+
+def fold(step: Callable[..., Any], carry: Any, *arrays: jax.Array) -> Any:
+    """Accumulate `carry = step(carry, *pieces)` over all entries of equally shaped arrays.
+
+    Long arrays go through in pieces of about a million entries, cut so that an array sharded over
+    its leading axis keeps its sharding (the cut runs along the minor part of that axis).
+    """
+    shape = arrays[0].shape
+    size = math.prod(shape)
+    if size <= 2 * _CHUNK:
+        return step(carry, *arrays)
+    rows, row_size = shape[0], size // shape[0]
+    run = 1 if row_size >= 64 else math.gcd(rows, 1024)  # rows that stay together
+    pieces = _divisor_at_least(rows // run, math.ceil(size / _CHUNK))
+    if size // pieces < _CHUNK // 16:  # no good divisor: cut a tail off
+        unit = 1024 * math.ceil(size / _CHUNK) if row_size < 64 else math.ceil(size / _CHUNK)
+        main = rows - rows % unit
+        if main in (0, rows):
+            return step(carry, *arrays)
+        carry = fold(step, carry, *(a[:main] for a in arrays))
+        return fold(step, carry, *(a[main:] for a in arrays))
+    split = (rows // (run * pieces), pieces, *((run,) if run > 1 else ()), *shape[1:])
+    views = [a.reshape(split) for a in arrays]
+
+    def body(i: jax.Array, carry: Any) -> Any:
+        return step(carry, *(jax.lax.dynamic_index_in_dim(v, i, 1, keepdims=False) for v in views))
+
+    return jax.lax.fori_loop(0, pieces, body, carry)
+
+
+def _divisor_at_least(number: int, least: int) -> int:
+    """Return the smallest divisor of `number` that is at least `least`, or `number`."""
+    divisors = (
+        d for i in range(1, math.isqrt(number) + 1) if number % i == 0 for d in (i, number // i)
+    )
+    return min((d for d in divisors if d >= least), default=number)
+
+
+def histogram(
+    x: jax.Array, sample_weight: jax.Array | None = None, *, bins: int = BINS
+) -> Histogram:
+    """Gather the histogram of all entries of `x` on equal bins between its extremes.
+
+    Reads `x` twice (extremes, then counts) and never ravels it. Cost O(n + bins), memory O(bins)
+    beyond a piece of about a million entries.
+
+    Args:
+      x: [...] floating point; at most 2**32 - 1 entries.
+      sample_weight: [...] non-negative, like `x`, or None for counts.
+      bins: number of bins.
+    """
+    low = jnp.min(x).astype(jnp.float32)
+    high = jnp.max(x).astype(jnp.float32)
+    empty = Histogram(
+        jnp.zeros(bins, jnp.int32), jnp.arange(bins, dtype=jnp.float32) + 0.5, low, high
+    )
+    if sample_weight is None:
+        return _count(x, empty)
+    return _weigh(x, sample_weight, empty)
+
+
+def _locate(x: jax.Array, empty: Histogram) -> tuple[jax.Array, jax.Array]:
+    """Return the bin of each entry, int32, and its offset into the bin, float32 in [0, 1)."""
+    bins = empty.mass.shape[0]
+    position = to_position(empty, x.astype(jnp.float32))
+    position = jnp.clip(position, 0.0, bins * (1.0 - 2.0**-24))
+    index = position.astype(jnp.int32)
+    return index, position - index.astype(jnp.float32)
+
+
+def _count(x: jax.Array, empty: Histogram) -> Histogram:
+    bits = min(_OFFSET_BITS, 32 - x.size.bit_length())  # the sums of offsets fit 32 bits
+
+    def step(sums: jax.Array, piece: jax.Array) -> jax.Array:
+        index, offset = _locate(piece, empty)
+        fixed = jnp.round(offset * 2.0**bits).astype(jnp.uint32)
+        update = jnp.stack([jnp.ones_like(fixed), fixed], axis=-1)
+        return sums.at[index].add(update, mode="promise_in_bounds")
+
+    sums = fold(step, jnp.zeros((empty.mass.shape[0], 2), jnp.uint32), x)
+    count = sums[:, 0].astype(jnp.float32)
+    offset = sums[:, 1].astype(jnp.float32) / jnp.maximum(count, 1.0) * 2.0**-bits
+    return empty._replace(
+        mass=sums[:, 0].astype(jnp.int32), position=_place(empty, count > 0, offset)
+    )
+
+
+def _weigh(x: jax.Array, sample_weight: jax.Array, empty: Histogram) -> Histogram:
+    total = jnp.max(sample_weight).astype(jnp.float32)
+    usable = total > 0  # all weights zero: every entry counts alike
+
+    def step(sums: jax.Array, piece: jax.Array, weight: jax.Array) -> jax.Array:
+        index, offset = _locate(piece, empty)
+        weight = jnp.where(usable, weight.astype(jnp.float32) / jnp.where(usable, total, 1.0), 1.0)
+        update = jnp.stack([weight, weight * offset], axis=-1)
+        return sums.at[index].add(update, mode="promise_in_bounds")
+
+    sums = fold(step, jnp.zeros((empty.mass.shape[0], 2), jnp.float32), x, sample_weight)
+    offset = sums[:, 1] / jnp.where(sums[:, 0] > 0, sums[:, 0], 1.0)
+    return empty._replace(mass=sums[:, 0], position=_place(empty, sums[:, 0] > 0, offset))
+
+
+def _place(empty: Histogram, occupied: jax.Array, offset: jax.Array) -> jax.Array:
+    left = jnp.arange(empty.mass.shape[0], dtype=jnp.float32)
+    return left + jnp.where(occupied, jnp.clip(offset, 0.0, 1.0), 0.5)

@@ -1,0 +1,208 @@
+"""What a quantized network weighs, layer by layer, and what was left alone and why."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.codebooks import assign
+from jaxquant.quantize import QuantState, nearest, slice_axis
+from jaxquant.schedules import Plan
+from jaxquant.selection import leaves_with_paths, natural_key
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One leaf; for a leaf that was left alone `reason` says why, and its numbers are None."""
+
+    path: str
+    shape: tuple[int, ...]
+    size: int  # weights
+    float_bytes: int  # of the leaf's own dtype
+    k: int | None = None
+    bits: int | None = None  # whole bits a code takes, ceil(log2 k)
+    distinct: int | None = None  # distinct weights now; the largest number of any slice
+    frozen: float | None = None  # share of the weights
+    error: float | None = None  # squared error / squared norm, see `report`
+    entropy: float | None = None  # of the codes, bits a weight
+    codebook_bytes: int = 0
+    reason: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes with codes of `bits` bits and the codebook; a leaf left alone stays as it is."""
+        if self.bits is None:
+            return self.float_bytes
+        return math.ceil(self.size * self.bits / 8) + self.codebook_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """All leaves in natural order, and totals; `str()` is a Markdown table."""
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def quantized(self) -> tuple[LayerReport, ...]:
+        """The leaves that have a codebook."""
+        return tuple(layer for layer in self.layers if layer.reason is None)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole tree: codes in whole bits, codebooks, leaves left alone."""
+        return sum(layer.bytes for layer in self.layers)
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes of the whole tree in its own dtypes."""
+        return sum(layer.float_bytes for layer in self.layers)
+
+    @property
+    def entropy_bytes(self) -> int:
+        """Bytes of the whole tree if codes took their entropy: what an ideal coder leaves."""
+        entropy = sum((layer.entropy or 0.0) * layer.size / 8 for layer in self.quantized)
+        rest = sum(x.codebook_bytes if x.reason is None else x.float_bytes for x in self.layers)
+        return math.ceil(entropy) + rest
+
+    @property
+    def compression(self) -> float:
+        """Float bytes over bytes."""
+        return self.float_bytes / max(self.bytes, 1)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight over the quantized leaves, codebooks included."""
+        size = sum(layer.size for layer in self.quantized)
+        return 8 * sum(layer.bytes for layer in self.quantized) / max(size, 1)
+
+    @property
+    def frozen(self) -> float:
+        """Share of the weights of the quantized leaves that are frozen."""
+        size = sum(layer.size for layer in self.quantized)
+        return sum((layer.frozen or 0.0) * layer.size for layer in self.quantized) / max(size, 1)
+
+    def __str__(self) -> str:
+        """Return a Markdown table with a row a leaf and one of totals."""
+        lines = [
+            "| layer | shape | k | bits | distinct | frozen | error | entropy | bytes | note |",
+            "|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
+        ]
+        lines += [_row(layer) for layer in self.layers]
+        lines.append(
+            f"| **total** | | | {self.bits_per_weight:.2f} | | {self.frozen:.1%} | | "
+            f"| {self.bytes:,} | {self.compression:.1f}x smaller than {self.float_bytes:,} |"
+        )
+        return "\n".join(lines)
+
+
+def report(
+    params: Any, state: QuantState, *, reference: Any = None, plan: Plan | None = None
+) -> Report:
+    """Describe every leaf: codebook, bits, what is frozen, how far off, how many bytes.
+
+    The error of a leaf is `sum (w - r)**2 / sum r**2`, with r the leaf in `reference` (say, the
+    float network), or else its squared distance to the nearest centroids over its squared norm,
+    which is zero once everything is frozen. Bytes count codes in whole bits; `entropy_bytes` is
+    what an ideal entropy coder would leave of them. Runs outside of jit; O(n log n) on the host.
+
+    Args:
+      params: tree of weights.
+      state: of the same structure.
+      reference: tree like `params`, or None.
+      plan: gives the reasons why leaves were left alone in the rules' words.
+
+    Raises:
+      ValueError: if the trees differ.
+
+    >>> import jaxquant as jq
+    >>> params = {"kernel": jnp.linspace(-1.0, 1.0, 64).reshape(8, 8), "bias": jnp.zeros(8)}
+    >>> plan = jq.slq(params, bits=2, rounds=(3,))
+    >>> params, state, _ = jq.quantize_round(plan, params, jq.init(plan, params))
+    >>> [(layer.path, layer.distinct) for layer in report(params, state).layers]
+    [('bias', None), ('kernel', 3)]
+    """
+    trees = [params, state.codebooks, state.frozen]
+    trees += [] if reference is None else [reference]
+    if len({jax.tree.structure(tree) for tree in trees}) != 1:
+        raise ValueError("expected params, state and reference to have the same structure")
+    columns = [jax.tree.leaves(tree) for tree in trees]
+    reasons = {} if plan is None else {x.path: x.reason for x in plan.selection.layers}
+    layers = [
+        _layer(path, *leaves, reason=reasons.get(path))
+        for (path, _), *leaves in zip(leaves_with_paths(params), *columns, strict=True)
+    ]
+    return Report(layers=tuple(sorted(layers, key=lambda layer: natural_key(layer.path))))
+
+
+def _layer(
+    path: str,
+    leaf: jax.Array,
+    codebook: jax.Array,
+    frozen: jax.Array,
+    reference: jax.Array | None = None,
+    *,
+    reason: str | None,
+) -> LayerReport:
+    leaf = jnp.asarray(leaf)
+    shape, size, float_bytes = leaf.shape, leaf.size, leaf.size * leaf.dtype.itemsize
+    if not codebook.size:
+        return LayerReport(
+            path=path,
+            shape=shape,
+            size=size,
+            float_bytes=float_bytes,
+            reason=reason or _usual_reason(leaf),
+        )
+    k = codebook.shape[-1]
+    axis = slice_axis(codebook)
+    slices = [np.asarray(leaf)] if axis is None else list(np.moveaxis(np.asarray(leaf), axis, 0))
+    tables = np.asarray(codebook).reshape(-1, k)
+    return LayerReport(
+        path=path,
+        shape=shape,
+        size=size,
+        float_bytes=float_bytes,
+        k=k,
+        bits=math.ceil(math.log2(k)),
+        distinct=max(len(np.unique(x.astype(np.float64))) for x in slices),
+        frozen=float(np.mean(np.asarray(frozen), dtype=np.float64)),
+        error=_error(leaf, nearest(leaf, codebook) if reference is None else reference),
+        entropy=float(np.mean([_entropy(x, t) for x, t in zip(slices, tables, strict=True)])),
+        codebook_bytes=codebook.size * leaf.dtype.itemsize,
+    )
+
+
+def _usual_reason(leaf: jax.Array) -> str:
+    """Guess, without the plan, why a leaf has no codebook."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"dtype {leaf.dtype} is not floating point"
+    if leaf.ndim < 2:
+        return f"{leaf.ndim} dimension{'s' * (leaf.ndim != 1)}, fewer than 2"
+    return "left alone by the rules, or no more weights than centroids"
+
+
+def _error(leaf: jax.Array, reference: jax.Array) -> float:
+    leaf64, reference64 = (np.asarray(x).astype(np.float64) for x in (leaf, reference))
+    norm = np.sum(reference64**2)
+    return float(np.sum((leaf64 - reference64) ** 2) / norm) if norm else 0.0
+
+
+def _entropy(weights: np.ndarray, centroids: np.ndarray) -> float:
+    """Return the entropy of the codes in bits."""
+    codes = np.asarray(assign(jnp.asarray(weights), jnp.asarray(centroids)))
+    counts = np.bincount(codes.ravel())
+    shares = counts[counts > 0] / codes.size
+    return float(max(0.0, -np.sum(shares * np.log2(shares))))
+
+
+def _row(layer: LayerReport) -> str:
+    shape = "x".join(map(str, layer.shape)) or "scalar"
+    if layer.reason is not None:
+        return f"| {layer.path} | {shape} | | | | | | | {layer.bytes:,} | float: {layer.reason} |"
+    return (
+        f"| {layer.path} | {shape} | {layer.k} | {layer.bits} | {layer.distinct} "
+        f"| {layer.frozen:.1%} | {layer.error:.2e} | {layer.entropy:.2f} | {layer.bytes:,} | |"
+    )

@@ -1,0 +1,447 @@
+"""One round of quantization: what happens to one layer, and then to a tree of them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.codebooks import assign, reconstruct
+from jaxquant.histogram import Histogram, histogram
+from jaxquant.kmeans import Clusters, check_finite, lloyd, measure, named_start, pin, settle
+from jaxquant.partition import choose, priority
+from jaxquant.schedules import Plan
+from jaxquant.selection import Layer, leaves_with_paths
+
+_BATCH = 64  # codebooks solved side by side; bounds the memory of the dynamic program
+
+
+class QuantState(NamedTuple):
+    """What the next round needs; trees have the structure of the parameters.
+
+    A leaf that is left alone has an empty codebook and a scalar False as its mask. A leaf with a
+    codebook for each slice along an axis has them stacked, ones in place of the other axes.
+    """
+
+    codebooks: Any  # [k], or [.., slices, .., k], of the leaf's dtype; zeros before its first round
+    frozen: Any  # bool, like the leaf: True = quantized = frozen
+    frozen_centroids: Any  # bool, like the codebook: clusters whose weights are frozen
+    round: jax.Array  # int32 scalar, the row of the schedule that comes next
+
+
+class RoundInfo(NamedTuple):
+    """What a round did, by the path of each selected leaf; leading [slices] if it has an axis."""
+
+    loss: dict[str, jax.Array]  # [k] float32, (weighted) sum of squares of each cluster
+    counts: dict[str, jax.Array]  # [k] int32, weights in each cluster
+    clusters_frozen: dict[str, jax.Array]  # float32, share of the clusters, after the round
+    weights_frozen: dict[str, jax.Array]  # float32, share of the weights, after the round
+    error_before: dict[str, jax.Array]  # float32, squared distance to the codebook / squared norm
+    error_after: dict[str, jax.Array]  # float32, the same over the weights that are still free
+    finite: dict[str, jax.Array]  # bool; a layer with NaN or infinities is left as it was
+
+
+# One layer ---------------------------------------------------------------------------------------
+
+
+class _Clustered(NamedTuple):
+    centroids: jax.Array  # [k] of the layer's dtype
+    clusters: Clusters
+    norm: jax.Array  # float32 scalar, (weighted) squared norm
+
+
+class _Shared(NamedTuple):
+    weights: jax.Array
+    frozen: jax.Array  # bool, like the weights
+    centroids: jax.Array  # [k]
+    frozen_centroids: jax.Array  # [k] bool
+
+
+def _measure(
+    weights: jax.Array,
+    sensitivity: jax.Array | None,
+    centroids: jax.Array,
+    frozen_centroids: jax.Array,
+) -> _Clustered:
+    """Put the centroids into the layer's dtype and measure its clusters under them."""
+    rounded = centroids.astype(weights.dtype)
+    clusters = measure(weights, rounded, sensitivity)
+    settled, clusters = settle(rounded, frozen_centroids, clusters)
+    squares = jnp.square(weights.astype(jnp.float32))
+    norm = jnp.sum(squares if sensitivity is None else squares * sensitivity)
+    return _Clustered(settled.astype(weights.dtype), clusters, norm)
+
+
+def _share(
+    weights: jax.Array,
+    frozen: jax.Array,
+    centroids: jax.Array,
+    frozen_centroids: jax.Array,
+    new_centroids: jax.Array,
+    chosen: jax.Array,
+    active: jax.Array,
+) -> _Shared:
+    """Move the free weights of frozen clusters onto their centroids, if the layer is active."""
+    codes = assign(weights, new_centroids)
+    joining = _flags_of(codes, chosen) & ~frozen & active
+    return _Shared(
+        jnp.where(joining, reconstruct(codes, new_centroids), weights),
+        frozen | joining,
+        jnp.where(active, new_centroids, centroids),
+        jnp.where(active, chosen, frozen_centroids),
+    )
+
+
+def _flags_of(codes: jax.Array, flags: jax.Array) -> jax.Array:
+    """Return the flag of each code's cluster."""
+    return flags.at[codes].get(mode="promise_in_bounds")
+
+
+# The tree ----------------------------------------------------------------------------------------
+
+
+class _Work(NamedTuple):
+    """A selected leaf on its way through a round; codebooks as [slices, k]."""
+
+    layer: Layer
+    weights: jax.Array
+    sensitivity: jax.Array | None
+    frozen: jax.Array
+    centroids: jax.Array
+    frozen_centroids: jax.Array
+
+
+def init(plan: Plan, params: Any) -> QuantState:
+    """Return the state before the first round: nothing is frozen.
+
+    Args:
+      plan: from `slq`, `mlq`.
+      params: the tree the plan was made for.
+
+    Raises:
+      ValueError: if the tree is not the plan's, or holds NaN or infinite weights to quantize;
+        names the leaf.
+
+    >>> import jaxquant as jq
+    >>> params = {"kernel": jnp.eye(8)}
+    >>> jq.init(jq.slq(params, bits=2), params).codebooks["kernel"]
+    Array([0., 0., 0.], dtype=float32)
+    """
+    leaves = _check_tree(plan, params, "params")
+    for layer, leaf in zip(plan.selection.layers, leaves, strict=True):
+        if layer.reason is None:
+            check_finite(layer.path, leaf)
+    structure = jax.tree.structure(params)
+
+    def tree_of(make: Callable[[Layer, jax.Array], jax.Array]) -> Any:
+        made = [make(*pair) for pair in zip(plan.selection.layers, leaves, strict=True)]
+        return jax.tree.unflatten(structure, made)
+
+    def frozen(layer: Layer, leaf: jax.Array) -> jax.Array:
+        return jnp.zeros_like(leaf, bool) if layer.reason is None else jnp.bool_(False)
+
+    return QuantState(
+        codebooks=tree_of(lambda layer, leaf: jnp.zeros(_codebook_shape(layer), leaf.dtype)),
+        frozen=tree_of(frozen),
+        frozen_centroids=tree_of(lambda layer, leaf: jnp.zeros(_codebook_shape(layer), bool)),
+        round=jnp.int32(0),
+    )
+
+
+def quantize_round(
+    plan: Plan,
+    params: Any,
+    state: QuantState,
+    *,
+    sensitivity: Any = None,
+    key: jax.Array | None = None,
+) -> tuple[Any, QuantState, RoundInfo]:
+    """Apply row `state.round` of the plan: cluster, partition, share.
+
+    For every layer whose share grows in that row, and for no other: its weights are clustered
+    (in its first round from the plan's start, then from its codebook, of which the frozen
+    centroids stay); the clusters that the partition puts first freeze, up to the row's share; their
+    weights become their centroids. A free weight that is nearest to a frozen centroid joins it.
+    Past the last row nothing changes. Pure; runs under jit, vmap and scan, one compile for all
+    rounds. A layer with NaN or infinite weights is left as it was and reported in `finite`; outside
+    of jit it is an error.
+
+    Layers of all sizes share one compiled solver: only the histogram and the passes over the
+    weights are compiled for each shape. Cost: about four reads of the weights.
+
+    Args:
+      plan: static.
+      params: tree of weights.
+      state: from `init` or the last round.
+      sensitivity: tree like `params` of non-negative squared gradients (diagonal Fisher). They
+        weigh the clustering and the loss of the clusters. Leaves left alone are not read.
+      key: typed key, for `partition="random"` only.
+
+    Returns:
+      New params, new state, RoundInfo.
+
+    Raises:
+      ValueError: if trees do not fit the plan, or the key is missing; names the leaf.
+
+    >>> import jaxquant as jq
+    >>> params = {"kernel": jnp.linspace(-1.0, 1.0, 64).reshape(8, 8)}
+    >>> plan = jq.slq(params, bits=2, rounds=(1, 3))
+    >>> params, state, info = jq.quantize_round(plan, params, jq.init(plan, params))
+    >>> round(float(info.clusters_frozen["kernel"]), 3)
+    0.333
+    """
+    if plan.partition == "random" and key is None:
+        raise ValueError("expected a key for partition='random', got None")
+    work = _gather(plan, params, state, sensitivity)
+    share, growing = _row(plan, state.round)
+    # 1. Cluster every layer.
+    statistics = [_on_slices(w.layer, histogram, _entries(w)) for w in work]
+    solved = _solve(plan, work, statistics)
+    clustered = [
+        _on_slices(w.layer, _measure, _entries(w), (centroids, w.frozen_centroids))
+        for w, centroids in zip(work, solved, strict=True)
+    ]
+    # 2. Partition: the only step that may look across layers.
+    finite = [jnp.isfinite(s.low) & jnp.isfinite(s.high) for s in statistics]
+    groups = [jnp.array(w.layer.groups) for w in work]
+    active = [growing[group] & ok for group, ok in zip(groups, finite, strict=True)]
+    chosen = _partition(plan, work, clustered, [share[group] for group in groups], key)
+    # 3. Share.
+    shared = [
+        _on_slices(w.layer, _share, (w.weights, w.frozen), (w.centroids, w.frozen_centroids, *new))
+        for w, *new in zip(work, [c.centroids for c in clustered], chosen, active, strict=True)
+    ]
+    info = _describe(work, clustered, shared, finite)
+    return *_scatter(plan, params, state, work, shared), info
+
+
+def nearest(leaf: jax.Array, codebook: jax.Array) -> jax.Array:
+    """Return the centroid nearest to each weight; `codebook` as in `QuantState.codebooks`."""
+
+    def one(weights: jax.Array, centroids: jax.Array) -> jax.Array:
+        return reconstruct(assign(weights, centroids), centroids)
+
+    axis = slice_axis(codebook)
+    if axis is None:
+        return one(leaf, codebook)
+    tables = codebook.reshape(-1, codebook.shape[-1])
+    return jax.vmap(one, in_axes=(axis, 0), out_axes=axis)(leaf, tables)
+
+
+def is_on_codebook(params: Any, state: QuantState) -> Any:
+    """Return for each leaf whether every weight equals a centroid of its codebook, bit for bit.
+
+    A leaf that is left alone has nothing to be off: True. (-0.0 equals 0.0.)
+
+    Args:
+      params: tree of weights.
+      state: of the same structure.
+
+    Returns:
+      Tree of scalar bools.
+
+    >>> import jaxquant as jq
+    >>> params = {"kernel": jnp.arange(16.0).reshape(4, 4) % 3}
+    >>> plan = jq.slq(params, bits=2, rounds=(3,))
+    >>> params, state, _ = jq.quantize_round(plan, params, jq.init(plan, params))
+    >>> bool(is_on_codebook(params, state)["kernel"])
+    True
+    """
+
+    def check(leaf: jax.Array, codebook: jax.Array) -> jax.Array:
+        if not codebook.size:
+            return jnp.bool_(True)
+        return jnp.all(nearest(leaf, codebook) == leaf)
+
+    return jax.tree.map(check, params, state.codebooks)
+
+
+def slice_axis(codebook: jax.Array) -> int | None:
+    """Return the axis of a leaf along which this codebook has slices, or None."""
+    if codebook.ndim == 1:
+        return None
+    return next((i for i, size in enumerate(codebook.shape[:-1]) if size != 1), 0)
+
+
+def _codebook_shape(layer: Layer) -> tuple[int, ...]:
+    if layer.axis is None:
+        return (layer.k,)
+    slices = tuple(n if i == layer.axis else 1 for i, n in enumerate(layer.shape))
+    return (*slices, layer.k)
+
+
+def _on_slices(layer: Layer, function: Callable, arrays: Sequence, tables: Sequence = ()) -> Any:
+    """Call a function of one layer on each slice; results have a leading [slices].
+
+    `arrays` are shaped like the leaf, or None; `tables` have a leading [slices].
+    """
+    if layer.axis is None:
+        result = function(*arrays, *(table[0] for table in tables))
+        return jax.tree.map(lambda x: x[None], result)
+    axes = [None if array is None else layer.axis for array in arrays] + [0] * len(tables)
+    return jax.vmap(function, in_axes=tuple(axes))(*arrays, *tables)
+
+
+def _entries(work: _Work) -> tuple[jax.Array, jax.Array | None]:
+    return work.weights, work.sensitivity
+
+
+def _row(plan: Plan, round_: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return this row's shares [groups], and which groups grow in it."""
+    schedule = jnp.pad(jnp.asarray(plan.schedule), ((1, 0), (0, 0)))
+    last = jnp.minimum(round_ + 1, plan.num_rounds)
+    return schedule[last], (schedule[last] > schedule[last - 1]) & (round_ < plan.num_rounds)
+
+
+def _solve(plan: Plan, work: list[_Work], statistics: list[Histogram]) -> list[jax.Array]:
+    """Return each layer's new centroids [slices, k]; one program for all layers of equal k."""
+    solved: list[Any] = [None] * len(work)
+    for k in sorted({w.layer.k for w in work}):
+        members = [i for i, w in enumerate(work) if w.layer.k == k]
+        stack = jax.tree.map(lambda *x: jnp.concatenate(x), *(statistics[i] for i in members))
+        current = jnp.concatenate([work[i].centroids.astype(jnp.float32) for i in members])
+        frozen = jnp.concatenate([work[i].frozen_centroids for i in members])
+        centroids = _solve_stack(plan, stack, current, frozen)
+        ends = list(np.cumsum([work[i].layer.slices for i in members]))[:-1]
+        for i, part in zip(members, jnp.split(centroids, ends), strict=True):
+            solved[i] = part
+    return solved
+
+
+def _solve_stack(plan: Plan, stack: Histogram, current: jax.Array, frozen: jax.Array) -> jax.Array:
+    """Cluster a stack of histograms; codebooks without a frozen centroid start anew."""
+    k = current.shape[-1]
+    fresh = ~jnp.any(frozen, axis=-1)
+
+    def start(statistic: Histogram) -> jax.Array:
+        return named_start(statistic, k, plan.init, zero=plan.zero)
+
+    def improve(one: tuple[Histogram, jax.Array, jax.Array]) -> jax.Array:
+        statistic, centroids, fixed = one
+        centroids, fixed = pin(centroids, fixed, zero=plan.zero)
+        return lloyd(statistic, centroids, fixed, plan.iterations)
+
+    starts = jax.lax.cond(
+        jnp.any(fresh), lambda: _batched(start, stack), lambda: jnp.zeros_like(current)
+    )
+    current = jnp.where(fresh[:, None], starts, current)
+    return _batched(improve, (stack, current, frozen))
+
+
+def _batched(function: Callable, stack: Any) -> jax.Array:
+    many = jax.tree.leaves(stack)[0].shape[0] > _BATCH
+    return jax.lax.map(function, stack, batch_size=_BATCH) if many else jax.vmap(function)(stack)
+
+
+def _partition(
+    plan: Plan,
+    work: list[_Work],
+    clustered: list[_Clustered],
+    shares: list[jax.Array],
+    key: jax.Array | None,
+) -> list[jax.Array]:
+    """Return the clusters [slices, k] that are frozen after this round."""
+    priorities = []
+    for i, c in enumerate(clustered):
+        own_key = None if key is None else jax.random.fold_in(key, i)
+        cluster_priority = priority(plan.partition, c.clusters.losses, c.centroids, key=own_key)
+        priorities.append(cluster_priority)
+    frozen = [w.frozen_centroids for w in work]
+    if not plan.network:
+        return [jax.vmap(choose)(*x) for x in zip(priorities, frozen, shares, strict=True)]
+    together = [jnp.concatenate([x.reshape(-1) for x in many]) for many in (priorities, frozen)]
+    chosen = choose(*together, shares[0][0])
+    ends = list(np.cumsum([x.size for x in frozen]))[:-1]
+    parts = jnp.split(chosen, ends)
+    return [part.reshape(x.shape) for part, x in zip(parts, frozen, strict=True)]
+
+
+def _describe(
+    work: list[_Work], clustered: list[_Clustered], shared: list[_Shared], finite: list[jax.Array]
+) -> RoundInfo:
+    rows: dict[str, dict[str, jax.Array]] = {name: {} for name in RoundInfo._fields}
+    for w, c, s, ok in zip(work, clustered, shared, finite, strict=True):
+        counts, losses = c.clusters.counts, c.clusters.losses
+        norm = jnp.where(c.norm > 0, c.norm, 1.0)
+        row = RoundInfo(
+            loss=losses,
+            counts=counts,
+            clusters_frozen=jnp.mean(s.frozen_centroids, axis=-1, dtype=jnp.float32),
+            weights_frozen=jnp.mean(
+                s.frozen, axis=tuple(range(1, s.frozen.ndim)), dtype=jnp.float32
+            ),
+            error_before=jnp.sum(losses, axis=-1) / norm,
+            error_after=jnp.sum(jnp.where(s.frozen_centroids, 0.0, losses), axis=-1) / norm,
+            finite=ok,
+        )
+        for name, value in row._asdict().items():
+            rows[name][w.layer.path] = value[0] if w.layer.axis is None else value
+    return RoundInfo(**rows)
+
+
+def _gather(plan: Plan, params: Any, state: QuantState, sensitivity: Any) -> list[_Work]:
+    """Check the trees against the plan and return the selected leaves."""
+    leaves = _check_tree(plan, params, "params")
+    masks = _check_tree(plan, state.frozen, "state.frozen", shapes=False)
+    if sensitivity is None:
+        sensitivities: list[Any] = [None] * len(leaves)
+    else:
+        sensitivities = _check_tree(plan, sensitivity, "sensitivity")
+    codebooks = jax.tree.leaves(state.codebooks)
+    frozen_centroids = jax.tree.leaves(state.frozen_centroids)
+    work = []
+    for layer, *columns in zip(
+        plan.selection.layers,
+        leaves,
+        sensitivities,
+        masks,
+        codebooks,
+        frozen_centroids,
+        strict=True,
+    ):
+        if layer.reason is None:
+            *arrays, centroids, flags = columns
+            check_finite(layer.path, arrays[0])
+            tables = (x.reshape(layer.slices, layer.k) for x in (centroids, flags))
+            work.append(_Work(layer, *arrays, *tables))
+    return work
+
+
+def _scatter(
+    plan: Plan, params: Any, state: QuantState, work: list[_Work], shared: list[_Shared]
+) -> tuple[Any, QuantState]:
+    """Put the layers' new arrays back into the trees."""
+    results = {w.layer.path: (w.layer, s) for w, s in zip(work, shared, strict=True)}
+
+    def replaced(tree: Any, get: Callable[[Layer, _Shared], jax.Array]) -> Any:
+        pairs = zip(plan.selection.layers, jax.tree.leaves(tree), strict=True)
+        new = [get(*results[x.path]) if x.path in results else leaf for x, leaf in pairs]
+        return jax.tree.unflatten(jax.tree.structure(tree), new)
+
+    def leaf_shaped(layer: Layer, x: jax.Array) -> jax.Array:
+        return x[0] if layer.axis is None else jnp.moveaxis(x, 0, layer.axis)
+
+    new_state = QuantState(
+        replaced(state.codebooks, lambda a, s: s.centroids.reshape(_codebook_shape(a))),
+        replaced(state.frozen, lambda a, s: leaf_shaped(a, s.frozen)),
+        replaced(
+            state.frozen_centroids, lambda a, s: s.frozen_centroids.reshape(_codebook_shape(a))
+        ),
+        jnp.minimum(state.round + 1, plan.num_rounds).astype(jnp.int32),
+    )
+    return replaced(params, lambda a, s: leaf_shaped(a, s.weights)), new_state
+
+
+def _check_tree(plan: Plan, tree: Any, name: str, *, shapes: bool = True) -> list[jax.Array]:
+    """Return the leaves, or raise a ValueError that names the first that is not the plan's."""
+    pairs = leaves_with_paths(tree)
+    layers = plan.selection.layers
+    for layer, (path, leaf) in zip(layers, pairs, strict=False):
+        if path != layer.path:
+            raise ValueError(f"{name}: expected the leaf {layer.path}, got {path}")
+        if shapes and jnp.shape(leaf) != layer.shape:
+            raise ValueError(f"{name}: {path}: expected shape {layer.shape}, got {jnp.shape(leaf)}")
+    if len(pairs) != len(layers):
+        raise ValueError(f"{name}: expected the plan's {len(layers)} leaves, got {len(pairs)}")
+    return [leaf for _, leaf in pairs]

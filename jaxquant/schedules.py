@@ -1,0 +1,235 @@
+"""Plans: tables of cumulative shares, rounds by layer groups, for SLQ and MLQ."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxquant.codebooks import num_centroids
+from jaxquant.kmeans import check_options
+from jaxquant.partition import PARTITIONS
+from jaxquant.selection import Layer, LayerRule, Selection, select
+
+ORDERS = ("boundaries_first", "layer_by_layer", "network")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is quantized when; static and hashable, so jit may take it as a static argument.
+
+    Invariants: `schedule[round, group]` lies in [0, 1], never falls down a column, and ends in a
+    row of ones; every selected layer has its groups, all of them columns of the schedule.
+
+    Attributes:
+      selection: the settings of all leaves.
+      table: the schedule as nested tuples.
+      partition: order in which clusters freeze, one of "loss", "magnitude", "index", "random".
+      network: whether the clusters of all layers are ranked together.
+      init, iterations, zero: handed on to `kmeans`.
+    """
+
+    selection: Selection
+    table: tuple[tuple[float, ...], ...]
+    partition: str = "loss"
+    network: bool = False
+    init: str = "optimal"
+    iterations: int | None = None
+    zero: bool = False
+
+    @property
+    def schedule(self) -> np.ndarray:
+        """Cumulative shares, float32 [rounds, groups]."""
+        return np.array(self.table, np.float32)
+
+    @property
+    def num_rounds(self) -> int:
+        """Number of rows."""
+        return len(self.table)
+
+
+def validate_plan(plan: Plan) -> None:
+    """Raise a ValueError that says which invariant of a plan does not hold."""
+    schedule = np.array(plan.table, np.float64)
+    if schedule.ndim != 2 or not schedule.size:
+        raise ValueError(f"expected a schedule [rounds, groups], got shape {schedule.shape}")
+    if not ((schedule >= 0) & (schedule <= 1)).all() or not (schedule[-1] == 1).all():
+        raise ValueError(f"expected shares in [0, 1] and a last row of ones, got {plan.table}")
+    if (np.diff(schedule, axis=0) < 0).any():
+        raise ValueError(f"expected shares that never fall from round to round, got {plan.table}")
+    if plan.partition not in PARTITIONS:
+        raise ValueError(f"expected partition to be one of {PARTITIONS}, got {plan.partition!r}")
+    if not plan.selection.selected:
+        reasons = "; ".join(f"{x.path}: {x.reason}" for x in plan.selection.layers[:5])
+        raise ValueError(
+            f"expected at least one leaf to quantize, got none ({reasons or 'no leaves'})"
+        )
+    for layer in plan.selection.selected:
+        check_options(init=plan.init, zero=plan.zero, iterations=plan.iterations, k=layer.k)
+        if layer.groups is None or max(layer.groups) >= schedule.shape[1]:
+            raise ValueError(
+                f"{layer.path}: expected groups below {schedule.shape[1]}, got {layer.groups}"
+            )
+
+
+def slq(
+    params: Any,
+    *,
+    bits: int = 5,
+    rounds: Sequence[int] = (5, 9, 13, 15, 17),
+    rules: Sequence[LayerRule] | None = None,
+    partition: str = "loss",
+    init: str = "optimal",
+    iterations: int | None = None,
+    zero: bool = False,
+) -> Plan:
+    """Plan single-level quantization: all layers at once, more clusters each round.
+
+    Source: Xu et al., AAAI 2018; `init="power_of_two", iterations=10, zero=True,
+    partition="index"` is the authors' released code.
+
+    Args:
+      params: tree of arrays, or of shape and dtype structs; only shapes are read.
+      bits: `k = 2**(bits-1) + 1` centroids a layer where no rule says otherwise.
+      rounds: clusters frozen after each round, out of the last number; a layer with another k
+        freezes the same shares, to the nearest cluster.
+      rules: which leaves, see `select`.
+      partition: see `partition.priority`.
+      init: see `kmeans`; by name.
+      iterations: see `kmeans`.
+      zero: see `kmeans`.
+
+    Raises:
+      ValueError: for rounds that do not grow to the end, and as `select` and `kmeans` do.
+
+    >>> import jax
+    >>> slq({"kernel": jax.ShapeDtypeStruct((64, 64), "float32")}).num_rounds
+    5
+    """
+    counts = tuple(rounds)
+    if not counts or any(b <= a for a, b in zip((0, *counts), counts, strict=False)):
+        raise ValueError(f"expected rounds that grow from 1, got {counts}")
+    selection = _assign_groups(select(params, rules, k=num_centroids(bits)), 1, spread=False)
+    plan = Plan(
+        selection=selection,
+        table=tuple((count / counts[-1],) for count in counts),
+        partition=partition,
+        init=init,
+        iterations=iterations,
+        zero=zero,
+    )
+    validate_plan(plan)
+    return plan
+
+
+def mlq(
+    params: Any,
+    *,
+    groups: int = 3,
+    order: str = "boundaries_first",
+    reverse: bool = False,
+    rounds: Sequence[float] = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0),
+    bits: int = 2,
+    rules: Sequence[LayerRule] | None = None,
+    partition: str = "loss",
+    init: str = "optimal",
+    iterations: int | None = None,
+    zero: bool = False,
+) -> Plan:
+    """Plan multiple-level quantization: clusters and layers, incrementally; ternary by default.
+
+    The boundaries, all clusters but one, are those that the partition puts first. Orders:
+    "boundaries_first": the boundaries of one layer group after the other, then the last clusters
+    likewise; "layer_by_layer": boundaries and last cluster of a group before the next group;
+    "network": the clusters of all layers ranked together, `rounds` being the cumulative shares.
+
+    Source: Xu et al., AAAI 2018 (incremental layer compensation).
+
+    Args:
+      params: tree of arrays, or of shape and dtype structs; only shapes are read.
+      groups: number of layer groups, contiguous in depth (natural order of the paths) and of
+        equal numbers of layers; a rule's `group` says otherwise.
+      order: see above.
+      reverse: from output to input.
+      rounds: for "network" only.
+      bits: `k = 2**(bits-1) + 1` centroids a layer where no rule says otherwise.
+      rules: which leaves, see `select`.
+      partition: see `partition.priority`.
+      init: see `kmeans`; by name.
+      iterations: see `kmeans`.
+      zero: see `kmeans`.
+
+    Raises:
+      ValueError: for an unknown order, more groups than layers, and as `select` and `kmeans` do.
+
+    >>> import jax
+    >>> kernel = jax.ShapeDtypeStruct((64, 64), "float32")
+    >>> mlq({"a": kernel, "b": kernel}, groups=2).schedule.shape
+    (4, 2)
+    """
+    if order not in ORDERS:
+        raise ValueError(f"expected order to be one of {ORDERS}, got {order!r}")
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"expected groups to be at least 1, got {groups!r}")
+    k = num_centroids(bits)
+    network = order == "network"
+    selection = select(params, rules, k=k)
+    selection = _assign_groups(selection, 1 if network else groups, spread=not network)
+    columns = 1 + max((max(layer.groups or (0,)) for layer in selection.selected), default=0)
+    if network:
+        table = tuple((float(share),) for share in rounds)
+    else:
+        table = _incremental_table(columns, (k - 1) / k, order == "layer_by_layer", reverse)
+    plan = Plan(
+        selection=selection,
+        table=table,
+        partition=partition,
+        network=network,
+        init=init,
+        iterations=iterations,
+        zero=zero,
+    )
+    validate_plan(plan)
+    return plan
+
+
+def _incremental_table(
+    groups: int, boundary: float, layer_by_layer: bool, reverse: bool
+) -> tuple[tuple[float, ...], ...]:
+    """Return the rows that raise one group at a time, to the boundary share and then to one."""
+    depth = list(reversed(range(groups))) if reverse else list(range(groups))
+    if layer_by_layer:
+        steps = [(group, share) for group in depth for share in (boundary, 1.0)]
+    else:
+        steps = [(group, share) for share in (boundary, 1.0) for group in depth]
+    shares, rows = [0.0] * groups, []
+    for group, share in steps:
+        shares[group] = share
+        rows.append(tuple(shares))
+    return tuple(rows)
+
+
+def _assign_groups(selection: Selection, groups: int, *, spread: bool) -> Selection:
+    """Give every selected layer without a group one by depth; without `spread`, all are 0."""
+    layers = selection.by_depth()
+    positions = max((layer.slices for layer in layers), default=1) if spread else 1
+    if spread and groups > max(len(layers), positions):
+        raise ValueError(f"expected at most as many groups as layers, got {groups} > {len(layers)}")
+    resolved = {
+        layer.path: _groups_of(layer, index, len(layers), groups) if spread else (0,) * layer.slices
+        for index, layer in enumerate(layers)
+    }
+
+    def resolve(layer: Layer) -> Layer:
+        if layer.reason is not None or (layer.groups is not None and spread):
+            return layer
+        return dataclasses.replace(layer, groups=resolved[layer.path])
+
+    return Selection(tuple(resolve(layer) for layer in selection.layers))
+
+
+def _groups_of(layer: Layer, index: int, depth: int, groups: int) -> tuple[int, ...]:
+    """Slices of a stacked leaf lie at depths of their own; another leaf at that of its path."""
+    if layer.slices > 1:
+        return tuple(i * groups // layer.slices for i in range(layer.slices))
+    return (index * groups // depth,)
