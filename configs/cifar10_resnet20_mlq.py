@@ -1,0 +1,14 @@
+"""MLQ, ternary, of a pretrained ResNet-20 on CIFAR-10; one epoch of re-training a round."""
+
+from train.config import Config, Data, Fit, Quantize
+
+
+def get_config() -> Config:
+    """Return the experiment."""
+    return Config(
+        data=Data(name="cifar10"),
+        model="resnet20",
+        fit=Fit(epochs=(0,)),
+        quantize=Quantize(method="mlq", bits=2, groups=3, recalibrate_batches=50),
+        retrain=Fit(epochs=(1,), learning_rate=0.02, distill_weight=0.7, temperature=2.0),
+    )

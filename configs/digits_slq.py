@@ -1,0 +1,14 @@
+"""SLQ, 5 bits, of a small convolutional net on handwritten digits (8x8 pixels)."""
+
+from train.config import Config, Data, Fit, Quantize
+
+
+def get_config() -> Config:
+    """Return the experiment."""
+    return Config(
+        data=Data(name="digits"),
+        model="small_cnn",
+        fit=Fit(epochs=(20,), learning_rate=0.1, warmup_epochs=1),
+        quantize=Quantize(method="slq", bits=5),
+        retrain=Fit(epochs=(4,), learning_rate=0.02),
+    )

@@ -1,0 +1,230 @@
+"""The compiled parts of training: augmentation, learning rates, distillation, measurements."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from train import engine
+from train.config import Config, Fit, Quantize
+from train.data import Dataset
+
+
+class Tiny(nn.Module):
+    """Dense layer with batch normalization."""
+
+    momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = x.reshape(len(x), -1)
+        x = nn.BatchNorm(use_running_average=not train, momentum=self.momentum, name="bn")(x)
+        return nn.Dense(3, name="dense")(x)
+
+
+def make_dataset(size=40, pad=0, flip=False):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (size, 4, 4, 2), dtype=np.uint8)
+    labels = rng.integers(0, 3, size).astype(np.int32)
+    return Dataset(
+        "x", images, labels, images[:7], labels[:7], 3, (0.5, 0.25), (0.5, 2.0), pad, flip
+    )
+
+
+def make_engine(config, dataset):
+    functions = engine.build(config, dataset, Tiny(), Tiny(momentum=0.0))
+    variables = Tiny().init(jax.random.key(0), jnp.zeros((1, 4, 4, 2)), train=False)
+    images = engine.Images(jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels))
+    return functions, variables, images
+
+
+def normalized(dataset, images):
+    return (images / 255.0 - np.array(dataset.mean)) / np.array(dataset.std)
+
+
+def test_without_padding_and_flip_augmentation_is_normalization():
+    dataset = make_dataset()
+    out = engine._augment(jax.random.key(0), jnp.asarray(dataset.train_images), dataset=dataset)
+    np.testing.assert_allclose(out, normalized(dataset, dataset.train_images), atol=1e-6)
+
+
+def test_crops_are_windows_of_the_framed_image_and_flips_mirror_them():
+    dataset = make_dataset(pad=1, flip=True)
+    images = dataset.train_images
+    out = engine._augment(jax.random.key(1), jnp.asarray(images), dataset=dataset)
+    framed = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    seen = set()
+    for image, got in zip(framed, np.asarray(out), strict=True):
+        windows = {
+            (i, j, flip): normalized(dataset, image[i : i + 4, j : j + 4][:, :: -1 if flip else 1])
+            for i in range(3)
+            for j in range(3)
+            for flip in (False, True)
+        }
+        hits = [at for at, w in windows.items() if np.allclose(w, got, atol=1e-6)]
+        assert hits
+        seen.update(hits)
+    assert len(seen) > 10  # of 18: position and mirror really vary
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    rates = engine.learning_rates(Fit(learning_rate=0.2, warmup_epochs=1), 4, 10)
+    assert rates.shape == (40,)
+    assert rates[0] == 0 and rates[10] == pytest.approx(0.2)
+    assert np.all(np.diff(rates[10:]) < 0) and rates[-1] < 0.002
+    assert engine.learning_rates(Fit(learning_rate=0.2), 1, 10)[0] == pytest.approx(0.2)
+
+
+def test_epoch_order_visits_every_example_once():
+    order = engine.epoch_order(jax.random.key(0), 40, 10)
+    assert order.shape == (4, 10) and sorted(np.ravel(order)) == list(range(40))
+    assert engine.epoch_order(jax.random.key(0), 43, 10).shape == (4, 10)
+    assert engine.epoch_order(jax.random.key(0), 4, 4).shape == (1, 4)
+
+
+def test_evaluate_counts_every_image_once_whatever_the_batch():
+    dataset = make_dataset()
+    results = []
+    for batch in (3, 7, 100):
+        functions, variables, images = make_engine(Config(eval_batch_size=batch), dataset)
+        test = engine.Images(images.images[:7], images.labels[:7])
+        results.append(functions.evaluate(variables["params"], variables["batch_stats"], test))
+    x = normalized(dataset, dataset.test_images).astype(np.float32)
+    logits = Tiny().apply(variables, x, train=False)
+    accuracy = np.mean(np.argmax(logits, -1) == dataset.test_labels)
+    for result in results:
+        assert result["accuracy"] == pytest.approx(accuracy)
+        assert result["loss"] == pytest.approx(results[0]["loss"], rel=1e-5)
+
+
+def train(config, functions, state, images, variables, frozen, *, steps, distill=False):
+    order = engine.epoch_order(jax.random.key(2), 40, 10)[:steps]
+    rates = jnp.full(steps, 0.1)
+    return functions.train(
+        jax.tree.map(jnp.copy, state),
+        frozen,
+        variables,
+        images,
+        order,
+        jnp.int32(0),
+        jax.random.key(3),
+        rates,
+        distill=distill,
+    )
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_steps_in_one_call_equal_steps_one_by_one(size):
+    config = Config(steps_per_call=size)
+    functions, variables, images = make_engine(config, make_dataset(pad=1))
+    start = engine.set_stage(functions.start(variables), Fit(momentum=0.9, weight_decay=0.1))
+    frozen = jax.tree.map(lambda _: jnp.bool_(False), variables["params"])
+    together, sums = train(config, functions, start, images, variables, frozen, steps=4)
+    order = engine.epoch_order(jax.random.key(2), 40, 10)
+    state, total = jax.tree.map(jnp.copy, start), 0.0
+    for i in range(4):
+        state, metrics = functions.train(
+            state,
+            frozen,
+            variables,
+            images,
+            order[i : i + 1],
+            jnp.int32(i),
+            jax.random.key(3),
+            jnp.full(1, 0.1),
+            distill=False,
+        )
+        total += float(metrics["loss"])
+    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert float(sums["loss"]) == pytest.approx(total, rel=1e-4)
+
+
+def test_a_step_is_sgd_with_momentum_and_decay_on_the_free_weights():
+    config = Config(steps_per_call=1)
+    dataset = make_dataset()
+    functions, variables, images = make_engine(config, dataset)
+    start = engine.set_stage(functions.start(variables), Fit(momentum=0.9, weight_decay=0.5))
+    params = variables["params"]
+    frozen = jax.tree.map(lambda p: jnp.zeros(p.shape, bool), params)
+    frozen["dense"]["kernel"] = frozen["dense"]["kernel"].at[0].set(True)
+    state, _ = train(config, functions, start, images, variables, frozen, steps=1)
+    index = np.asarray(engine.epoch_order(jax.random.key(2), 40, 10)[0])
+    x = normalized(dataset, dataset.train_images[index]).astype(np.float32)
+
+    def loss(params):
+        logits, _ = Tiny().apply(
+            {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+        )
+        labels = dataset.train_labels[index]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    gradient = jax.grad(loss)(params)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * (g + 0.5 * p), params, gradient)
+    kernel = state.params["dense"]["kernel"]
+    np.testing.assert_array_equal(kernel[0], params["dense"]["kernel"][0])
+    np.testing.assert_allclose(kernel[1:], expected["dense"]["kernel"][1:], atol=1e-5)
+    np.testing.assert_allclose(state.params["bn"]["scale"], expected["bn"]["scale"], atol=1e-5)
+
+
+def test_distillation_at_weight_one_moves_a_network_towards_its_teacher():
+    config = Config(retrain=Fit(distill_weight=1.0), steps_per_call=1)
+    functions, variables, images = make_engine(config, make_dataset())
+    frozen = jax.tree.map(lambda _: jnp.bool_(False), variables["params"])
+    start = engine.set_stage(functions.start(variables), Fit(weight_decay=0.0))
+    x = normalized(make_dataset(), make_dataset().train_images).astype(np.float32)
+    # A teacher with statistics of the training batch's kind: its own logits as a fixed point.
+    teacher = jax.tree.map(lambda p: 2.0 * p, variables["params"])
+    teacher = {"params": teacher, "batch_stats": variables["batch_stats"]}
+
+    def divergence(state):
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        ours, theirs = (Tiny().apply(v, x, train=False) for v in (variables, teacher))
+        soft = jax.nn.softmax(theirs / 2), jax.nn.log_softmax(ours / 2)
+        return float(optax.losses.kl_divergence(soft[1], soft[0]).mean())
+
+    state = start
+    for _ in range(30):
+        state, _ = train(config, functions, state, images, teacher, frozen, steps=4, distill=True)
+    assert divergence(state) < 0.3 * divergence(start)
+
+
+def test_recalibrated_statistics_are_means_over_batches():
+    config = Config(quantize=Quantize(recalibrate_batches=4), batch_size=10)
+    dataset = make_dataset()
+    functions, variables, images = make_engine(config, dataset)
+    stats = functions.recalibrate(
+        variables["params"], variables["batch_stats"], images, jax.random.key(0)
+    )
+    x = normalized(dataset, dataset.train_images).reshape(40, -1)
+    np.testing.assert_allclose(stats["bn"]["mean"], x.mean(0), atol=1e-5)  # every image once
+    off = dataclasses.replace(config, quantize=Quantize(recalibrate_batches=0))
+    functions, _, _ = make_engine(off, dataset)
+    kept = functions.recalibrate(
+        variables["params"], variables["batch_stats"], images, jax.random.key(0)
+    )
+    assert kept is variables["batch_stats"]
+
+
+def test_sensitivity_is_the_mean_of_squared_gradients():
+    config = Config(quantize=Quantize(sensitivity="fisher", sensitivity_batches=1), batch_size=40)
+    dataset = make_dataset()
+    functions, variables, images = make_engine(config, dataset)
+    got = functions.sensitivity(
+        variables["params"], variables["batch_stats"], images, jax.random.key(0)
+    )
+    x = normalized(dataset, dataset.train_images).astype(np.float32)
+
+    def loss(params):
+        logits = Tiny().apply({**variables, "params": params}, x, train=False)
+        labels = dataset.train_labels
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    gradient = jax.grad(loss)(variables["params"])["dense"]["kernel"]
+    np.testing.assert_allclose(got["dense"]["kernel"], gradient**2, rtol=1e-3, atol=1e-8)
+    plain, _, _ = make_engine(Config(), dataset)
+    assert plain.sensitivity(None, None, images, jax.random.key(0)) is None

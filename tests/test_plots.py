@@ -1,0 +1,495 @@
+"""Tests of the figures: the files, and that what is drawn is the data."""
+
+import itertools
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.collections import LineCollection
+from matplotlib.image import imread
+from matplotlib.patches import StepPatch
+
+from train import plots
+
+# Where set, the figures of the tests stay there to be looked at.
+KEEP = os.environ.get("JAXQUANT_PLOTS")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Path(KEEP) if KEEP else tmp_path
+
+
+def resnet_layers(blocks):
+    """Paths and shapes of the kernels of a CIFAR ResNet with 6 * blocks + 2 layers."""
+    shapes = {"conv1/kernel": (3, 3, 3, 16)}
+    channels = 16
+    for stage, features in enumerate((16, 32, 64), start=1):
+        for block in range(blocks):
+            for conv in (1, 2):
+                path = f"layer{stage}_{block}/conv{conv}/kernel"
+                shapes[path] = (3, 3, channels, features)
+                channels = features
+    shapes["linear/kernel"] = (64, 10)
+    return shapes
+
+
+LENET = {"conv1/kernel": (5, 5, 1, 20), "conv2/kernel": (5, 5, 20, 50), "fc1/kernel": (800, 500)}
+NETS = {"lenet": LENET, "resnet20": resnet_layers(3), "resnet56": resnet_layers(9)}
+
+
+def rounds_5bit():
+    """Five rounds at 5 bits: small drops that re-training makes good."""
+    shares = (0.38, 0.61, 0.83, 0.95, 1.0)
+    quantized = (0.9121, 0.9087, 0.9012, 0.9102, 0.9154)
+    trained = (0.9183, 0.9174, 0.9166, 0.9171, 0.9163)
+    return make_rounds(quantized, trained, shares)
+
+
+def rounds_ternary():
+    """Six rounds at 2 bits: the accuracy falls to chance at first."""
+    shares = (0.21, 0.43, 0.66, 0.79, 0.90, 1.0)
+    quantized = (0.412, 0.102, 0.335, 0.841, 0.868, 0.801)
+    trained = (0.914, 0.909, 0.903, 0.901, 0.898, 0.896)
+    return make_rounds(quantized, trained, shares)
+
+
+def make_rounds(quantized, trained, shares):
+    names = ("accuracy_quantized", "accuracy", "weights_frozen")
+    return [
+        {"round": i, **dict(zip(names, values, strict=True))}
+        for i, values in enumerate(zip(quantized, trained, shares, strict=True), start=1)
+    ]
+
+
+def make_layers(shapes, *, k, share, seed=0):
+    """Weights of which about `share` lies on quantile codebooks of k centroids.
+
+    The clusters of largest magnitude are frozen first; the free weights have moved a little.
+    """
+    rng = np.random.default_rng(seed)
+    result = {"weights": {}, "codebooks": {}, "frozen": {}, "before": {}}
+    for path, shape in shapes.items():
+        scale = np.sqrt(2 / np.prod(shape[:-1]))
+        before = (0.5 * scale * rng.standard_t(5, shape)).astype(np.float32)
+        limit = 2.5 * before.std()
+        codebook = np.linspace(-limit, limit, k).astype(np.float32)
+        codes = np.abs(before[..., None] - codebook).argmin(-1)
+        last_free = np.argsort(np.abs(codebook))[: round((1 - share) * k)]
+        frozen = ~np.isin(codes, last_free)
+        moved = before + rng.normal(0, 0.1 * before.std(), shape).astype(np.float32)
+        result["weights"][path] = np.where(frozen, codebook[codes], moved)
+        result["codebooks"][path] = codebook
+        result["frozen"][path] = frozen
+        result["before"][path] = before
+    return result
+
+
+def make_errors(shapes, labels, seed=0):
+    rng = np.random.default_rng(seed)
+    fall = 10 ** -np.linspace(0, 0.6, len(labels))
+    return {p: 0.01 * fall * 10 ** rng.normal(0, 0.25, len(labels)) for p in shapes}
+
+
+def by_label(figure):
+    return {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+
+
+def texts(figure):
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def check_png(path, figure):
+    """The file is an image of the figure's size at 150 dpi with something in it."""
+    image = imread(path)
+    width, height = figure.get_size_inches()
+    assert image.shape[:2] == pytest.approx((150 * height, 150 * width), abs=1)
+    assert image.std() > 0.01
+    assert not list(Path(path).parent.glob("*.tmp"))
+
+
+def check_texts_apart(figure):
+    """No text leaves the figure, no title or tick label reaches into its neighbour."""
+    renderer = figure.canvas.get_renderer()
+    page = figure.bbox
+    titles = [axes.title.get_window_extent(renderer) for axes in figure.axes if axes.axison]
+    for axes in figure.axes:
+        box = axes.get_tightbbox(renderer)
+        if axes.axison:
+            assert box.x0 >= page.x0 - 1 and box.x1 <= page.x1 + 1
+            assert box.y0 >= page.y0 - 1 and box.y1 <= page.y1 + 1
+            for axis in (axes.xaxis, axes.yaxis):
+                boxes = [t.get_window_extent(renderer) for t in axis.get_ticklabels()]
+                boxes = [b for b in boxes if b.width]
+                assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
+    for i, box in enumerate(titles):
+        assert not any(box.overlaps(other) for other in titles[i + 1 :] if other.width)
+
+
+def check_legend_apart(figure):
+    """The legend covers no panel."""
+    renderer = figure.canvas.get_renderer()
+    for legend in figure.legends:
+        box = legend.get_window_extent(renderer)
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+        assert not any(box.overlaps(axes.get_window_extent()) for axes in figure.axes)
+
+
+@pytest.mark.parametrize("name,make", [("5bit", rounds_5bit), ("ternary", rounds_ternary)])
+def test_rounds_are_drawn_in_percent(folder, name, make):
+    rounds, path = make(), folder / f"rounds-{name}.png"
+    figure = plots.plot_rounds(path, float_accuracy=0.9174, rounds=rounds)
+    check_png(path, figure)
+    check_legend_apart(figure)
+    check_texts_apart(figure)
+    lines = by_label(figure)
+    quantized = [100 * r["accuracy_quantized"] for r in rounds]
+    trained = [100 * r["accuracy"] for r in rounds]
+    np.testing.assert_allclose(lines["quantized"].get_ydata(), quantized)
+    np.testing.assert_allclose(lines["re-trained"].get_ydata(), trained)
+    np.testing.assert_allclose(lines["float"].get_ydata(), 91.74)
+    bars = figure.axes[1].patches
+    np.testing.assert_allclose(
+        [b.get_height() for b in bars], [100 * r["weights_frozen"] for r in rounds]
+    )
+    np.testing.assert_allclose(
+        [b.get_x() + b.get_width() / 2 for b in bars], [r["round"] for r in rounds]
+    )
+
+
+@pytest.mark.parametrize("name", ["5bit", "ternary"])
+def test_rounds_form_a_saw_tooth_from_the_float_accuracy(tmp_path, name):
+    rounds = {"5bit": rounds_5bit, "ternary": rounds_ternary}[name]()
+    figure = plots.plot_rounds(tmp_path / "a.png", float_accuracy=0.9174, rounds=rounds)
+    steps = [a for r in rounds for a in (r["accuracy_quantized"], r["accuracy"])]
+    (tooth,) = (
+        line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 2 * len(rounds) + 1
+    )
+    np.testing.assert_allclose(tooth.get_ydata(), 100 * np.array([0.9174, *steps]))
+    assert np.all(np.diff(tooth.get_xdata()) > 0)
+
+
+@pytest.mark.parametrize("low,high", [(0.80, 0.92), (0.97, 0.99)])
+def test_accuracy_range_shows_differences(tmp_path, low, high):
+    trained = np.linspace(high, (low + high) / 2, 5)
+    rounds = make_rounds(np.linspace(low, high - 0.001, 5), trained, [0.2, 0.4, 0.6, 0.8, 1])
+    figure = plots.plot_rounds(tmp_path / "a.png", float_accuracy=high, rounds=rounds)
+    bottom, top = figure.axes[0].get_ylim()
+    assert bottom < 100 * low < 100 * high < top
+    assert 100 * (high - low) > 0.7 * (top - bottom)
+    assert not texts(figure)
+
+
+def test_deep_drops_are_cut_and_written_out(tmp_path):
+    figure = plots.plot_rounds(tmp_path / "a.png", float_accuracy=0.9174, rounds=rounds_ternary())
+    bottom, top = figure.axes[0].get_ylim()
+    assert bottom > 50 and top > 91.74
+    assert bottom < 89.6 and 0.1 * (top - bottom) < 91.74 - 89.6
+    below = [f"{100 * r['accuracy_quantized']:.0f}" for r in rounds_ternary()]
+    assert texts(figure) == [f"↓{v}" for v in below if float(v) < bottom] != []
+
+
+def test_rounds_skip_what_is_not_finite(tmp_path):
+    rounds = rounds_5bit()
+    rounds[1]["accuracy"] = float("nan")
+    rounds[2]["accuracy_quantized"] = None
+    del rounds[3]["weights_frozen"]
+    figure = plots.plot_rounds(tmp_path / "a.png", float_accuracy=float("nan"), rounds=rounds)
+    check_png(tmp_path / "a.png", figure)
+    lines = by_label(figure)
+    assert "float" not in lines
+    assert np.isnan(lines["re-trained"].get_ydata()).tolist() == [0, 1, 0, 0, 0]
+    assert np.isnan(lines["quantized"].get_ydata()).tolist() == [0, 0, 1, 0, 0]
+    assert np.isfinite(figure.axes[0].get_ylim()).all()
+
+
+@pytest.mark.parametrize("float_accuracy", [0.9, float("nan")])
+@pytest.mark.parametrize("rounds", [[], [{"round": 1}]])
+def test_rounds_without_values_say_so(tmp_path, float_accuracy, rounds):
+    figure = plots.plot_rounds(tmp_path / "a.png", float_accuracy=float_accuracy, rounds=rounds)
+    check_png(tmp_path / "a.png", figure)
+    assert texts(figure) == ["no accuracies", "no frozen shares"]
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_any_number_of_rounds(folder, count):
+    rounds = make_rounds(*np.linspace([0.88, 0.915, 1 / count], [0.90, 0.905, 1], count).T)
+    path = folder / f"rounds-{count}.png"
+    figure = plots.plot_rounds(path, float_accuracy=0.92, rounds=rounds)
+    check_png(path, figure)
+    ticks = figure.axes[1].get_xticks()
+    assert all(tick == round(tick) for tick in ticks)
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("k,share", [(17, 0.6), (3, 1.0)])
+def test_weights_of_networks(folder, net, k, share):
+    layers = make_layers(NETS[net], k=k, share=share)
+    path = folder / f"weights-{net}-k{k}-{share}.png"
+    figure = plots.plot_weights(path, **layers)
+    check_png(path, figure)
+    check_legend_apart(figure)
+    check_texts_apart(figure)
+    width, height = figure.get_size_inches()
+    assert width == 7 and height <= 11  # a page of a paper
+    panels = [axes for axes in figure.axes if axes.axison]
+    assert [a.get_title() for a in panels] == [p.removesuffix("/kernel") for p in NETS[net]]
+    for axes, path in zip(panels, NETS[net], strict=True):
+        weights, frozen = layers["weights"][path], layers["frozen"][path]
+        codebook = layers["codebooks"][path]
+        counts = np.array([np.sum(frozen & (weights == c)) for c in codebook])
+        held = counts > 0
+        np.testing.assert_allclose(
+            [segment[:, 0] for segment in stems(axes)], np.stack([codebook, codebook], 1)[held]
+        )
+        np.testing.assert_allclose(
+            [segment[:, 1] for segment in stems(axes)],
+            np.stack([0 * counts, 100 * counts / weights.size], 1)[held],
+            rtol=1e-6,
+        )
+        ticks = [
+            x for line in axes.get_lines() if line.get_marker() == "|" for x in line.get_xdata()
+        ]
+        np.testing.assert_allclose(ticks, codebook[~held])
+        outlines = histograms(axes)
+        assert len(outlines) == (1 if frozen.all() else 2)
+        assert outlines[0].sum() == pytest.approx(100, rel=1e-5)
+        if not frozen.all():
+            assert outlines[1].sum() == pytest.approx(100 * np.mean(~frozen), rel=1e-5)
+
+
+def stems(axes):
+    return [s for c in axes.collections if isinstance(c, LineCollection) for s in c.get_segments()]
+
+
+def histograms(axes):
+    """Heights of the histograms: before, then still free."""
+    return [p.get_data().values for p in axes.patches if isinstance(p, StepPatch)]
+
+
+def test_histograms_count_by_hand(tmp_path):
+    figure = plots.plot_weights(
+        tmp_path / "a.png",
+        weights={"a": np.array([[0.0, 1.0], [1.0, 0.25]])},
+        codebooks={"a": np.array([1.0, 0.0, -1.0])},  # index order need not be ascending
+        frozen={"a": np.array([[True, True], [True, False]])},
+        before={"a": np.array([[0.1, 0.9], [0.9, -1.0]])},
+    )
+    (axes,) = figure.axes
+    assert [s.tolist() for s in stems(axes)] == [[[0, 0], [0, 25]], [[1, 0], [1, 50]]]
+    before, free = histograms(axes)
+    assert sorted(before[before > 0]) == [25, 25, 50]
+    assert free[free > 0].tolist() == [25]
+    edges = axes.patches[0].get_data().edges
+    assert edges[0] == -1 and edges[-1] == 1
+    assert edges[np.flatnonzero(free)[0]] <= 0.25 <= edges[np.flatnonzero(free)[0] + 1]
+
+
+FLOATS = st.floats(-1e6, 1e6, allow_subnormal=False)
+
+
+@given(FLOATS, st.floats(1e-3, 1e6), FLOATS, FLOATS)
+def test_bins_hold_every_weight(low, span, a, b):
+    high = low + span
+    edges = plots._edges(low, high, min(a, b), max(a, b))
+    assert np.all(np.diff(edges) > 0)
+    assert np.histogram([a, b], edges)[0].sum() == 2
+    assert edges[0] <= min(low, a, b) and edges[-1] >= max(high, a, b)
+    assert len(edges) <= 20_000
+
+
+def test_far_weights_do_not_shrink_the_rest(tmp_path):
+    layers = make_layers({"a": (200, 50)}, k=3, share=1)
+    layers["before"]["a"][0, 0] = 1e4 * layers["before"]["a"].std()
+    (axes,) = plots.plot_weights(tmp_path / "a.png", **layers).axes
+    assert np.ptp(axes.get_xlim()) < 20 * layers["weights"]["a"].std()
+    assert histograms(axes)[0].sum() == pytest.approx(100)
+
+
+def test_weights_of_any_array_type(tmp_path):
+    """bfloat16, JAX arrays, scalar masks and stacked codebooks."""
+    jnp = pytest.importorskip("jax.numpy")
+    values = np.linspace(-1, 1, 24).reshape(2, 12)
+    figure = plots.plot_weights(
+        tmp_path / "a.png",
+        weights={"b": values.astype(ml_dtypes.bfloat16), "s": jnp.sign(values)},
+        codebooks={"b": jnp.array([-1.0, 0.0, 1.0]), "s": np.array([[-1, 0], [0, 1.0]])},
+        frozen={"b": np.False_, "s": jnp.ones((2, 12), bool)},
+        before={"b": values, "s": values},
+    )
+    free, stacked = figure.axes
+    assert stems(free) == [] and len(histograms(free)) == 2
+    assert [s[1].tolist() for s in stems(stacked)] == [[-1, 50], [1, 50]]
+
+
+def test_empty_and_broken_layers_are_noted(folder):
+    layers = make_layers(LENET, k=3, share=0.67)
+    layers["weights"]["conv1/kernel"] = np.full((5, 5, 1, 20), np.nan)
+    layers["before"]["conv1/kernel"] = np.full((5, 5, 1, 20), np.nan)
+    layers["codebooks"]["conv1/kernel"] = np.full(3, np.nan)
+    layers["weights"]["conv2/kernel"][0, 0, 0, :2] = np.nan, np.inf
+    none = np.zeros((0, 10))
+    for name, value in (("weights", none), ("codebooks", none[:, 0]), ("before", none)):
+        layers[name]["fc2/kernel"] = value
+    layers["frozen"]["fc2/kernel"] = none.astype(bool)
+    figure = plots.plot_weights(folder / "weights-broken.png", **layers)
+    check_png(folder / "weights-broken.png", figure)
+    assert texts(figure) == ["no finite weights", "2 not finite", "no weights"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 31])
+def test_long_names_stay_apart(folder, count):
+    shapes = {f"decoder_{i}/self_attention/MultiHead/query/kernel": (40, 3) for i in range(count)}
+    figure = plots.plot_weights(
+        folder / f"weights-long-{count}.png", **make_layers(shapes, k=5, share=0.5)
+    )
+    check_texts_apart(figure)
+    assert all(axes.get_title().startswith("decoder_") for axes in figure.axes if axes.axison)
+    path = folder / f"errors-long-{count}.png"
+    check_texts_apart(plots.plot_errors(path, layers=make_errors(shapes, ["a"]), labels=["a"]))
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.1, 1.0])
+def test_accuracy_axis_stays_within_percent(tmp_path, accuracy):
+    rounds = make_rounds([accuracy, accuracy], [accuracy, accuracy], [0.5, 1])
+    figure = plots.plot_rounds(tmp_path / "a.png", float_accuracy=accuracy, rounds=rounds)
+    bottom, top = figure.axes[0].get_ylim()
+    assert bottom < 100 * accuracy < top
+    assert all(0 <= tick <= 100 for tick in figure.axes[0].get_yticks() if bottom <= tick <= top)
+
+
+def test_no_layers_are_noted(tmp_path):
+    empty = {"weights": {}, "codebooks": {}, "frozen": {}, "before": {}}
+    figure = plots.plot_weights(tmp_path / "a.png", **empty)
+    assert texts(figure) == ["no layers"]
+    figure = plots.plot_errors(tmp_path / "b.png", layers={}, labels=[])
+    assert texts(figure) == ["no errors above zero"]
+
+
+@pytest.mark.parametrize("value", [0, 1, -1e30])
+def test_constant_layer_has_a_range(tmp_path, value):
+    ones = {"a": np.full(5, value)}
+    figure = plots.plot_weights(
+        tmp_path / "a.png", weights=ones, codebooks=ones, frozen={"a": np.True_}, before=ones
+    )
+    assert histograms(figure.axes[0])[0].sum() == 100
+
+
+@pytest.mark.parametrize("missing", ["codebooks", "frozen", "before"])
+def test_missing_layers_are_refused(tmp_path, missing):
+    layers = make_layers(LENET, k=3, share=1)
+    del layers[missing]["fc1/kernel"]
+    with pytest.raises(ValueError, match=f"fc1/kernel: expected an entry in {missing}"):
+        plots.plot_weights(tmp_path / "a.png", **layers)
+
+
+def test_masks_of_another_shape_are_refused(tmp_path):
+    layers = make_layers(LENET, k=3, share=1)
+    layers["frozen"]["fc1/kernel"] = np.ones((500, 800), bool)
+    with pytest.raises(ValueError, match=r"fc1/kernel: expected a mask of shape \(800, 500\)"):
+        plots.plot_weights(tmp_path / "a.png", **layers)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["SLQ"],
+        ["before re-training", "after"],
+        *([f"round {i}" for i in range(1, n + 1)] for n in (6, 10)),
+    ],
+    ids=len,
+)
+def test_errors_of_networks(folder, net, labels):
+    layers = make_errors(NETS[net], labels)
+    path = folder / f"errors-{net}-{len(labels)}.png"
+    figure = plots.plot_errors(path, layers=layers, labels=labels)
+    check_png(path, figure)
+    check_legend_apart(figure)
+    check_texts_apart(figure)
+    (axes,) = figure.axes
+    width, height = figure.get_size_inches()
+    assert width == 3.5 and height < 10
+    assert axes.get_xscale() == "log"
+    assert [t.get_text() for t in axes.get_yticklabels()] == [
+        p.removesuffix("/kernel") for p in layers
+    ]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first layer on top
+    lines = by_label(figure)
+    for i, label in enumerate(labels):
+        np.testing.assert_allclose(lines[label].get_xdata(), [v[i] for v in layers.values()])
+        np.testing.assert_array_equal(lines[label].get_ydata(), np.arange(len(layers)))
+
+
+def test_errors_that_a_log_scale_cannot_show_are_counted(folder):
+    layers = {"a": [0.01, 0.0], "b": [float("nan"), 0.02], "c": [0.0, 0.0]}
+    path = folder / "errors-zero.png"
+    figure = plots.plot_errors(path, layers=layers, labels=["x", "y"])
+    check_png(path, figure)
+    check_texts_apart(figure)
+    lines = by_label(figure)
+    assert lines["x"].get_xdata().tolist() == [0.01] and lines["x"].get_ydata().tolist() == [0]
+    assert lines["y"].get_xdata().tolist() == [0.02] and lines["y"].get_ydata().tolist() == [1]
+    assert "4 zero or not finite" in figure.axes[0].get_xlabel()
+
+
+def test_errors_need_one_value_per_label(tmp_path):
+    with pytest.raises(ValueError, match="b: expected 2 errors, got 1"):
+        plots.plot_errors(tmp_path / "a.png", layers={"a": [1, 2], "b": [1]}, labels=["x", "y"])
+
+
+def test_titles_are_short():
+    paths = ["params/encoder_0/kernel", "params/encoder_1/attention/query/kernel", "params/head"]
+    titles = plots._titles(dict.fromkeys(paths), length=20)
+    assert titles == ["encoder_0", "encoder_1…tion/query", "head"]
+    assert max(map(len, titles)) <= 20
+    assert plots._titles({"kernel": 0}, length=20) == ["kernel"]
+
+
+def test_markup_in_names_is_plain_text(tmp_path):
+    layers = {"$a_1/kernel": [0.1, 0.2], "_b$": [0.3, 0.4]}
+    figure = plots.plot_errors(tmp_path / "a.png", layers=layers, labels=["_x", "$^$"])
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["_x", "$^$"]
+
+
+def test_files_are_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "plots" / "rounds.png"
+    plots.plot_rounds(path, float_accuracy=0.9, rounds=rounds_5bit())
+    first = path.read_bytes()
+    other = tmp_path / "other"
+    other.write_bytes(b"")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
+
+    def fail(source, target):
+        assert os.path.dirname(source) == os.path.dirname(target)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        plots.plot_rounds(path, float_accuracy=0.9, rounds=rounds_ternary())
+    assert path.read_bytes() == first
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_same_figure_under_any_settings(tmp_path):
+    """A user's own matplotlib settings neither change our figures nor are changed by them."""
+    plots.plot_rounds(tmp_path / "a.png", float_accuracy=0.9, rounds=rounds_5bit())
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "black", "savefig.dpi": 10}):
+        plots.plot_rounds(tmp_path / "b.png", float_accuracy=0.9, rounds=rounds_5bit())
+        assert matplotlib.rcParams["font.size"] == 20
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_pyplot_is_not_imported():
+    code = "import sys; from train import plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,254 @@
+"""The program from end to end on real digits: reports, resuming, one clear line for mistakes."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train import __main__ as cli
+from train import config as configs
+from train import loop
+from train.checkpoints import Checkpoints
+from train.config import Config, Fit, Quantize
+
+SHORT = [
+    "--config.fit.epochs=2",
+    "--config.retrain.epochs=1",
+    "--config.quantize.rounds=9,17",
+    "--config.quantize.recalibrate_batches=2",
+    "--config.plots=false",
+]
+SLQ = ["--config", "configs/digits_slq.py", *SHORT]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compilation_cache(tmp_path_factory):
+    """Runs of the same experiment share their compiled programs."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    old = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], str(tmp_path_factory.mktemp("cache")))
+    jax.config.update(names[1], 0.0)
+    yield
+    for name, value in old.items():
+        jax.config.update(name, value)
+
+
+def final_params(workdir):
+    """Return what the latest checkpoint of a SHORT run holds: arrays and progress."""
+    config = configs.load("configs/digits_slq.py", [a.removeprefix("--config.") for a in SHORT])
+    job = loop.check(config)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    restored = checkpoints.restore(loop._fresh(job, loop._functions(job)))
+    checkpoints.close()
+    assert restored is not None
+    return restored
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    assert cli.main([*SLQ, "--workdir", str(workdir)]) == 0
+    return workdir
+
+
+def test_report_holds_what_was_promised(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert 0.5 < report["float"]["accuracy"] <= 1
+    quantized = report["quantized"]
+    assert {"accuracy", "bits_per_weight", "bytes", "compression"} <= set(quantized)
+    assert quantized["on_codebook"] is True
+    assert 5 < quantized["bits_per_weight"] < 5.3
+    assert quantized["compression"] == pytest.approx(quantized["float_bytes"] / quantized["bytes"])
+    assert [row["round"] for row in report["rounds"]] == [1, 2]
+    assert report["rounds"][-1]["weights_frozen"] == 1.0
+    assert report["rounds"][-1]["accuracy"] == quantized["accuracy"]
+    text = (finished / "report.md").read_text()
+    assert "| conv2/kernel | 3x3x16x32 | 17 | 5 | 17 | 100.0% |" in text
+    assert "float: 1 dimension, fewer than 2" in text
+
+
+def test_final_weights_lie_on_their_codebooks(finished):
+    state, progress = final_params(finished)
+    assert progress["done"] == 4
+    for name in ("conv1", "conv2", "linear"):
+        values = np.unique(state.train.params[name]["kernel"])
+        codebook = state.quant.codebooks[name]["kernel"]
+        assert len(values) <= 17 and np.isin(values, codebook).all()
+        assert state.quant.frozen[name]["kernel"].all()
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_stopped_run_ends_as_if_it_had_not_stopped(finished, tmp_path, monkeypatch, stop):
+    workdir = tmp_path / "run"
+    work = loop._Worker.work
+
+    def interrupted(self, number, unit, state):
+        if number == stop:
+            raise KeyboardInterrupt
+        return work(self, number, unit, state)
+
+    monkeypatch.setattr(loop._Worker, "work", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main([*SLQ, "--workdir", str(workdir)])
+    monkeypatch.setattr(loop._Worker, "work", work)
+    assert cli.main([*SLQ, "--workdir", str(workdir)]) == 0
+    for name in ("report.json", "metrics.jsonl"):
+        assert (workdir / name).read_text() == (finished / name).read_text()
+    for a, b in zip(
+        jax.tree.leaves(final_params(workdir)[0]),
+        jax.tree.leaves(final_params(finished)[0]),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_finished_run_reports_again_without_training(finished, capsys):
+    before = (finished / "metrics.jsonl").read_text()
+    assert cli.main([*SLQ, "--workdir", str(finished)]) == 0
+    assert "continuing after 4 of its steps" in capsys.readouterr().out
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_eval_reads_the_latest_checkpoint(finished, capsys):
+    report = json.loads((finished / "report.json").read_text())
+    assert cli.main(["eval", *SLQ, "--workdir", str(finished)]) == 0
+    assert f"accuracy {report['quantized']['accuracy']:.2%}" in capsys.readouterr().out
+
+
+def test_report_prints_the_table_of_several_runs(finished, capsys):
+    assert cli.main(["report", "--workdir", str(finished.parent)]) == 0
+    out = capsys.readouterr().out
+    assert "| run | float | quantized |" in out and "conv2/kernel" in out
+
+
+def test_another_config_in_the_same_workdir_is_refused_with_the_difference(finished, capsys):
+    arguments = [*SLQ, "--config.seed=1", "--workdir", str(finished)]
+    assert cli.main(arguments) == 2
+    assert "got seed: 0 -> 1" in capsys.readouterr().err
+
+
+def test_several_configs_end_in_one_table(tmp_path, capsys):
+    both = "configs/digits_slq.py,configs/digits_mlq.py"
+    overrides = ["--config.fit.epochs=1", "--config.retrain.epochs=0", "--config.plots=true"]
+    assert cli.main(["--config", both, *overrides, "--workdir", str(tmp_path)]) == 0
+    table = (tmp_path / "summary.md").read_text()
+    assert table.count("\n") == 4 and "| digits_slq |" in table and "| digits_mlq |" in table
+    assert table in capsys.readouterr().out
+    for name in ("digits_slq", "digits_mlq"):
+        for plot in ("rounds", "weights", "errors"):
+            assert (tmp_path / name / "plots" / f"{plot}.png").stat().st_size > 5000
+
+
+def no_device(*_, **__):
+    raise AssertionError("a device was touched")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected --config FILE"),
+        (["--config", "configs/nothing.py", "--workdir", "w"], "configs/nothing.py: expected a"),
+        (["--config", "configs/digits_slq.py"], "expected --workdir DIR"),
+        ([*SLQ, "--workdir", "w", "--config.modle=x"], "--config.modle: expected one of"),
+        ([*SLQ, "--workdir", "w", "--config.model=resnet19"], "resnet19"),
+        ([*SLQ, "--workdir", "w", "--config.data.name=imagenet"], "imagenet"),
+        ([*SLQ, "--workdir", "w", "--config.init=no.npz"], "no.npz"),
+        ([*SLQ, "--workdir", "w", "--config.quantize.partition=size"], "expected partition"),
+        ([*SLQ, "--workdir", "w", "--config.quantize.init=best"], "expected init to be one of"),
+        ([*SLQ, "--workdir", "w", "--config.quantize.rounds=9,5"], "expected rounds that grow"),
+        ([*SLQ, "--workdir", "w", "--config.quantize.bits=0"], "expected bits between 1 and"),
+        (
+            [*SLQ, "--workdir", "w", "--config.retrain.epochs=1,2,3"],
+            "retrain.epochs: expected 1 or",
+        ),
+        ([*SLQ, "--workdir", "w", "--config.batch_size=5000"], "batch_size: expected at most 1442"),
+        ([*SLQ, "--workdir", "w", "--config.fit.epochs=0"], "expected init=FILE or fit.epochs"),
+        (["eval", *SLQ], "expected --config.init=FILE or --workdir DIR"),
+        (["report"], "expected --workdir DIR"),
+        (["report", "--workdir", "nowhere"], "expected the report of a finished run"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_code_2_before_any_device_work(
+    arguments, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "run", no_device)
+    arguments = [str(tmp_path / "w") if a == "w" else a for a in arguments]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_unusable_workdir_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main([*SLQ, "--workdir", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_unknown_flags_exit_with_code_2(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--confg=x"])
+    assert exit_.value.code == 2
+    assert "--confg=x" in capsys.readouterr().err
+
+
+def test_units_are_the_epochs_of_each_stage():
+    import jaxquant as jq
+
+    params = {"a": jax.ShapeDtypeStruct((9, 9), "float32")}
+    plan = jq.slq(params, rounds=(9, 17))
+    config = Config(fit=Fit(epochs=(0,)), retrain=Fit(epochs=(2, 1)), quantize=Quantize())
+    assert [tuple(unit) for unit in loop.units(config, plan)] == [
+        (-1, 0, 0),
+        (0, 0, 2),
+        (0, 1, 2),
+        (1, 0, 1),
+    ]
+
+
+def test_diverging_training_stops_and_says_where(tmp_path, capsys):
+    arguments = [*SLQ, "--config.retrain.learning_rate=1e30", "--workdir", str(tmp_path)]
+    assert cli.main(arguments) == 2
+    assert "diverged" in capsys.readouterr().err
+
+
+def test_checkpoints_round_trip_and_keep_the_type(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.restore({"a": jnp.zeros(3)}) is None
+    checkpoints.save(0, {"a": jnp.arange(3.0), "b": jnp.bool_(True)}, {"done": 1, "events": []})
+    arrays, progress = checkpoints.restore({"a": jnp.zeros(3), "b": jnp.bool_(False)}) or ({}, {})
+    checkpoints.close()
+    np.testing.assert_array_equal(arrays["a"], np.arange(3.0))
+    assert bool(arrays["b"]) and progress == {"done": 1, "events": []}
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
+    """A minute or two; kills the process, in checkpoint writes too, until a run gets through."""
+    rng = random.Random(0)
+    command = [sys.executable, "-m", "train", *SLQ, "--config.fit.epochs=40", "--workdir"]
+    whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
+    subprocess.run([*command, str(whole)], check=True)
+    kills = 0
+    while True:
+        process = subprocess.Popen([*command, str(killed)])
+        try:
+            assert process.wait(rng.uniform(6, 6 + 2 * (kills + 1))) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            time.sleep(0.2)
+    assert kills >= 2
+    for name in ("report.json", "metrics.jsonl"):
+        assert (killed / name).read_text() == (whole / name).read_text()

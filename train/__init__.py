@@ -1,0 +1,1 @@
+"""The training program: train or load a network, quantize it round by round, report."""

@@ -1,0 +1,199 @@
+"""What an experiment is: a frozen dataclass, a Python file that makes one, overrides by name."""
+
+import dataclasses
+import importlib.util
+import json
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxquant import LayerRule
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where images come from; see `train.data`."""
+
+    name: str = "digits"
+    dir: str = "data"  # of prepared data and, in downloads/manual, of archives placed by hand
+    allow_unofficial: bool = False  # accept archives placed by hand whose checksum is not known
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """One stage of training: SGD with momentum, linear warm-up, cosine to zero."""
+
+    epochs: tuple[int, ...] = (1,)  # of each round; a single number serves for all of them
+    learning_rate: float = 0.1
+    warmup_epochs: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 1e-4  # added to the gradient
+    distill_weight: float = 0.0  # of the float network's soft targets; 0: labels only
+    temperature: float = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize:
+    """The plan; see `jaxquant.slq` and `jaxquant.mlq`."""
+
+    method: str = "slq"  # slq, mlq, or none
+    bits: int = 5
+    rounds: tuple[int, ...] = (5, 9, 13, 15, 17)  # slq: clusters frozen after each round
+    groups: int = 3  # mlq
+    order: str = "boundaries_first"  # mlq
+    reverse: bool = False  # mlq
+    shares: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)  # mlq, order network
+    partition: str = "loss"
+    init: str = "optimal"
+    iterations: int = -1  # Lloyd passes; -1: until nothing changes
+    zero: bool = False
+    sensitivity: str = "none"  # none, or fisher: squared gradients weigh clusters and losses
+    sensitivity_batches: int = 32
+    recalibrate_batches: int = 0  # batch-norm statistics renewed after quantizing; 0: kept
+    rules: tuple[LayerRule, ...] | None = None  # set in the config's file only
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """An experiment."""
+
+    data: Data = Data()
+    model: str = "small_cnn"
+    init: str = ""  # PyTorch state_dict, .npz or .safetensors, to start from instead of training
+    fit: Fit = Fit(epochs=(20,))  # of the float network
+    quantize: Quantize = Quantize()
+    retrain: Fit = Fit(epochs=(2,), learning_rate=0.01)  # of each round
+    seed: int = 0
+    batch_size: int = 128
+    eval_batch_size: int = 500
+    steps_per_call: int = 0  # training steps in one XLA program; 0: 1 on CPU, else 50
+    plots: bool = True
+    tensorboard: bool = True
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return what `get_config()` of a Python file returns, with overrides like "fit.epochs=3".
+
+    Raises:
+      ValueError: for a file that gives no Config, an unknown name or a value that does not fit;
+        one line that says what was expected.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a config file, got no such file")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path}: expected a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise ValueError(f"{path}: expected get_config() to return a Config, got {type(config)}")
+    for override in overrides:
+        config = override_field(config, override)
+    validate(config)
+    return config
+
+
+def override_field(config: Any, override: str) -> Any:
+    """Return the config with one field set, by "name.of.field=value"."""
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"--config.{override}: expected --config.NAME=VALUE")
+    return _replace(config, name.split("."), text, f"--config.{name}")
+
+
+def _replace(node: Any, names: list[str], text: str, flag: str) -> Any:
+    fields = typing.get_type_hints(type(node))
+    head, *rest = names
+    if head not in fields:
+        raise ValueError(f"{flag}: expected one of {', '.join(fields)}, got {head!r}")
+    value = getattr(node, head)
+    if rest and not dataclasses.is_dataclass(value):
+        raise ValueError(f"{flag}: expected {head} to have fields, but it is a value")
+    if not rest and dataclasses.is_dataclass(value):
+        names = ", ".join(f"{head}.{f.name}" for f in dataclasses.fields(value))
+        raise ValueError(f"{flag}: expected one of its fields: {names}")
+    new = _replace(value, rest, text, flag) if rest else _parse(text, fields[head], flag)
+    return dataclasses.replace(node, **{head: new})
+
+
+def _parse(text: str, kind: Any, flag: str) -> Any:
+    """Convert the text of an override to the field's type."""
+    origin = typing.get_origin(kind)
+    if origin is not tuple and kind not in (bool, int, float, str):
+        raise ValueError(f"{flag}: set this in the config's file, not on the command line")
+    if origin is tuple:
+        entry = typing.get_args(kind)[0]
+        parts = text.strip("()[] ").rstrip(",").split(",")
+        return tuple(_parse(part.strip(), entry, flag) for part in parts)
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{flag}: expected true or false, got {text!r}")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{flag}: expected {kind.__name__}, got {text!r}") from None
+
+
+def validate(config: Config) -> None:
+    """Raise a ValueError, one line, for values that no run could use."""
+    quantize, fit, retrain = config.quantize, config.fit, config.retrain
+    _one_of("quantize.method", quantize.method, ("slq", "mlq", "none"))
+    _one_of("quantize.sensitivity", quantize.sensitivity, ("none", "fisher"))
+    _at_least("batch_size", config.batch_size, 1)
+    _at_least("eval_batch_size", config.eval_batch_size, 1)
+    _at_least("steps_per_call", config.steps_per_call, 0)
+    _at_least("seed", config.seed, 0)
+    _at_least("quantize.iterations", quantize.iterations, -1)
+    _at_least("quantize.sensitivity_batches", quantize.sensitivity_batches, 1)
+    _at_least("quantize.recalibrate_batches", quantize.recalibrate_batches, 0)
+    for name, stage in (("fit", fit), ("retrain", retrain)):
+        for epochs in stage.epochs:
+            _at_least(f"{name}.epochs", epochs, 0)
+        for field in ("learning_rate", "warmup_epochs", "momentum", "weight_decay"):
+            _at_least(f"{name}.{field}", getattr(stage, field), 0)
+        if not 0 <= stage.distill_weight <= 1:
+            raise ValueError(f"{name}.distill_weight: expected 0 to 1, got {stage.distill_weight}")
+        if not stage.temperature > 0:
+            raise ValueError(f"{name}.temperature: expected more than 0, got {stage.temperature}")
+    if len(fit.epochs) != 1:
+        raise ValueError(f"fit.epochs: expected one number, got {fit.epochs}")
+    if fit.distill_weight:
+        raise ValueError("fit.distill_weight: expected 0, the float network has no teacher")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ValueError(f"{name}: expected at least {least}, got {value!r}")
+
+
+def to_json(config: Config) -> str:
+    """Return the config as JSON, for the workdir."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def difference(old: str, new: str) -> str:
+    """Return the fields in which two configs in JSON differ, on one line; empty if none."""
+    flat_old, flat_new = (_flatten(json.loads(text)) for text in (old, new))
+    names = sorted(
+        name for name in {*flat_old, *flat_new} if flat_old.get(name) != flat_new.get(name)
+    )
+    return ", ".join(f"{name}: {flat_old.get(name)!r} -> {flat_new.get(name)!r}" for name in names)
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    dot = f"{prefix}." if prefix else ""
+    return {k: v for name, x in node.items() for k, v in _flatten(x, f"{dot}{name}").items()}

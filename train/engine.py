@@ -1,0 +1,342 @@
+"""The compiled parts of an experiment: train, evaluate, recalibrate, weigh, quantize.
+
+Images stay on the device as bytes; shuffling, augmentation and normalization are part of the
+compiled step, so that an accelerator does not wait for the host.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+import jaxquant as jq
+from train.config import Config, Fit
+from train.data import Dataset
+
+
+class TrainState(NamedTuple):
+    """What training changes."""
+
+    params: Any
+    batch_stats: Any  # empty for networks without batch normalization
+    opt_state: Any
+
+
+class Images(NamedTuple):
+    """A split on the device."""
+
+    images: jax.Array  # uint8 [N, H, W, C]
+    labels: jax.Array  # int32 [N]
+
+
+class Engine(NamedTuple):
+    """Jitted functions that share shapes: each compiles once for a whole run."""
+
+    start: Callable[[Any], TrainState]  # variables -> state with a fresh optimizer
+    train: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    evaluate: Callable[[Any, Any, Images], dict[str, float]]
+    recalibrate: Callable[..., Any]
+    sensitivity: Callable[..., Any]
+    steps_per_call: int
+
+
+def build(config: Config, dataset: Dataset, model: nn.Module, batch_model: nn.Module) -> Engine:
+    """Return the compiled functions for one network on one dataset.
+
+    Args:
+      config: of the experiment.
+      dataset: its normalization and augmentation.
+      model: the network.
+      batch_model: the same with `bn_momentum=0`: its new statistics are those of the batch.
+    """
+    prepare = functools.partial(_augment, dataset=dataset)
+    tx = _optimizer()
+    eval_batch = min(config.eval_batch_size, len(dataset.test_labels))
+    count_correct = functools.partial(_count_correct, model, dataset, eval_batch)
+    on_cpu = jax.default_backend() == "cpu"
+    # XLA on CPU runs convolutions inside a loop about 50 times slower than outside of one.
+    steps_per_call = config.steps_per_call or (1 if on_cpu else 50)
+    step = functools.partial(_train_step, config, model, tx, prepare)
+    return Engine(
+        start=lambda variables: TrainState(
+            variables["params"], variables.get("batch_stats", {}), tx.init(variables["params"])
+        ),
+        train=jax.jit(
+            functools.partial(_train_steps, step), static_argnames="distill", donate_argnums=0
+        ),
+        evaluate=functools.partial(_evaluate, eval_batch, jax.jit(count_correct)),
+        recalibrate=functools.partial(
+            _recalibrate,
+            config,
+            jax.jit(functools.partial(_batch_statistics, batch_model, prepare)),
+        ),
+        sensitivity=functools.partial(
+            _sensitivity, config, jax.jit(functools.partial(_squared_gradient, model, prepare))
+        ),
+        steps_per_call=steps_per_call,
+    )
+
+
+def learning_rates(stage: Fit, epochs: int, steps_per_epoch: int) -> jax.Array:
+    """Return the learning rate of every step of a stage: linear warm-up, then cosine to zero."""
+    total = max(1, epochs * steps_per_epoch)
+    warmup = min(int(stage.warmup_epochs * steps_per_epoch), total - 1)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else stage.learning_rate, stage.learning_rate, warmup, total
+    )
+    return schedule(jnp.arange(total)).astype(jnp.float32)
+
+
+def _optimizer() -> optax.GradientTransformationExtraArgs:
+    # The hyperparameters are part of the state: stages that differ in them share a program.
+    sgd = optax.inject_hyperparams(_sgd)(learning_rate=0.0, momentum=0.0, weight_decay=0.0)
+    return optax.chain(sgd, jq.freeze_quantized())
+
+
+def _sgd(
+    learning_rate: float, momentum: float, weight_decay: float
+) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum=momentum)
+    )
+
+
+def _normalize(images: jax.Array, dataset: Dataset) -> jax.Array:
+    mean = jnp.array(dataset.mean, jnp.float32)
+    std = jnp.array(dataset.std, jnp.float32)
+    return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def _augment(key: jax.Array, images: jax.Array, *, dataset: Dataset) -> jax.Array:
+    """Crop at random out of a black frame, mirror half of the images, normalize."""
+    crop_key, flip_key = jax.random.split(key)
+    if dataset.pad:
+        pad, (_, height, width, channels) = dataset.pad, images.shape
+        framed = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        corners = jax.random.randint(crop_key, (len(images), 2), 0, 2 * pad + 1)
+        crop = lambda x, at: jax.lax.dynamic_slice(  # noqa: E731
+            x, (at[0], at[1], 0), (height, width, channels)
+        )
+        images = jax.vmap(crop)(framed, corners)
+    if dataset.flip:
+        flips = jax.random.bernoulli(flip_key, 0.5, (len(images), 1, 1, 1))
+        images = jnp.where(flips, images[:, :, ::-1], images)
+    return _normalize(images, dataset)
+
+
+# Training ----------------------------------------------------------------------------------------
+
+
+def _loss(
+    config: Config,
+    model: nn.Module,
+    params: Any,
+    batch_stats: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    teacher_logits: jax.Array | None,
+) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+    variables = {"params": params, "batch_stats": batch_stats}
+    logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    if teacher_logits is not None:
+        weight, temperature = config.retrain.distill_weight, config.retrain.temperature
+        soft = optax.losses.kl_divergence(
+            jax.nn.log_softmax(logits / temperature), jax.nn.softmax(teacher_logits / temperature)
+        ).mean()
+        loss = (1 - weight) * loss + weight * temperature**2 * soft
+    correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels)
+    return loss, (new.get("batch_stats", {}), correct)
+
+
+def _train_step(
+    config: Config,
+    model: nn.Module,
+    tx: optax.GradientTransformationExtraArgs,
+    prepare: Callable[..., jax.Array],
+    state: TrainState,
+    frozen: Any,
+    teacher: Any,
+    data: Images,
+    index: jax.Array,
+    key: jax.Array,
+    learning_rate: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    images, labels = prepare(key, data.images[index]), data.labels[index]
+    teacher_logits = None if teacher is None else model.apply(teacher, images, train=False)
+    grad = jax.value_and_grad(_loss, argnums=2, has_aux=True)
+    (loss, (batch_stats, correct)), gradient = grad(
+        config, model, state.params, state.batch_stats, images, labels, teacher_logits
+    )
+    opt_state = optax.tree.set(state.opt_state, learning_rate=learning_rate)
+    updates, opt_state = tx.update(gradient, opt_state, state.params, frozen=frozen)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params, batch_stats, opt_state), {"loss": loss, "correct": correct}
+
+
+def _train_steps(
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+    state: TrainState,
+    frozen: Any,
+    teacher: Any,
+    data: Images,
+    order: jax.Array,
+    first_step: jax.Array,
+    key: jax.Array,
+    learning_rates: jax.Array,
+    *,
+    distill: bool,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Run a step for each learning rate [steps], on rows of `order` [steps, batch].
+
+    Returns the new state and the sums of loss and correct answers.
+    """
+    teacher = teacher if distill else None
+
+    def one(state: TrainState, inputs: tuple[jax.Array, ...]):
+        index, number, learning_rate = inputs
+        own_key = jax.random.fold_in(key, number)
+        return step(state, frozen, teacher, data, index, own_key, learning_rate)
+
+    numbers = first_step + jnp.arange(len(learning_rates))
+    if len(learning_rates) == 1:
+        return one(state, (order[0], numbers[0], learning_rates[0]))
+    state, metrics = jax.lax.scan(one, state, (order, numbers, learning_rates))
+    return state, jax.tree.map(jnp.sum, metrics)
+
+
+def set_stage(state: TrainState, stage: Fit) -> TrainState:
+    """Return the state with this stage's momentum and weight decay."""
+    opt_state = optax.tree.set(
+        state.opt_state,
+        momentum=jnp.float32(stage.momentum),
+        weight_decay=jnp.float32(stage.weight_decay),
+    )
+    return state._replace(opt_state=opt_state)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def epoch_order(key: jax.Array, size: int, batch_size: int) -> jax.Array:
+    """Return a random order of all examples, [steps, batch_size]; the remainder sits out."""
+    steps = max(1, size // batch_size)
+    return jax.random.permutation(key, size)[: steps * batch_size].reshape(steps, -1)
+
+
+# Measuring ---------------------------------------------------------------------------------------
+
+
+def _count_correct(
+    model: nn.Module,
+    dataset: Dataset,
+    batch_size: int,
+    variables: Any,
+    data: Images,
+    start: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Return correct answers and summed cross-entropy of a batch; labels below 0 do not count."""
+    batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, batch_size), data)
+    logits = model.apply(variables, _normalize(batch.images, dataset), train=False)
+    known, labels = batch.labels >= 0, jnp.maximum(batch.labels, 0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    correct = (jnp.argmax(logits, axis=-1) == labels) & known
+    return jnp.sum(correct), jnp.sum(jnp.where(known, losses, 0.0))
+
+
+def _evaluate(
+    batch_size: int,
+    count_correct: Callable[..., tuple[jax.Array, jax.Array]],
+    params: Any,
+    batch_stats: Any,
+    data: Images,
+) -> dict[str, float]:
+    """Return accuracy (share) and mean cross-entropy on a split."""
+    variables = {"params": params, "batch_stats": batch_stats}
+    size = len(data.labels)
+    missing = -size % batch_size  # the last batch is filled up
+    padded = Images(
+        jnp.pad(data.images, ((0, missing), (0, 0), (0, 0), (0, 0))),
+        jnp.pad(data.labels, (0, missing), constant_values=-1),
+    )
+    sums = [count_correct(variables, padded, start) for start in range(0, size, batch_size)]
+    correct, loss = (sum(float(x) for x in column) for column in zip(*sums, strict=True))
+    return {"accuracy": correct / size, "loss": loss / size}
+
+
+def _batch_statistics(
+    batch_model: nn.Module,
+    prepare: Callable[..., jax.Array],
+    variables: Any,
+    data: Images,
+    index: jax.Array,
+    key: jax.Array,
+) -> Any:
+    images = prepare(key, data.images[index])
+    _, new = batch_model.apply(variables, images, train=True, mutable=["batch_stats"])
+    return new["batch_stats"]
+
+
+def _recalibrate(
+    config: Config,
+    statistics: Callable[..., Any],
+    params: Any,
+    batch_stats: Any,
+    data: Images,
+    key: jax.Array,
+) -> Any:
+    """Return batch-norm statistics averaged over batches of training images; weights stay."""
+    batches = config.quantize.recalibrate_batches
+    if not batches or not jax.tree.leaves(batch_stats):
+        return batch_stats
+    order = epoch_order(key, len(data.labels), min(config.batch_size, len(data.labels)))
+    variables = {"params": params, "batch_stats": batch_stats}
+    total = None
+    for i in range(batches):
+        row = statistics(variables, data, order[i % len(order)], jax.random.fold_in(key, i))
+        total = row if total is None else jax.tree.map(jnp.add, total, row)
+    return jax.tree.map(lambda x: x / batches, total)
+
+
+def _squared_gradient(
+    model: nn.Module,
+    prepare: Callable[..., jax.Array],
+    variables: Any,
+    data: Images,
+    index: jax.Array,
+    key: jax.Array,
+) -> Any:
+    images, labels = prepare(key, data.images[index]), data.labels[index]
+
+    def loss(params: Any) -> jax.Array:
+        logits = model.apply({**variables, "params": params}, images, train=False)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return jax.tree.map(jnp.square, jax.grad(loss)(variables["params"]))
+
+
+def _sensitivity(
+    config: Config,
+    squared_gradient: Callable[..., Any],
+    params: Any,
+    batch_stats: Any,
+    data: Images,
+    key: jax.Array,
+) -> Any:
+    """Return the mean of squared gradients over batches, or None if the plan does not want it.
+
+    The gradient is that of a batch's mean loss: the diagonal Fisher information up to a factor
+    that all weights share, as long as gradients of different examples are uncorrelated.
+    """
+    if config.quantize.sensitivity == "none":
+        return None
+    batches = config.quantize.sensitivity_batches
+    order = epoch_order(key, len(data.labels), min(config.batch_size, len(data.labels)))
+    variables = {"params": params, "batch_stats": batch_stats}
+    total = None
+    for i in range(batches):
+        row = squared_gradient(variables, data, order[i % len(order)], jax.random.fold_in(key, i))
+        total = row if total is None else jax.tree.map(jnp.add, total, row)
+    return jax.tree.map(lambda x: x / batches, total)

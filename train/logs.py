@@ -1,0 +1,96 @@
+"""What a run tells: a progress bar or lines, metrics.jsonl, TensorBoard."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Log:
+    """Events of a run, in memory, in metrics.jsonl and, for numbers, in TensorBoard.
+
+    `events` holds everything up to the last checkpoint, so that a resumed run writes the same file
+    as one that was never stopped.
+    """
+
+    def __init__(
+        self, workdir: Path, events: list[dict[str, Any]], *, step: int, tensorboard: bool
+    ):
+        """Write the events so far, all from before `step`, and go on after them."""
+        self.events = list(events)
+        self._path = workdir / "metrics.jsonl"
+        write_text(self._path, "".join(json.dumps(event) + "\n" for event in self.events))
+        self._writer = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(
+                str(workdir / "tensorboard"), flush_secs=10, purge_step=step
+            )
+
+    def add(self, kind: str, step: int, **values: Any) -> None:
+        """Record one event; `step` counts epochs from the start of the run."""
+        event = {"kind": kind, "step": step, **values}
+        self.events.append(event)
+        with self._path.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+        if self._writer is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def say(message: str) -> None:
+    """Print a line, above a progress bar if there is one."""
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def progress(
+    items: Iterable[Any], *, title: str, unit: str, size: int, total: int
+) -> Iterator[Any]:
+    """Yield the items; on a terminal with a bar and the time left, else a line now and then.
+
+    Args:
+      items: to go through.
+      title: of the bar.
+      unit: of the speed, such as "img".
+      size: units an item.
+      total: number of items.
+    """
+    if sys.stderr.isatty():
+        bar = tqdm(total=total * size, desc=title, unit=unit, leave=False, unit_scale=True)
+        for item in items:
+            yield item
+            bar.update(size)
+        bar.close()
+        return
+    start = last = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - last > 30 and done < total:
+            last = now
+            speed = done * size / (now - start)
+            left = (now - start) / done * (total - done)
+            say(f"{title}: {done}/{total}, {speed:,.0f} {unit}/s, {left:,.0f} s left")

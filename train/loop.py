@@ -1,0 +1,352 @@
+"""One experiment from start to end: train or load, then rounds of quantizing and re-training."""
+
+import dataclasses
+import itertools
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import jaxquant as jq
+from train import config as configs
+from train import data, engine, models, pretrained, summary
+from train.checkpoints import Checkpoints
+from train.config import Config, Fit
+from train.logs import Log, progress, say, write_text
+
+_SAVE_SECONDS = 60  # between checkpoints within a stage; each stage ends in one
+
+_quantize_round = jax.jit(jq.quantize_round, static_argnums=0)
+
+
+class Job(NamedTuple):
+    """A checked experiment: nothing in it has touched a device yet."""
+
+    config: Config
+    workdir: Path
+    dataset: data.Dataset
+    model: nn.Module
+    shapes: Any  # variables as shape and dtype structs
+    initial: Any  # variables from config.init, as NumPy arrays, or None
+    plan: jq.Plan | None
+
+
+class Unit(NamedTuple):
+    """A step of the run: an epoch, or a stage without epochs."""
+
+    round: int  # -1: the float network
+    epoch: int  # within the stage
+    epochs: int  # of the stage
+
+    @property
+    def first(self) -> bool:
+        """Whether a stage starts."""
+        return self.epoch == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether a stage ends."""
+        return self.epoch >= self.epochs - 1
+
+
+class RunState(NamedTuple):
+    """Everything that a checkpoint holds, besides the log."""
+
+    train: engine.TrainState
+    quant: Any  # QuantState, or () without a plan
+    reference: Any  # float variables: teacher, and what errors are measured against
+
+
+def prepare(config: Config, workdir: Path) -> Job:
+    """Check an experiment and claim its workdir, before any device work.
+
+    Raises:
+      ValueError, OSError: as `check`, and for a workdir of another config.
+    """
+    job = check(config)
+    _claim(config, workdir)
+    return job._replace(workdir=workdir)
+
+
+def check(config: Config) -> Job:
+    """Check everything that a user may have got wrong, before any device work.
+
+    Raises:
+      ValueError, OSError: with one line that says what is wrong and where.
+    """
+    dataset = data.load(
+        config.data.name,
+        data_dir=config.data.dir,
+        allow_unofficial=config.data.allow_unofficial,
+    )
+    if config.batch_size > len(dataset.train_labels):
+        raise ValueError(
+            f"batch_size: expected at most {len(dataset.train_labels)}, got {config.batch_size}"
+        )
+    model = models.build(config.model, num_classes=dataset.num_classes)
+    shapes = jax.eval_shape(lambda: _init(model, dataset, config.seed))
+    initial = pretrained.load(config.init, shapes) if config.init else None
+    if initial is None and not config.fit.epochs[0]:
+        raise ValueError("expected init=FILE or fit.epochs above 0, got neither")
+    plan = make_plan(config, shapes["params"])
+    if plan is not None and len(config.retrain.epochs) not in (1, plan.num_rounds):
+        raise ValueError(
+            f"retrain.epochs: expected 1 or {plan.num_rounds} numbers, one a round, "
+            f"got {len(config.retrain.epochs)}"
+        )
+    return Job(config, Path(), dataset, model, shapes, initial, plan)
+
+
+def _init(model: nn.Module, dataset: data.Dataset, seed: int) -> Any:
+    image = jnp.zeros((1, *dataset.train_images.shape[1:]))
+    return model.init(jax.random.key(seed), image, train=False)
+
+
+def _claim(config: Config, workdir: Path) -> None:
+    """Create the workdir, or refuse one that another config has been run in."""
+    path, text = workdir / "config.json", configs.to_json(config)
+    if path.is_file():
+        changed = configs.difference(path.read_text(), text)
+        if changed:
+            raise ValueError(f"{workdir}: expected the config it was started with, got {changed}")
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
+def make_plan(config: Config, params: Any) -> jq.Plan | None:
+    """Return the config's plan, or None."""
+    q = config.quantize
+    clustering: dict[str, Any] = {
+        "bits": q.bits,
+        "rules": q.rules,
+        "partition": q.partition,
+        "init": q.init,
+        "iterations": None if q.iterations < 0 else q.iterations,
+        "zero": q.zero,
+    }
+    if q.method == "none":
+        return None
+    if q.method == "slq":
+        return jq.slq(params, rounds=q.rounds, **clustering)
+    return jq.mlq(
+        params, groups=q.groups, order=q.order, reverse=q.reverse, rounds=q.shares, **clustering
+    )
+
+
+def units(config: Config, plan: jq.Plan | None) -> list[Unit]:
+    """Return the run as a list: the float network's epochs, then those of each round."""
+    rounds = plan.num_rounds if plan is not None else 0
+    retrain = config.retrain.epochs * (1 if len(config.retrain.epochs) == rounds else rounds)
+    stages = [(-1, config.fit.epochs[0]), *enumerate(retrain[:rounds])]
+    return [
+        Unit(round_, epoch, epochs) for round_, epochs in stages for epoch in range(max(1, epochs))
+    ]
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Run, or continue, an experiment; returns the content of report.json."""
+    config, dataset = job.config, job.dataset
+    functions = _functions(job)
+    train_data = engine.Images(jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels))
+    test_data = engine.Images(jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels))
+    checkpoints = Checkpoints(job.workdir / "checkpoints")
+    state, done, events = _start(job, functions, checkpoints)
+    log = Log(job.workdir, events, step=done, tensorboard=config.tensorboard)
+    worker = _Worker(job, functions, train_data, test_data, log)
+    plan_units = units(config, job.plan)
+    saved = time.monotonic()
+    for number, unit in itertools.islice(enumerate(plan_units), done, None):
+        state = worker.work(number, unit, state)
+        if unit.last or time.monotonic() - saved > _SAVE_SECONDS:
+            checkpoints.save(number, state, {"done": number + 1, "events": log.events})
+            saved = time.monotonic()
+    checkpoints.close()
+    log.close()
+    return summary.write(job, state, log.events)
+
+
+def _functions(job: Job) -> engine.Engine:
+    batch_model = models.build(
+        job.config.model, num_classes=job.dataset.num_classes, bn_momentum=0.0
+    )
+    return engine.build(job.config, job.dataset, job.model, batch_model)
+
+
+def _fresh(job: Job, functions: engine.Engine) -> RunState:
+    """Return the state at the start of a run."""
+    variables = job.initial
+    if variables is None:
+        variables = jax.jit(lambda: _init(job.model, job.dataset, job.config.seed))()
+    variables = jax.tree.map(jnp.asarray, dict(variables))
+    quant: Any = () if job.plan is None else jq.init(job.plan, variables["params"])
+    # A copy: the training step gives its arguments' memory to its results.
+    return RunState(functions.start(variables), quant, jax.tree.map(jnp.copy, variables))
+
+
+def _start(
+    job: Job, functions: engine.Engine, checkpoints: Checkpoints
+) -> tuple[RunState, int, list[dict[str, Any]]]:
+    """Return the state to go on from, the number of units done, and the log so far."""
+    fresh = _fresh(job, functions)
+    restored = checkpoints.restore(fresh)
+    if restored is None:
+        return fresh, 0, []
+    state, record = restored
+    say(f"{job.workdir}: continuing after {record['done']} of its steps")
+    return state, record["done"], record["events"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Worker:
+    """Does the units of a run."""
+
+    job: Job
+    functions: engine.Engine
+    train_data: engine.Images
+    test_data: engine.Images
+    log: Log
+
+    def work(self, number: int, unit: Unit, state: RunState) -> RunState:
+        """Do one unit: quantize if a round starts, train an epoch, measure if a stage ends."""
+        started = time.monotonic()
+        if unit.first:
+            state = self._begin_stage(number, unit, state)
+        if unit.epochs:
+            state = self._train_epoch(number, unit, state)
+        if not unit.last:
+            return state
+        result = self._evaluate(state)
+        if unit.round < 0:
+            self.log.add("float", number, **result)
+            variables = {"params": state.train.params, "batch_stats": state.train.batch_stats}
+            state = state._replace(reference=jax.tree.map(jnp.copy, variables))
+            say(f"float: accuracy {result['accuracy']:.2%}")
+        else:
+            self.log.add("retrained", number, round=unit.round + 1, **result)
+            seconds = time.monotonic() - started
+            say(
+                f"round {unit.round + 1}: {result['accuracy']:.2%} after re-training "
+                f"({unit.epochs} epochs, the last took {seconds:.0f} s)"
+            )
+        return state
+
+    def _begin_stage(self, number: int, unit: Unit, state: RunState) -> RunState:
+        config = self.job.config
+        if unit.round >= 0:
+            state = self._quantize(number, unit, state)
+        stage = config.fit if unit.round < 0 else config.retrain
+        variables = {"params": state.train.params, "batch_stats": state.train.batch_stats}
+        return state._replace(train=engine.set_stage(self.functions.start(variables), stage))
+
+    def _quantize(self, number: int, unit: Unit, state: RunState) -> RunState:
+        plan = self.job.plan
+        assert plan is not None
+        params, batch_stats = state.train.params, state.train.batch_stats
+        key = self._key(number, 1)
+        sensitivity = self.functions.sensitivity(params, batch_stats, self.train_data, key)
+        params, quant, info = _quantize_round(
+            plan, params, state.quant, sensitivity=sensitivity, key=self._key(number, 2)
+        )
+        diverged = [path for path, finite in info.finite.items() if not bool(jnp.all(finite))]
+        if diverged:
+            raise FloatingPointError(
+                f"round {unit.round + 1}: training diverged, NaN or infinite weights in "
+                f"{', '.join(diverged)}; the last checkpoint is from before this round"
+            )
+        batch_stats = self.functions.recalibrate(
+            params, batch_stats, self.train_data, self._key(number, 3)
+        )
+        state = state._replace(
+            quant=quant, train=state.train._replace(params=params, batch_stats=batch_stats)
+        )
+        result = self._evaluate(state)
+        record = summary.round_record(plan, info)
+        self.log.add("quantized", number, round=unit.round + 1, **result, **record)
+        say(
+            f"round {unit.round + 1}/{plan.num_rounds}: {record['weights_frozen']:.1%} frozen, "
+            f"{result['accuracy']:.2%} after quantizing"
+        )
+        return state
+
+    def _train_epoch(self, number: int, unit: Unit, state: RunState) -> RunState:
+        config = self.job.config
+        stage: Fit = config.fit if unit.round < 0 else config.retrain
+        order = engine.epoch_order(
+            self._key(number, 4), len(self.train_data.labels), config.batch_size
+        )
+        steps = len(order)
+        rates = engine.learning_rates(stage, unit.epochs, steps)
+        rates = rates[unit.epoch * steps : (unit.epoch + 1) * steps]
+        frozen = self._frozen(state)
+        size = self.functions.steps_per_call
+        title = "float" if unit.round < 0 else f"round {unit.round + 1}"
+        train, sums = state.train, []
+        starts = progress(
+            range(0, steps, size),
+            title=f"{title}, epoch {unit.epoch + 1}/{unit.epochs}",
+            unit="img",
+            size=size * config.batch_size,
+            total=-(-steps // size),
+        )
+        for start in starts:
+            train, metrics = self.functions.train(
+                train,
+                frozen,
+                state.reference,
+                self.train_data,
+                order[start : start + size],
+                jnp.int32(start),
+                self._key(number, 5),
+                rates[start : start + size],
+                distill=unit.round >= 0 and config.retrain.distill_weight > 0,
+            )
+            sums.append(jax.block_until_ready(metrics))
+        loss = sum(float(x["loss"]) for x in sums) / steps
+        correct = sum(float(x["correct"]) for x in sums) / (steps * config.batch_size)
+        if not loss < float("inf"):
+            raise FloatingPointError(f"{title}, epoch {unit.epoch + 1}: training diverged")
+        self.log.add("epoch", number, round=unit.round + 1, loss=loss, train_accuracy=correct)
+        return state._replace(train=train)
+
+    def _frozen(self, state: RunState) -> Any:
+        if self.job.plan is None:
+            return jax.tree.map(lambda _: jnp.bool_(False), state.train.params)
+        return state.quant.frozen
+
+    def _evaluate(self, state: RunState) -> dict[str, float]:
+        return self.functions.evaluate(state.train.params, state.train.batch_stats, self.test_data)
+
+    def _key(self, number: int, purpose: int) -> jax.Array:
+        """Keys depend on the seed and the unit alone: a resumed run draws the same numbers."""
+        key = jax.random.fold_in(jax.random.key(self.job.config.seed), number)
+        return jax.random.fold_in(key, purpose)
+
+
+def evaluate(config: Config, workdir: Path | None) -> dict[str, float]:
+    """Return accuracy and loss of config.init, or of the workdir's latest checkpoint."""
+    if not config.init and workdir is None:
+        raise ValueError("expected --config.init=FILE or --workdir DIR, got neither")
+    if config.init:
+        config = dataclasses.replace(config, fit=dataclasses.replace(config.fit, epochs=(0,)))
+    elif not (workdir / "checkpoints").is_dir():  # type: ignore[operator]
+        raise ValueError(f"{workdir}: expected a workdir with checkpoints, got none")
+    job = check(config)
+    functions = _functions(job)
+    if config.init:
+        variables = jax.tree.map(jnp.asarray, dict(job.initial))
+    else:
+        checkpoints = Checkpoints(workdir / "checkpoints")  # type: ignore[operator]
+        restored = checkpoints.restore(_fresh(job, functions))
+        checkpoints.close()
+        if restored is None:
+            raise ValueError(f"{workdir}: expected at least one checkpoint, got none")
+        train = restored[0].train
+        variables = {"params": train.params, "batch_stats": train.batch_stats}
+    test_data = engine.Images(
+        jnp.asarray(job.dataset.test_images), jnp.asarray(job.dataset.test_labels)
+    )
+    return functions.evaluate(variables["params"], variables.get("batch_stats", {}), test_data)

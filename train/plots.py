@@ -1,0 +1,525 @@
+"""Figures of a run as PNG files: accuracy over the rounds, weights and codebooks, errors.
+
+Every function takes plain NumPy arrays and mappings and returns the figure it has written. Values
+that are not finite are skipped; a panel with nothing to show says so. Figures are built without
+pyplot, so there is no global state, and are put in place by a rename, so that a reader never sees
+half a file.
+"""
+
+import math
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
+
+_DPI = 150
+_COLUMN = 3.5  # Inches: one column of a two-column paper, and the whole page.
+_PAGE = 7.0
+_BINS = 50
+
+# Okabe and Ito (2008): told apart with any common colour blindness, and in grey.
+_BLUE = "#0072B2"  # What is still free, or has been re-trained.
+_ORANGE = "#D55E00"  # What quantization has done.
+_GREEN = "#009E73"
+_GREY = "#8c8c8c"  # The float network.
+_MARKERS = "osD^vX"
+
+_WEIGHT_LABELS = (
+    "float, per bin",
+    "free, per bin",
+    "frozen, per centroid",
+    "centroid, none frozen",
+)
+
+_STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#404040",
+    "axes.grid": True,
+    "axes.labelsize": 8,
+    "axes.linewidth": 0.6,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 7,
+    "figure.dpi": _DPI,
+    "figure.constrained_layout.h_pad": 0.03,
+    "figure.constrained_layout.w_pad": 0.03,
+    "font.size": 8,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.5,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "savefig.dpi": _DPI,
+    "text.parse_math": False,  # A layer's name may hold any character.
+    "xtick.labelsize": 7,
+    "xtick.major.size": 2,
+    "xtick.major.width": 0.6,
+    "ytick.labelsize": 7,
+    "ytick.major.size": 2,
+    "ytick.major.width": 0.6,
+}
+
+
+def plot_rounds(
+    path: str | os.PathLike[str], *, float_accuracy: float, rounds: Sequence[Mapping]
+) -> Figure:
+    """Draw accuracy and the share of frozen weights over the rounds.
+
+    The upper panel is a saw-tooth: each round begins with the drop that quantization causes and
+    ends where re-training has brought the network back to. Where a few drops are so deep that the
+    re-trained accuracies could not be told apart, the axis is cut and the values below it are
+    written at its foot. The lower panel shows the frozen share after each round.
+
+    Args:
+      path: PNG file to write; its folder is made.
+      float_accuracy: Accuracy of the float network, in [0, 1].
+      rounds: One mapping per round: "round" (int, from 1), "accuracy_quantized" (in [0, 1], before
+        re-training), "accuracy" (in [0, 1], after it), "weights_frozen" (share of the selected
+        weights, in [0, 1]). None, NaN and a missing accuracy or share are skipped.
+
+    Returns:
+      The figure, one column wide.
+    """
+    return _write(path, lambda: _draw_rounds(float_accuracy, rounds))
+
+
+def plot_weights(
+    path: str | os.PathLike[str],
+    *,
+    weights: Mapping[str, np.ndarray],
+    codebooks: Mapping[str, np.ndarray],
+    frozen: Mapping[str, np.ndarray],
+    before: Mapping[str, np.ndarray],
+) -> Figure:
+    """Draw the weights of each layer before and after, with the centroids.
+
+    In a layer's panel the grey histogram holds its float weights and the blue one those still free,
+    with equal bins, 50 to a panel. A stem at each centroid is as high as the share of the weights
+    frozen there; a blue tick on the axis is a centroid that holds none. All three are shares of the
+    layer's weights, so stems and blue bins add up to 100 %; about one weight in a thousand, far
+    out, may lie outside the panel. The height is the square root of the share: a ternary layer's
+    stems of 60 % and the tails of a histogram can both be read, and zero stays zero, which a
+    logarithm would not allow.
+
+    Args:
+      path: PNG file to write; its folder is made.
+      weights: Current weights of each layer by path, any shape; panels keep this order.
+      codebooks: Centroids of each layer, [k] (or [..., k], all of which are drawn).
+      frozen: True where a weight is frozen, shaped like the weights or a scalar.
+      before: Float weights of each layer before quantization.
+
+    Returns:
+      The figure, one page wide (half as wide for a single layer).
+
+    Raises:
+      ValueError: A layer is missing from one of the mappings, or its mask has another shape.
+    """
+    for name, mapping in (("codebooks", codebooks), ("frozen", frozen), ("before", before)):
+        if missing := [layer for layer in weights if layer not in mapping]:
+            raise ValueError(f"{missing[0]}: expected an entry in {name}, got none")
+    for layer, array in weights.items():
+        shape, mask = np.shape(array), np.shape(frozen[layer])
+        if mask not in (shape, ()):
+            raise ValueError(f"{layer}: expected a mask of shape {shape}, got {mask}")
+    return _write(path, lambda: _draw_weights(weights, codebooks, frozen, before))
+
+
+def plot_errors(
+    path: str | os.PathLike[str], *, layers: Mapping[str, Sequence[float]], labels: Sequence[str]
+) -> Figure:
+    """Draw the quantization error of each layer on a log scale, one series per label.
+
+    Layers are rows, the first one on top, so that names stay readable for any number of them. Up
+    to three series have colours of their own; more are taken to be ordered, dark to light. Values
+    that a log scale cannot show (zero, NaN) are left out and counted below the axis.
+
+    Args:
+      path: PNG file to write; its folder is made.
+      layers: Relative squared error ||w - q||^2 / ||w||^2 of each layer by path, one value per
+        label; rows keep this order.
+      labels: Names of the series.
+
+    Returns:
+      The figure, one column wide, as high as the layers need.
+
+    Raises:
+      ValueError: A layer has more or fewer values than there are labels.
+    """
+    for layer, values in layers.items():
+        if len(values) != len(labels):
+            raise ValueError(f"{layer}: expected {len(labels)} errors, got {len(values)}")
+    return _write(path, lambda: _draw_errors(layers, labels))
+
+
+def _write(path: str | os.PathLike[str], draw: Callable[[], Figure]) -> Figure:
+    """Draw and save in our style, whatever the user's own matplotlib settings are."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    with matplotlib.style.context(["default", _STYLE]):
+        figure = draw()
+        FigureCanvasAgg(figure)
+        try:
+            figure.savefig(temporary, format="png", dpi=_DPI)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return figure
+
+
+def _draw_rounds(float_accuracy: float, rounds: Sequence[Mapping]) -> Figure:
+    figure = Figure(figsize=(_COLUMN, 2.9), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2.4, 1))
+    number = np.array([r["round"] for r in rounds], np.float64)
+    quantized, trained, share = (
+        np.array([_percent(r.get(name)) for r in rounds])
+        for name in ("accuracy_quantized", "accuracy", "weights_frozen")
+    )
+    reference = _percent(float_accuracy)
+
+    # A round spans [r - 1/4, r + 1/4]: quantized where it begins, re-trained where it ends.
+    x = np.stack([number - 0.25, number + 0.25], axis=1).ravel()
+    y = np.stack([quantized, trained], axis=1).ravel()
+    if math.isfinite(reference):
+        upper.axhline(reference, color=_GREY, linewidth=1, dashes=(4, 2), label="float")
+        x, y = np.append(number.min(initial=1) - 0.75, x), np.append(reference, y)
+    drawn = np.isfinite(y)
+    upper.plot(x[drawn], y[drawn], color="#b0b0b0", linewidth=0.8)
+    size = 4 if len(number) <= 12 else 2.5
+    marker = {"linestyle": "none", "markersize": size, "zorder": 3}
+    upper.plot(number - 0.25, quantized, "v", color=_ORANGE, label="quantized", **marker)
+    upper.plot(number + 0.25, trained, "o", color=_BLUE, label="re-trained", **marker)
+    if drawn.any():
+        low = _accuracy_limits(upper, np.append(trained, reference), quantized)
+        _mark_cut(upper, number - 0.25, quantized, low)
+        handles, names = upper.get_legend_handles_labels()
+        figure.legend(
+            handles, names, loc="outside upper center", ncols=3, columnspacing=1.2, handlelength=1.8
+        )
+    if not (np.isfinite(quantized) | np.isfinite(trained)).any():
+        _note(upper, "no accuracies")
+    upper.set_ylabel("accuracy (%)")
+
+    lower.bar(number, share, width=0.5, color=_ORANGE, linewidth=0)
+    if not np.isfinite(share).any():
+        _note(lower, "no frozen shares")
+    lower.set_ylabel("frozen (%)")
+    lower.set_ylim(0, 105)
+    lower.set_yticks([0, 50, 100])
+    lower.set_xlabel("round")
+    lower.set_xlim(number.min(initial=1) - 0.85, number.max(initial=1) + 0.6)
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=12))
+    for axes in (upper, lower):
+        axes.grid(False, axis="x")
+    figure.align_ylabels()
+    return figure
+
+
+def _accuracy_limits(axes: Axes, kept: np.ndarray, quantized: np.ndarray) -> float:
+    """Set the y range, in %; return its lower end.
+
+    The values in `kept` always lie within. Those right after quantization do too, unless `kept`
+    would then cover less than a tenth of the range.
+    """
+    kept, quantized = kept[np.isfinite(kept)], quantized[np.isfinite(quantized)]
+    every = np.concatenate([kept, quantized])
+    low, high = every.min(), every.max()
+    spread = max(np.ptp(kept), 0.5) if kept.size > 1 else math.inf
+    cut = high - low > 10 * spread
+    if cut:
+        low = every[every >= high - 5 * spread].min()
+    margin = max(0.08 * (high - low), 0.1)
+    bottom = low - (2 if cut else 1) * margin  # Room for what is written at the foot.
+    while np.any(np.abs(quantized - bottom) < margin / 2):
+        bottom -= margin / 2
+    axes.set_ylim(bottom, high + margin)
+    if bottom < 0 or high + margin > 100:
+        axes.set_yticks([t for t in axes.get_yticks() if max(bottom, 0) <= t <= 100])
+    return bottom
+
+
+def _mark_cut(axes: Axes, x: np.ndarray, y: np.ndarray, low: float) -> None:
+    """Write the values below the lower end of the axis at its foot, as many as fit."""
+    for position, value in zip(x, y, strict=True):
+        if value < low and len(x) <= 12:
+            axes.annotate(
+                f"↓{value:.0f}",
+                (position, 0),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 2),
+                textcoords="offset points",
+                color=_ORANGE,
+                fontsize=6,
+                ha="center",
+                va="bottom",
+                bbox={"facecolor": "white", "linewidth": 0, "pad": 0.8},
+            )
+
+
+def _draw_weights(
+    weights: Mapping[str, np.ndarray],
+    codebooks: Mapping[str, np.ndarray],
+    frozen: Mapping[str, np.ndarray],
+    before: Mapping[str, np.ndarray],
+) -> Figure:
+    count = max(len(weights), 1)
+    columns = count if count <= 3 else 4 if count <= 8 else 5 if count <= 30 else 6
+    rows = -(-count // columns)
+    height = {1: 2.0, 2: 1.6}.get(rows, 1.25 if rows <= 6 else 0.92)
+    small = {"labelsize": 6} if columns > 4 else {}
+    figure = Figure(
+        figsize=(_PAGE if count > 1 else _COLUMN, rows * height + 0.5), layout="constrained"
+    )
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    panels = grid.ravel()
+    tops = [
+        _draw_layer(axes, *(mapping[layer] for mapping in (weights, codebooks, frozen, before)))
+        for axes, layer in zip(panels, weights, strict=False)
+    ]
+    for axes, title in zip(
+        panels, _titles(weights, length=(50 if count == 1 else 108 // columns)), strict=False
+    ):
+        axes.set_title(title, pad=2)
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    top = max(tops, default=0.0) or 1.0
+    for axes in panels:
+        axes.set_yscale("function", functions=(_signed_sqrt, _signed_square))
+        axes.set_yticks(_share_ticks(top, points=72 * (height - 0.4)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(0, 1.15 * top)
+        axes.tick_params(**small)
+        axes.grid(False, axis="x")
+    if not weights:
+        _note(panels[0], "no layers")
+        panels[0].set_xticks([])
+    figure.supylabel("share of weights (%)", fontsize=8)
+    figure.supxlabel("weight", fontsize=8)
+    artists = {
+        artist.get_label(): artist for axes in panels for artist in (*axes.patches, *axes.lines)
+    }
+    handles = [artists[label] for label in _WEIGHT_LABELS if label in artists]
+    if handles:
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    return figure
+
+
+def _draw_layer(
+    axes: Axes, weights: np.ndarray, codebook: np.ndarray, frozen: np.ndarray, before: np.ndarray
+) -> float:
+    """Draw one panel of `plot_weights`; return its largest share, in %."""
+    weights, codebook, before = (
+        np.asarray(a, np.float32).ravel() for a in (weights, codebook, before)
+    )
+    frozen = np.broadcast_to(np.asarray(frozen, bool).ravel(), weights.shape)
+    size, lost = weights.size, int(np.count_nonzero(~np.isfinite(weights)))
+    finite = np.isfinite(weights)
+    free, shared = weights[finite & ~frozen], weights[finite & frozen]
+    codebook, before = np.sort(codebook[np.isfinite(codebook)]), before[np.isfinite(before)]
+    drawn = np.concatenate([before, weights[finite], codebook])
+    if not drawn.size:
+        _note(axes, "no weights" if not size else "no finite weights")
+        axes.set_xticks([])
+        return 0.0
+
+    low, high = _view(before if before.size else drawn, codebook)
+    axes.set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+    axes.set_xticks(*_weight_ticks(low, high))
+    edges = _edges(low, high, float(drawn.min()), float(drawn.max()))
+    top = 0.0
+    for label, values, total, fill, color in (
+        (_WEIGHT_LABELS[0], before, before.size, "#d4d4d4", _GREY),
+        (_WEIGHT_LABELS[1], free, size, to_rgba(_BLUE, 0.4), _BLUE),
+    ):
+        if values.size:
+            percent = 100 / total * np.histogram(values, edges)[0]
+            axes.stairs(
+                percent, edges, fill=True, facecolor=fill, edgecolor=color, lw=0.6, label=label
+            )
+            top = max(top, float(percent.max()))
+
+    if codebook.size and size:
+        nearest = np.searchsorted((codebook[1:] + codebook[:-1]) / 2, shared)
+        percent = 100 / size * np.bincount(nearest, minlength=codebook.size)
+        held = percent > 0
+        tips, ends = codebook[held], percent[held]
+        axes.vlines(tips, 0, ends, color=_ORANGE, linewidth=0.9, zorder=3)
+        if held.any():
+            axes.plot(
+                tips, ends, "o", color=_ORANGE, markersize=2.2, zorder=3, label=_WEIGHT_LABELS[2]
+            )
+        if not held.all():
+            waiting = codebook[~held]
+            axes.plot(
+                waiting,
+                np.zeros(waiting.size),
+                "|",
+                color=_BLUE,
+                markersize=5,
+                clip_on=False,
+                zorder=3,
+                label=_WEIGHT_LABELS[3],
+            )
+        top = max(top, float(percent.max()))
+    if lost:
+        _note(axes, f"{lost} not finite", corner=True)
+    return top
+
+
+def _view(weights: np.ndarray, codebook: np.ndarray) -> tuple[float, float]:
+    """Range that holds the centroids and all but about one in a thousand weights."""
+    sample = weights[:: max(1, weights.size // 1_000_000)]
+    bulk = np.concatenate([np.quantile(sample, [0.0005, 0.9995]), codebook])
+    low, high = float(bulk.min()), float(bulk.max())
+    half = 0.0 if low < high else max(0.5, abs(low))
+    return low - half, high + half
+
+
+def _edges(low: float, high: float, least: float, most: float) -> np.ndarray:
+    """Edges of equal bins, `_BINS` of them in [low, high], that reach from `least` to `most`."""
+    least, most = min(least, low), max(most, high)
+    width = max((high - low) / _BINS, (most - least) / 10_000)
+    below = math.ceil((low - least) / width)
+    above = math.ceil((most - low) / width)
+    edges = low + width * np.arange(-below, above + 1)
+    edges[0], edges[-1] = min(edges[0], least), max(edges[-1], most)  # Rounding loses nothing.
+    return edges
+
+
+def _weight_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
+    """Zero and one round number on each side, or the ends of a range without zero."""
+    if not low < 0 < high:
+        ticks = [low, high]
+        return ticks, [f"{tick:.2g}" for tick in ticks]
+    largest = 0.9 * max(-low, high)
+    decade = 10.0 ** math.floor(math.log10(largest))
+    side = max(step * decade for step in (1, 2, 5) if step * decade <= largest)
+    ticks = [tick for tick in (-side, 0.0, side) if low <= tick <= high]
+    return ticks, [f"{tick:g}".replace("-", "\N{MINUS SIGN}") for tick in ticks]
+
+
+def _share_ticks(top: float, *, points: float) -> list[float]:
+    """Round shares up to `top`, 9 points apart on a square-root axis of that many points."""
+    apart = 9 / points * math.sqrt(1.15 * top)
+    ticks = [0.0]
+    for tick in (1, 5, 10, 25, 50, 100):
+        if tick <= 1.05 * top and math.sqrt(tick) - math.sqrt(ticks[-1]) >= apart:
+            ticks.append(tick)
+    return ticks
+
+
+def _draw_errors(layers: Mapping[str, Sequence[float]], labels: Sequence[str]) -> Figure:
+    count = max(len(layers), 1)
+    spacing = 0.2 if count <= 10 else 0.155 if count <= 30 else 0.125
+    longest = max(map(len, labels), default=1)
+    legend_rows = -(-len(labels) // (4 if longest <= 8 else 2 if longest <= 20 else 1)) or 1
+    legend_columns = -(-len(labels) // legend_rows) or 1
+    figure = Figure(
+        figsize=(_COLUMN, count * spacing + 0.75 + 0.15 * legend_rows), layout="constrained"
+    )
+    axes = figure.subplots()
+    values = np.array([np.asarray(v, np.float64) for v in layers.values()], np.float64)
+    values = values.reshape(len(layers), len(labels))
+    shown = np.isfinite(values) & (values > 0)
+    axes.set_xscale("log")
+    rows = np.arange(len(layers))
+    if shown.any():
+        low = np.where(shown, values, np.inf).min(axis=1)
+        high = np.where(shown, values, -np.inf).max(axis=1)
+        some = shown.any(axis=1)
+        axes.hlines(rows[some], low[some], high[some], color="#b0b0b0", linewidth=0.8, zorder=1)
+        _set_error_ticks(axes, low[some].min(), high[some].max())
+    else:
+        _note(axes, "no errors above zero")
+        axes.set_xticks([])
+    series = []
+    for i, (color, marker) in enumerate(_series(len(labels))):
+        series += axes.plot(
+            values[shown[:, i], i],
+            rows[shown[:, i]],
+            marker,
+            color=color,
+            markersize=4,
+            markeredgewidth=0.3,
+            markeredgecolor="white",
+            label=labels[i],
+        )
+    axes.set_yticks(rows, _titles(layers, length=24), fontsize=7 if count <= 30 else 6)
+    axes.set_ylim(count - 0.4, -0.6)
+    axes.grid(False, axis="y")
+    axes.set_xlabel("relative squared error")
+    if hidden := int(np.count_nonzero(~shown)):
+        axes.set_xlabel(f"relative squared error\n(not shown: {hidden} zero or not finite)")
+    if labels:
+        # A legend fills its columns; read along the rows, the labels keep their order.
+        order = [i for c in range(legend_columns) for i in range(c, len(labels), legend_columns)]
+        figure.legend(
+            [series[i] for i in order],
+            [labels[i] for i in order],
+            loc="outside upper center",
+            ncols=legend_columns,
+            handletextpad=0.2,
+        )
+    return figure
+
+
+def _set_error_ticks(axes: Axes, low: float, high: float) -> None:
+    """Cover at least a decade around [low, high]; label 1, 2, 5 over two decades, else decades."""
+    margin = max(1.25, math.sqrt(10 / (high / low)))
+    low, high = low / margin, high * margin
+    axes.set_xlim(low, high)
+    steps = (1, 2, 5) if high < 100 * low else (1,)
+    decades = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
+    every = -(-len(decades) // 7)
+    ticks = [(s, d) for d in decades[::every] for s in steps if low <= s * 10.0**d <= high]
+    axes.set_xticks([s * 10.0**d for s, d in ticks], [_error_label(*tick) for tick in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _error_label(step: int, decade: int) -> str:
+    if -3 <= decade <= 2:
+        return f"{step * 10.0**decade:g}"
+    power = str(decade).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"10{power}" if step == 1 else f"{step}·10{power}"
+
+
+def _series(count: int) -> list[tuple]:
+    """Colour and marker of each of `count` series."""
+    if count <= 3:
+        return list(zip((_ORANGE, _BLUE, _GREEN), _MARKERS, strict=False))[:count]
+    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, count))
+    return [(color, _MARKERS[i % len(_MARKERS)]) for i, color in enumerate(colors)]
+
+
+def _titles(layers: Mapping[str, object], *, length: int) -> list[str]:
+    """Paths without a final "kernel" and without the parents that all share, cut in the middle."""
+    parts = [layer.removesuffix("/kernel").split("/") for layer in layers]
+    while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[0] for p in parts}) == 1:
+        parts = [p[1:] for p in parts]
+    titles = ["/".join(p) for p in parts]
+    tail = length // 2
+    return [t if len(t) <= length else f"{t[: length - tail - 1]}…{t[-tail:]}" for t in titles]
+
+
+def _note(axes: Axes, text: str, *, corner: bool = False) -> None:
+    x, y, ha, va = (0.02, 0.98, "left", "top") if corner else (0.5, 0.5, "center", "center")
+    axes.text(x, y, text, transform=axes.transAxes, ha=ha, va=va, color="#606060", fontsize=6)
+
+
+def _percent(share: float | None) -> float:
+    return math.nan if share is None else 100 * float(share)
+
+
+def _signed_sqrt(x: np.ndarray) -> np.ndarray:
+    return np.sign(x) * np.sqrt(np.abs(x))
+
+
+def _signed_square(x: np.ndarray) -> np.ndarray:
+    return np.sign(x) * np.square(x)

@@ -1,0 +1,179 @@
+"""What a run came to: report.json, report.md, plots; and a table over several runs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+import jaxquant as jq
+from jaxquant.selection import leaves_with_paths
+from train.logs import write_text
+
+if TYPE_CHECKING:
+    from train.loop import Job, RunState
+
+
+def round_record(plan: jq.Plan, info: jq.RoundInfo) -> dict[str, Any]:
+    """Return what a round did as plain numbers: totals over the weights, and each layer's."""
+    layers = plan.selection.by_depth()
+    sizes = [int(np.prod(layer.shape)) for layer in layers]
+    rows = {
+        layer.path: {
+            "weights_frozen": float(np.mean(info.weights_frozen[layer.path])),
+            "clusters_frozen": float(np.mean(info.clusters_frozen[layer.path])),
+            "error_before": float(np.mean(info.error_before[layer.path])),
+            "error_after": float(np.mean(info.error_after[layer.path])),
+            "loss": np.asarray(info.loss[layer.path]).tolist(),
+            "counts": np.asarray(info.counts[layer.path]).tolist(),
+        }
+        for layer in layers
+    }
+    frozen = [rows[layer.path]["weights_frozen"] for layer in layers]
+    return {"weights_frozen": float(np.average(frozen, weights=sizes)), "layers": rows}
+
+
+def rounds_of(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return one row a round: accuracy before, right after quantizing, and after re-training."""
+    accuracy = next((e["accuracy"] for e in events if e["kind"] == "float"), float("nan"))
+    rows: list[dict[str, Any]] = []
+    for event in events:
+        if event["kind"] == "quantized":
+            rows.append(
+                {
+                    "round": event["round"],
+                    "accuracy_before": accuracy,
+                    "accuracy_quantized": event["accuracy"],
+                    "weights_frozen": event["weights_frozen"],
+                    "layers": event["layers"],
+                }
+            )
+        elif event["kind"] == "retrained":
+            accuracy = rows[-1]["accuracy"] = event["accuracy"]
+    return rows
+
+
+def write(job: "Job", state: "RunState", events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Write report.json, report.md and plots/ into the workdir; returns report.json's content."""
+    float_event = next(event for event in events if event["kind"] == "float")
+    result: dict[str, Any] = {
+        "config": str(job.workdir.name),
+        "float": {"accuracy": float_event["accuracy"], "loss": float_event["loss"]},
+        "device": jax.devices()[0].device_kind,
+        "versions": {"jaxquant": jq.__version__, "jax": jax.__version__},
+    }
+    lines = [f"# {job.workdir.name}", "", f"Float network: {float_event['accuracy']:.2%}.", ""]
+    if job.plan is not None:
+        network = jq.report(
+            state.train.params, state.quant, reference=state.reference["params"], plan=job.plan
+        )
+        rounds = rounds_of(events)
+        result["quantized"] = {
+            "accuracy": rounds[-1]["accuracy"],
+            "bits_per_weight": network.bits_per_weight,
+            "bytes": network.bytes,
+            "entropy_bytes": network.entropy_bytes,
+            "float_bytes": network.float_bytes,
+            "compression": network.compression,
+            "on_codebook": all(
+                bool(x) for x in jax.tree.leaves(jq.is_on_codebook(state.train.params, state.quant))
+            ),
+        }
+        result["rounds"] = rounds
+        lines += [_rounds_table(rounds), "", _closing(result), "", str(network), ""]
+        if job.config.plots:
+            _plot(job, state, rounds, float_event["accuracy"])
+    write_text(job.workdir / "report.json", json.dumps(result, indent=2) + "\n")
+    write_text(job.workdir / "report.md", "\n".join(lines))
+    return result
+
+
+def _rounds_table(rounds: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "| round | frozen | before | after quantizing | after re-training |",
+        "|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {r['round']} | {r['weights_frozen']:.1%} | {r['accuracy_before']:.2%} "
+        f"| {r['accuracy_quantized']:.2%} | {r['accuracy']:.2%} |"
+        for r in rounds
+    ]
+    return "\n".join(lines)
+
+
+def _closing(result: Mapping[str, Any]) -> str:
+    q = result["quantized"]
+    change = 100 * (q["accuracy"] - result["float"]["accuracy"])
+    on_codebook = "bit for bit" if q["on_codebook"] else "NO"
+    return (
+        f"Quantized network: {q['accuracy']:.2%} ({change:+.2f} points), "
+        f"{q['bits_per_weight']:.2f} bits per quantized weight. With codes in whole bits, "
+        f"codebooks and what stays float it takes {q['bytes']:,} bytes, {q['compression']:.1f} "
+        f"times less than {q['float_bytes']:,}; an ideal entropy coder would leave "
+        f"{q['entropy_bytes']:,}. Every quantized weight on its codebook: {on_codebook}. "
+        "Errors below are squared distances from the float network over its squared norm."
+    )
+
+
+def _plot(
+    job: "Job", state: "RunState", rounds: Sequence[Mapping[str, Any]], accuracy: float
+) -> None:
+    from train import plots
+
+    assert job.plan is not None
+    folder = job.workdir / "plots"
+    folder.mkdir(exist_ok=True)
+    paths = [layer.path for layer in job.plan.selection.by_depth()]
+
+    def by_path(tree: Any) -> dict[str, np.ndarray]:
+        leaves = dict(leaves_with_paths(tree))
+        return {path: np.asarray(leaves[path]) for path in paths}
+
+    plots.plot_rounds(folder / "rounds.png", float_accuracy=accuracy, rounds=rounds)
+    plots.plot_weights(
+        folder / "weights.png",
+        weights=by_path(state.train.params),
+        codebooks=by_path(state.quant.codebooks),
+        frozen=by_path(state.quant.frozen),
+        before=by_path(state.reference["params"]),
+    )
+    plots.plot_errors(
+        folder / "errors.png",
+        layers={path: [row["layers"][path]["error_before"] for row in rounds] for path in paths},
+        labels=[f"round {row['round']}" for row in rounds],
+    )
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a Markdown table with a row a run."""
+    lines = [
+        "| run | float | quantized | change | bits per weight | bytes | smaller |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, result in results.items():
+        full, q = result["float"]["accuracy"], result.get("quantized")
+        if q is None:
+            lines.append(f"| {name} | {full:.2%} | | | | | |")
+            continue
+        lines.append(
+            f"| {name} | {full:.2%} | {q['accuracy']:.2%} | {100 * (q['accuracy'] - full):+.2f} "
+            f"| {q['bits_per_weight']:.2f} | {q['bytes']:,} | {q['compression']:.1f}x |"
+        )
+    return "\n".join(lines)
+
+
+def read(workdir: Path) -> dict[str, Any]:
+    """Return the report.json of a workdir.
+
+    Raises:
+      ValueError: if there is none, or it is not one.
+    """
+    path = workdir / "report.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: expected the report of a finished run, got no such file")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from None
