@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 from jaxquant.histogram import Histogram, to_value
 
+_COMPARES = 32  # a longer reduction XLA splits in two on CPU, and writes the compares to memory
+
 
 def num_centroids(bits: int) -> int:
     """Return the number of centroids that the paper gives to `bits` bits: `2**(bits-1) + 1`.
@@ -30,7 +32,7 @@ def assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
 
     `codes[i] = argmin_j |x[i] - centroids[j]|`; a tie goes to the lower centroid, and among equal
     centroids to the lower index. Centroids may stand in any order. Elementwise in `x`: any shape,
-    any sharding, no [n, k] array. Cost O(n k) compares up to k = 256, O(n log k) beyond.
+    any sharding; under jit no [n, k] array. Cost O(n k) compares up to k = 33, O(n log k) beyond.
 
     Args:
       x: [...] floating point.
@@ -48,17 +50,17 @@ def assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
     x, centroids = jnp.asarray(x), jnp.asarray(centroids)
     if centroids.ndim != 1 or not centroids.size:
         raise ValueError(f"expected centroids of shape [k] with k >= 1, got {centroids.shape}")
-    dtype = jnp.promote_types(jnp.promote_types(x.dtype, centroids.dtype), jnp.float32)
+    dtype = jnp.float64 if jnp.float64 in (x.dtype, centroids.dtype) else jnp.float32
     order = jnp.argsort(centroids)  # stable: of equal centroids the lower index comes first
     ascending = centroids[order].astype(dtype)
     middles = ascending[1:] * 0.5 + ascending[:-1] * 0.5  # an entry on a middle is a tie
     first = jnp.searchsorted(ascending, ascending)  # of a run of equal centroids
     table = order[first].astype(jnp.uint8 if centroids.size <= 256 else jnp.int32)
-    if centroids.size <= 256:
-        above = x[..., None].astype(dtype) > jnp.expand_dims(middles, range(x.ndim))
-        rank = jnp.sum(above, axis=-1, dtype=jnp.uint8)
+    if middles.size <= _COMPARES:
+        above = x[None].astype(dtype) > jnp.expand_dims(middles, range(1, x.ndim + 1))
+        rank = jnp.sum(above, axis=0, dtype=jnp.uint8)
     else:
-        rank = jnp.searchsorted(middles, x.astype(dtype))
+        rank = jnp.searchsorted(middles, x.astype(dtype), method="scan_unrolled")
     return table.at[rank].get(mode="promise_in_bounds")
 
 

@@ -4,6 +4,7 @@ Sums are kept as integers, so they do not depend on the order in which weights a
 device, eight devices and a GPU's atomic additions give the same bits.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -47,28 +48,33 @@ def to_value(histogram: Histogram, positions: jax.Array) -> jax.Array:
 def fold(step: Callable[..., Any], carry: Any, *arrays: jax.Array) -> Any:
     """Accumulate `carry = step(carry, *pieces)` over all entries of equally shaped arrays.
 
-    Long arrays go through in pieces of about a million entries, cut so that an array sharded over
-    its leading axis keeps its sharding (the cut runs along the minor part of that axis).
+    Long arrays go through in pieces of about a million entries. The longest axis is cut, along its
+    minor part, so that an array sharded over this axis keeps its sharding.
     """
     shape = arrays[0].shape
     size = math.prod(shape)
     if size <= 2 * _CHUNK:
         return step(carry, *arrays)
-    rows, row_size = shape[0], size // shape[0]
-    run = 1 if row_size >= 64 else math.gcd(rows, 1024)  # rows that stay together
+    axis = shape.index(max(shape))
+    rows, contiguous = shape[axis], math.prod(shape[axis + 1 :]) >= 64
+    run = 1 if contiguous else math.gcd(rows, 1024)  # rows that stay together
     pieces = _divisor_at_least(rows // run, math.ceil(size / _CHUNK))
     if size // pieces < _CHUNK // 16:  # no good divisor: cut a tail off
-        unit = 1024 * math.ceil(size / _CHUNK) if row_size < 64 else math.ceil(size / _CHUNK)
+        unit = (1 if contiguous else 1024) * math.ceil(size / _CHUNK)
         main = rows - rows % unit
         if main in (0, rows):
             return step(carry, *arrays)
-        carry = fold(step, carry, *(a[:main] for a in arrays))
-        return fold(step, carry, *(a[main:] for a in arrays))
-    split = (rows // (run * pieces), pieces, *((run,) if run > 1 else ()), *shape[1:])
+        for start, end in ((0, main), (main, rows)):
+            parts = (jax.lax.slice_in_dim(a, start, end, axis=axis) for a in arrays)
+            carry = fold(step, carry, *parts)
+        return carry
+    inner = (run,) if run > 1 else ()
+    split = (*shape[:axis], rows // (run * pieces), pieces, *inner, *shape[axis + 1 :])
     views = [a.reshape(split) for a in arrays]
 
     def body(i: jax.Array, carry: Any) -> Any:
-        return step(carry, *(jax.lax.dynamic_index_in_dim(v, i, 1, keepdims=False) for v in views))
+        cut = functools.partial(jax.lax.dynamic_index_in_dim, index=i, axis=axis + 1)
+        return step(carry, *(cut(view, keepdims=False) for view in views))
 
     return jax.lax.fori_loop(0, pieces, body, carry)
 
@@ -94,8 +100,13 @@ def histogram(
       sample_weight: [...] non-negative, like `x`, or None for counts.
       bins: number of bins.
     """
-    low = jnp.min(x).astype(jnp.float32)
-    high = jnp.max(x).astype(jnp.float32)
+    if sample_weight is None:
+        low, high = jnp.min(x), jnp.max(x)
+    else:  # entries of weight zero must not widen the bins
+        counted = (sample_weight > 0) | (jnp.max(sample_weight) <= 0) | ~jnp.isfinite(x)
+        low = jnp.min(x, where=counted, initial=jnp.inf)
+        high = jnp.max(x, where=counted, initial=-jnp.inf)
+    low, high = low.astype(jnp.float32), high.astype(jnp.float32)
     empty = Histogram(
         jnp.zeros(bins, jnp.int32), jnp.arange(bins, dtype=jnp.float32) + 0.5, low, high
     )
@@ -130,13 +141,19 @@ def _count(x: jax.Array, empty: Histogram) -> Histogram:
     )
 
 
+def relative_weight(sample_weight: jax.Array, largest: jax.Array) -> jax.Array:
+    """Divide weights by the largest, float32; where that is zero every entry counts alike."""
+    usable = largest > 0
+    share = sample_weight.astype(jnp.float32) / jnp.where(usable, largest, 1.0)
+    return jnp.where(usable, share, 1.0)
+
+
 def _weigh(x: jax.Array, sample_weight: jax.Array, empty: Histogram) -> Histogram:
-    total = jnp.max(sample_weight).astype(jnp.float32)
-    usable = total > 0  # all weights zero: every entry counts alike
+    largest = jnp.max(sample_weight).astype(jnp.float32)
 
     def step(sums: jax.Array, piece: jax.Array, weight: jax.Array) -> jax.Array:
         index, offset = _locate(piece, empty)
-        weight = jnp.where(usable, weight.astype(jnp.float32) / jnp.where(usable, total, 1.0), 1.0)
+        weight = relative_weight(weight, largest)
         update = jnp.stack([weight, weight * offset], axis=-1)
         return sums.at[index].add(update, mode="promise_in_bounds")
 

@@ -1,17 +1,19 @@
 """One-dimensional k-means on a histogram: optimal start, Lloyd passes, certificate."""
 
-import functools
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from jaxquant import codebooks
-from jaxquant.histogram import BINS, Histogram, bin_width, fold, histogram, to_position, to_value
+from jaxquant.clusters import settle, weight_scale
+from jaxquant.histogram import BINS, Histogram, bin_width, histogram, to_position, to_value
+from jaxquant.optimum import Optimum, optimum
 
 STARTS = ("optimal", "quantile", "linear", "power_of_two")
 _MAX_PASSES = 200
-_SPREAD = 256  # partial sums a cluster: float32 keeps its digits over 1e8 weights
 
 
 class KMeansResult(NamedTuple):
@@ -21,15 +23,6 @@ class KMeansResult(NamedTuple):
     counts: jax.Array  # [k] int32, weights nearest to each centroid
     loss: jax.Array  # float32 scalar, (weighted) sum of squared distances to the nearest centroid
     gap: jax.Array  # float32 scalar, loss / (lower bound of the optimum) - 1; inf if unknown
-
-
-class Clusters(NamedTuple):
-    """What one layer's weights look like under a codebook."""
-
-    counts: jax.Array  # [k] int32
-    losses: jax.Array  # [k] float32, (weighted) sum of squared distances
-    lows: jax.Array  # [k] smallest weight of each cluster; +inf where empty
-    highs: jax.Array  # [k] largest weight; -inf where empty
 
 
 def kmeans(
@@ -83,8 +76,13 @@ def kmeans(
     Array([3, 3], dtype=int32)
     """
     x = jnp.asarray(x)
+    sample_weight = None if sample_weight is None else jnp.asarray(sample_weight)
     _check_entries(x, k, sample_weight)
-    _check_options(k, init, zero=zero, iterations=iterations, cells=cells)
+    check_options(k=k, init=init, iterations=iterations)
+    if cells is not None and (not isinstance(cells, int) or cells < k):
+        raise ValueError(f"expected cells to be None or at least k={k}, got {cells!r}")
+    if not isinstance(bins, int) or bins < k:
+        raise ValueError(f"expected bins to be at least k={k}, got {bins!r}")
     _check_centroids(k, init, frozen)
     statistic = histogram(x, sample_weight, bins=bins)
     solution = optimum(statistic, k, zero=zero, cells=cells)
@@ -99,29 +97,32 @@ def kmeans(
     if init is None or (isinstance(init, str) and init != "power_of_two"):
         order = jnp.argsort(centroids)
         centroids, fixed = centroids[order], fixed[order]
-    clusters = measure(x, centroids, sample_weight)
-    if iterations != 0:
-        centroids, clusters = settle(centroids, fixed, clusters)
-    loss = jnp.sum(clusters.losses)
+    if iterations == 0:
+        fixed = jnp.ones_like(fixed)
+    width = bin_width(statistic)
+    centroids, clusters = settle(x, centroids, fixed, width, sample_weight, unit=width)
+    loss = jnp.sum(clusters.losses)  # in squares of bins: no overflow whatever the scale of x
+    total = loss * weight_scale(sample_weight) * width * width
+    finite = is_finite(statistic, sample_weight)
+    return KMeansResult(
+        centroids=jnp.where(finite, centroids, jnp.nan),
+        counts=clusters.counts,
+        loss=jnp.where(finite, total, jnp.nan),
+        gap=jnp.where(finite, _gap(loss, solution), jnp.nan),
+    )
+
+
+def is_finite(statistic: Histogram, sample_weight: jax.Array | None) -> jax.Array:
+    """Return whether all entries, and their weights if any, are finite."""
     finite = jnp.isfinite(statistic.low) & jnp.isfinite(statistic.high)
-    centroids = jnp.where(finite, centroids, jnp.nan)
-    scale = _weight_scale(sample_weight) * bin_width(statistic) ** 2
-    return KMeansResult(centroids, clusters.counts, loss, _gap(loss, solution, scale))
+    return finite if sample_weight is None else finite & jnp.isfinite(jnp.max(sample_weight))
 
 
-def _gap(loss: jax.Array, solution: "Optimum", scale: jax.Array) -> jax.Array:
+def _gap(loss: jax.Array, solution: "Optimum") -> jax.Array:
     root = jnp.sqrt(solution.loss) - jnp.sqrt(solution.moved)
-    bound = jnp.square(jnp.maximum(root, 0.0)) * scale
+    bound = jnp.square(jnp.maximum(root, 0.0))
     gap = jnp.where(bound > 0, loss / jnp.where(bound > 0, bound, 1.0) - 1.0, jnp.inf)
     return jnp.where(loss == 0, 0.0, jnp.maximum(gap, 0.0))
-
-
-def _weight_scale(sample_weight: jax.Array | None) -> jax.Array:
-    """Return what the histogram divided sample weights by."""
-    if sample_weight is None:
-        return jnp.float32(1.0)
-    largest = jnp.max(sample_weight).astype(jnp.float32)
-    return jnp.where(largest > 0, largest, 1.0)
 
 
 # Starts ------------------------------------------------------------------------------------------
@@ -147,162 +148,9 @@ def pin(
     if zero:
         distance = jnp.where(fixed & (centroids != 0), jnp.inf, jnp.abs(centroids))
         nearest = jnp.arange(centroids.shape[0]) == jnp.argmin(distance)
+        nearest &= jnp.isfinite(distance)  # all frozen elsewhere: there they stay
         centroids, fixed = jnp.where(nearest, 0.0, centroids), fixed | nearest
     return centroids, fixed
-
-
-class Optimum(NamedTuple):
-    """Exact optimum over contiguous cells, in units of bins; loss and moved are squares of them."""
-
-    centroids: jax.Array  # [k] ascending, as weights
-    loss: jax.Array  # of the cells' means
-    moved: jax.Array  # upper bound of the squared distance from the entries to their cells' means
-
-
-class _Cells(NamedTuple):
-    mass: jax.Array  # [cells]
-    mean: jax.Array  # [cells] positions
-    spread: jax.Array  # scalar, squared distance from the entries to these means, at most
-
-
-def optimum(
-    statistic: Histogram, k: int, *, zero: bool = False, cells: int | None = None
-) -> Optimum:
-    """Return the best k clusters whose boundaries lie between coarse cells.
-
-    Dynamic program `D[m, e] = min_s D[m-1, s] + cost[s, e]` with m clusters over the first e
-    cells; O(cells**2 k). With `zero`, one cluster costs its squares about zero instead.
-    """
-    cells = max(512, 4 * k) if cells is None else cells
-    groups = _coarsen(statistic, min(cells, statistic.mass.shape[0]))
-    origin = to_position(statistic, jnp.float32(0.0))
-    cost, cost_about_zero = _interval_costs(groups, origin)
-    costs = jnp.stack([cost, cost_about_zero]) if zero else cost[None]
-    tables = _fill_tables(costs, k)
-    starts, ends, about_zero = _trace_back(costs, tables)
-    positions = _interval_means(groups, starts, ends)
-    centroids = jnp.where(about_zero, 0.0, to_value(statistic, positions))
-    return Optimum(jnp.sort(centroids), tables[-1, -1, -1], groups.spread)
-
-
-def _coarsen(statistic: Histogram, cells: int) -> _Cells:
-    """Merge bins into cells, equal in a mix of mass and range.
-
-    Cell density goes with the cube root of the weights' density, which makes the squared distance
-    moved least (Panter & Dite, 1951). Few occupied bins get a cell each.
-    """
-    occupied = statistic.mass > 0
-    mass = statistic.mass.astype(jnp.float32)
-    bins = jnp.arange(mass.shape[0], dtype=jnp.float32)
-    rank = jnp.cumsum(occupied) - 1
-    last_occupied = jax.lax.cummax(jnp.where(occupied, bins, -1.0))
-    stretch = bins - jnp.pad(last_occupied, (1, 0), constant_values=-1.0)[:-1]
-    stretch = jnp.where(rank == 0, 1.0, stretch)  # a bin's weights stand for the gap below it too
-    effort = jnp.cumsum(jnp.where(occupied, jnp.cbrt(mass * jnp.square(stretch)), 0.0))
-    share = effort / jnp.maximum(effort[-1], jnp.finfo(jnp.float32).tiny)
-    shared = jnp.clip(jnp.ceil(share * cells) - 1, 0, cells - 1).astype(jnp.int32)
-    cell = jnp.where(rank[-1] < cells, jnp.clip(rank, 0, cells - 1), shared)
-    sums = functools.partial(jax.ops.segment_sum, segment_ids=cell, num_segments=cells)
-    # Relative to the first bin of the cell: sums of positions themselves would lose digits.
-    anchor = jax.ops.segment_min(jnp.where(occupied, bins, jnp.inf), cell, num_segments=cells)
-    anchor = jnp.where(jnp.isfinite(anchor), anchor, 0.0)
-    total = sums(mass)
-    divisor = jnp.where(total > 0, total, 1.0)
-    offset = jnp.where(occupied, statistic.position - anchor[cell], 0.0)
-    mean = sums(mass * offset) / divisor
-    # Bhatia-Davis: entries of a unit interval with mean f have a variance of at most f (1 - f).
-    fraction = statistic.position - bins
-    single = statistic.mass == 1 if statistic.mass.dtype == jnp.int32 else jnp.zeros_like(occupied)
-    within = jnp.where(single, 0.0, fraction * (1.0 - fraction))
-    spread = jnp.sum(jnp.where(occupied, mass * (jnp.square(offset - mean[cell]) + within), 0.0))
-    return _Cells(total, anchor + mean, spread)
-
-
-def _interval_costs(groups: _Cells, origin: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the costs [start, end] of a cluster of cells start..end-1, about its mean and zero.
-
-    Grows all intervals by one cell at a time (Welford), since differences of prefix sums of
-    squares would drown two modes that lie far apart.
-    """
-    cells = groups.mass.shape[0]
-    starts = jnp.arange(cells + 1)
-
-    def grow(carry: tuple[jax.Array, ...], cell: tuple[jax.Array, ...]):
-        mass, mean, cost, about_zero = carry
-        index, cell_mass, cell_mean = cell
-        added = jnp.where(starts <= index, cell_mass, 0.0)
-        total = mass + added
-        delta = cell_mean - mean
-        fraction = added / jnp.where(total > 0, total, 1.0)
-        cost = cost + mass * fraction * jnp.square(delta)
-        about_zero = about_zero + added * jnp.square(cell_mean - origin)
-        carry = (total, mean + delta * fraction, cost, about_zero)
-        return carry, (cost, about_zero)
-
-    zeros = jnp.zeros(cells + 1)
-    rows = (jnp.arange(cells), groups.mass, groups.mean)
-    _, columns = jax.lax.scan(grow, (zeros,) * 4, rows)
-    possible = starts[:, None] <= starts[None, :]
-
-    def finish(column: jax.Array) -> jax.Array:
-        full = jnp.concatenate([zeros[None], column]).T
-        return jnp.where(possible, full, jnp.inf)
-
-    return finish(columns[0]), finish(columns[1])
-
-
-def _advance(table: jax.Array, costs: jax.Array) -> jax.Array:
-    """Add one cluster: table [used zero, end] from tables of one cluster less."""
-    free = jnp.min(table[:, :, None] + costs[:1], axis=1)
-    if costs.shape[0] == 1:
-        return free
-    pinned = jnp.min(table[0][:, None] + costs[1], axis=0)
-    return free.at[1].min(pinned)
-
-
-def _fill_tables(costs: jax.Array, k: int) -> jax.Array:
-    """Return tables [k + 1, 1 or 2, cells + 1]: least cost of m clusters, without and with zero."""
-    cells = costs.shape[-1]
-    start = jnp.full((costs.shape[0], cells), jnp.inf).at[0, 0].set(0.0)
-
-    def step(table: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        table = _advance(table, costs)
-        return table, table
-
-    _, tables = jax.lax.scan(step, start, None, length=k)
-    return jnp.concatenate([start[None], tables])
-
-
-def _trace_back(costs: jax.Array, tables: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return start, end and whether pinned to zero of the k clusters of the optimum."""
-    layers, cells = tables.shape[1:]
-
-    def step(carry: tuple[jax.Array, jax.Array], table: jax.Array):
-        end, layer = carry
-        totals = table[layer] + costs[0, :, end]
-        start, pinned = jnp.argmin(totals), jnp.bool_(False)
-        if layers == 2:
-            about_zero = jnp.where(layer == 1, table[0] + costs[1, :, end], jnp.inf)
-            pinned = jnp.min(about_zero) < jnp.min(totals)
-            start = jnp.where(pinned, jnp.argmin(about_zero), start)
-        return (start, jnp.where(pinned, 0, layer)), (start, end, pinned)
-
-    last = (jnp.int32(cells - 1), jnp.int32(layers - 1))
-    _, (starts, ends, pinned) = jax.lax.scan(step, last, tables[:-1], reverse=True)
-    return starts, ends, pinned
-
-
-def _interval_means(groups: _Cells, starts: jax.Array, ends: jax.Array) -> jax.Array:
-    """Return the mean position of each interval; an empty one takes that of the one below."""
-    cells = jnp.arange(groups.mass.shape[0])
-    inside = (cells[None] >= starts[:, None]) & (cells[None] < ends[:, None])
-    mass = jnp.where(inside, groups.mass[None], 0.0)
-    total = jnp.sum(mass, axis=1)
-    anchor = groups.mean[jnp.clip(starts, 0, cells.shape[0] - 1)]
-    offset = jnp.sum(mass * (groups.mean[None] - anchor[:, None]), axis=1)
-    means = anchor + offset / jnp.where(total > 0, total, 1.0)
-    filled = jax.lax.cummax(jnp.where(total > 0, means, -jnp.inf))
-    return jnp.where(jnp.isfinite(filled), filled, groups.mean[0])
 
 
 # Lloyd -------------------------------------------------------------------------------------------
@@ -382,7 +230,9 @@ def _precise_means(statistic: Histogram, positions: jax.Array) -> jax.Array:
     return jax.lax.map(one, (edges[:-1], edges[1:], positions))
 
 
-def _until_stable(statistic: Histogram, update, positions: jax.Array) -> jax.Array:
+def _until_stable(
+    statistic: Histogram, update: Callable[[jax.Array], jax.Array], positions: jax.Array
+) -> jax.Array:
     def unstable(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         return carry[2] & (carry[1] < _MAX_PASSES)
 
@@ -392,67 +242,7 @@ def _until_stable(statistic: Histogram, update, positions: jax.Array) -> jax.Arr
         changed = jnp.any(_edges(statistic, new) != _edges(statistic, positions))
         return new, passes + 1, changed
 
-    return jax.lax.while_loop(unstable, step, (positions, 0, jnp.bool_(True)))[0]
-
-
-# Measures on the weights themselves ---------------------------------------------------------------
-
-
-def measure(x: jax.Array, centroids: jax.Array, sample_weight: jax.Array | None = None) -> Clusters:
-    """Return counts, losses and extremes of the clusters of `x` under `centroids`; one pass."""
-    k = centroids.shape[0]
-    centroids = centroids.astype(jnp.float32)
-    weights = () if sample_weight is None else (sample_weight,)
-    slots = jnp.zeros(k * _SPREAD)
-    none = Clusters(
-        jnp.zeros(k * _SPREAD, jnp.int32),
-        slots,
-        jnp.full(k, jnp.inf, x.dtype),
-        jnp.full(k, -jnp.inf, x.dtype),
-    )
-
-    def step(sums: Clusters, piece: jax.Array, *weight: jax.Array) -> Clusters:
-        codes = codebooks.assign(piece, centroids)
-        loss = jnp.square(piece.astype(jnp.float32) - codebooks.reconstruct(codes, centroids))
-        if weight:
-            loss = loss * weight[0].astype(jnp.float32)
-        slot = codes.astype(jnp.int32) * _SPREAD + _spread(piece.shape)
-        mode = "promise_in_bounds"
-        return Clusters(
-            sums.counts.at[slot].add(1, mode=mode),
-            sums.losses.at[slot].add(loss, mode=mode),
-            sums.lows.at[codes].min(piece, mode=mode),
-            sums.highs.at[codes].max(piece, mode=mode),
-        )
-
-    sums = fold(step, none, x, *weights)
-    return sums._replace(
-        counts=jnp.sum(sums.counts.reshape(k, _SPREAD), axis=1),
-        losses=jnp.sum(sums.losses.reshape(k, _SPREAD), axis=1),
-    )
-
-
-def _spread(shape: tuple[int, ...]) -> jax.Array:
-    """Number the entries round-robin, without a ravel."""
-    number = jnp.zeros(shape, jnp.int32)
-    stride = 1
-    for axis in reversed(range(len(shape))):
-        number += jax.lax.broadcasted_iota(jnp.int32, shape, axis) * (stride % _SPREAD)
-        stride *= shape[axis]
-    return number % _SPREAD
-
-
-def settle(
-    centroids: jax.Array, fixed: jax.Array, clusters: Clusters
-) -> tuple[jax.Array, Clusters]:
-    """Put the centroid of a cluster of equal weights exactly onto them.
-
-    The histogram resolves a position to 2**-24 of the range; this makes a layer that has at most
-    k distinct values a fixed point, bit for bit.
-    """
-    constant = (clusters.lows == clusters.highs) & ~fixed
-    centroids = jnp.where(constant, clusters.lows.astype(jnp.float32), centroids)
-    return centroids, clusters._replace(losses=jnp.where(constant, 0.0, clusters.losses))
+    return jax.lax.while_loop(unstable, step, (positions, jnp.int32(0), jnp.bool_(True)))[0]
 
 
 # Checks ------------------------------------------------------------------------------------------
@@ -467,30 +257,37 @@ def _check_entries(x: jax.Array, k: int, sample_weight: jax.Array | None) -> Non
         raise ValueError(f"expected at most as many centroids as weights, got k={k}, size={x.size}")
     if x.size >= 2**31:
         raise ValueError(f"expected fewer than 2**31 weights in one codebook, got {x.size}")
-    check_finite("x", x)
     if sample_weight is None:
+        check_finite({"x": x})
         return
     if jnp.shape(sample_weight) != x.shape:
         raise ValueError(
             f"expected sample_weight of shape {x.shape}, got {jnp.shape(sample_weight)}"
         )
-    check_finite("sample_weight", sample_weight)
+    check_finite({"x": x, "sample_weight": sample_weight})
     if not isinstance(sample_weight, jax.core.Tracer) and jnp.min(sample_weight) < 0:
         raise ValueError("expected sample_weight >= 0, got negative entries")
 
 
-def check_finite(name: str, x: jax.Array) -> None:
-    """Raise a ValueError that names `x` if it holds NaN or infinities; traced arrays pass."""
-    if isinstance(x, jax.core.Tracer):
-        return
-    bad = x.size - int(jnp.sum(jnp.isfinite(x)))
-    if bad:
-        raise ValueError(f"expected finite values in {name}, got {bad} NaN or infinite of {x.size}")
+@jax.jit
+def _count_not_finite(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.sum(~jnp.isfinite(array)) for array in arrays]
 
 
-def check_options(*, init: object, zero: object, iterations: object, k: int) -> None:
+def check_finite(arrays: Mapping[str, jax.Array]) -> None:
+    """Raise a ValueError that names the first array with NaN or infinities; traced ones pass."""
+    known = {name: a for name, a in arrays.items() if not isinstance(a, jax.core.Tracer)}
+    for (name, array), bad in zip(
+        known.items(), _count_not_finite(list(known.values())), strict=True
+    ):
+        if int(bad):
+            raise ValueError(
+                f"expected finite values in {name}, got {bad} NaN or infinite of {array.size}"
+            )
+
+
+def check_options(*, k: int, init: object, iterations: object) -> None:
     """Raise a ValueError for clustering options that cannot work for `k` centroids."""
-    del zero
     if isinstance(init, str) and init not in STARTS:
         raise ValueError(f"expected init to be one of {', '.join(STARTS)}, got {init!r}")
     if isinstance(init, str) and init == "power_of_two" and k % 2 == 0:
@@ -499,19 +296,16 @@ def check_options(*, init: object, zero: object, iterations: object, k: int) -> 
         raise ValueError(f"expected iterations to be None or at least 0, got {iterations!r}")
 
 
-def _check_options(k: int, init: object, *, zero: bool, iterations: object, cells: object) -> None:
-    check_options(init=init, zero=zero, iterations=iterations, k=k)
-    if cells is not None and (not isinstance(cells, int) or cells < k):
-        raise ValueError(f"expected cells to be None or at least k={k}, got {cells!r}")
-
-
-def _check_centroids(k: int, init: object, frozen: object) -> None:
-    array = init is not None and not isinstance(init, str)
-    if array and jnp.shape(init) != (k,):
-        raise ValueError(f"expected init of shape ({k},), got {jnp.shape(init)}")
+def _check_centroids(k: int, init: Any, frozen: Any) -> None:
+    centroids = None if init is None or isinstance(init, str) else jnp.asarray(init)
+    if centroids is not None and centroids.shape != (k,):
+        raise ValueError(f"expected init of shape ({k},), got {centroids.shape}")
     if frozen is None:
         return
-    if not array:
+    if centroids is None:
         raise ValueError("expected an array as init where frozen is given")
-    if jnp.shape(frozen) != (k,) or jnp.asarray(frozen).dtype != bool:
-        raise ValueError(f"expected frozen to be bool of shape ({k},), got {jnp.shape(frozen)}")
+    flags = jnp.asarray(frozen)
+    if flags.shape != (k,) or flags.dtype != bool:
+        raise ValueError(
+            f"expected frozen to be bool of shape ({k},), got {flags.dtype} of {flags.shape}"
+        )

@@ -115,7 +115,7 @@ def report(
       plan: gives the reasons why leaves were left alone in the rules' words.
 
     Raises:
-      ValueError: if the trees differ.
+      ValueError: if the trees differ, or the shapes of params and reference.
 
     >>> import jaxquant as jq
     >>> params = {"kernel": jnp.linspace(-1.0, 1.0, 64).reshape(8, 8), "bias": jnp.zeros(8)}
@@ -129,6 +129,11 @@ def report(
     if len({jax.tree.structure(tree) for tree in trees}) != 1:
         raise ValueError("expected params, state and reference to have the same structure")
     columns = [jax.tree.leaves(tree) for tree in trees]
+    for (path, leaf), other in zip(leaves_with_paths(params), columns[-1], strict=True):
+        if reference is not None and jnp.shape(other) != jnp.shape(leaf):
+            raise ValueError(
+                f"reference: {path}: expected shape {jnp.shape(leaf)}, got {jnp.shape(other)}"
+            )
     reasons = {} if plan is None else {x.path: x.reason for x in plan.selection.layers}
     layers = [
         _layer(path, *leaves, reason=reasons.get(path))
@@ -148,7 +153,7 @@ def _layer(
 ) -> LayerReport:
     leaf = jnp.asarray(leaf)
     shape, size, float_bytes = leaf.shape, leaf.size, leaf.size * leaf.dtype.itemsize
-    if not codebook.size:
+    if not codebook.ndim:
         return LayerReport(
             path=path,
             shape=shape,

@@ -57,6 +57,7 @@ def choose(priorities: jax.Array, frozen: jax.Array, share: jax.Array) -> jax.Ar
     Array([ True,  True, False], dtype=bool)
     """
     amount = jnp.floor(share * priorities.shape[0] + 0.5).astype(jnp.int32)
-    order = jnp.argsort(jnp.where(frozen, jnp.inf, priorities), descending=True, stable=True)
+    finite = jnp.minimum(priorities, jnp.finfo(jnp.float32).max)  # losses may overflow
+    order = jnp.argsort(jnp.where(frozen, jnp.inf, finite), descending=True, stable=True)
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype))
     return frozen | (rank < amount)

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.clusters import Clusters, settle, weight_scale
 from jaxquant.codebooks import assign, reconstruct
-from jaxquant.histogram import Histogram, histogram
-from jaxquant.kmeans import Clusters, check_finite, lloyd, measure, named_start, pin, settle
+from jaxquant.histogram import Histogram, bin_width, histogram
+from jaxquant.kmeans import check_finite, is_finite, lloyd, named_start, pin
 from jaxquant.partition import choose, priority
 from jaxquant.schedules import Plan
 from jaxquant.selection import Layer, leaves_with_paths
@@ -20,8 +21,9 @@ _BATCH = 64  # codebooks solved side by side; bounds the memory of the dynamic p
 class QuantState(NamedTuple):
     """What the next round needs; trees have the structure of the parameters.
 
-    A leaf that is left alone has an empty codebook and a scalar False as its mask. A leaf with a
-    codebook for each slice along an axis has them stacked, ones in place of the other axes.
+    A leaf that is left alone has a scalar zero as its codebook and a scalar False as its mask. A
+    leaf with a codebook for each slice along an axis has them stacked, ones in place of the other
+    axes.
     """
 
     codebooks: Any  # [k], or [.., slices, .., k], of the leaf's dtype; zeros before its first round
@@ -49,6 +51,7 @@ class _Clustered(NamedTuple):
     centroids: jax.Array  # [k] of the layer's dtype
     clusters: Clusters
     norm: jax.Array  # float32 scalar, (weighted) squared norm
+    finite: jax.Array  # bool scalar
 
 
 class _Shared(NamedTuple):
@@ -61,16 +64,18 @@ class _Shared(NamedTuple):
 def _measure(
     weights: jax.Array,
     sensitivity: jax.Array | None,
+    statistic: Histogram,
     centroids: jax.Array,
-    frozen_centroids: jax.Array,
+    fixed: jax.Array,
 ) -> _Clustered:
     """Put the centroids into the layer's dtype and measure its clusters under them."""
-    rounded = centroids.astype(weights.dtype)
-    clusters = measure(weights, rounded, sensitivity)
-    settled, clusters = settle(rounded, frozen_centroids, clusters)
+    centroids = centroids.astype(weights.dtype)
+    centroids, clusters = settle(weights, centroids, fixed, bin_width(statistic), sensitivity)
+    clusters = clusters._replace(losses=clusters.losses * weight_scale(sensitivity))
     squares = jnp.square(weights.astype(jnp.float32))
-    norm = jnp.sum(squares if sensitivity is None else squares * sensitivity)
-    return _Clustered(settled.astype(weights.dtype), clusters, norm)
+    if sensitivity is not None:
+        squares = squares * sensitivity.astype(jnp.float32)
+    return _Clustered(centroids, clusters, jnp.sum(squares), is_finite(statistic, sensitivity))
 
 
 def _share(
@@ -106,7 +111,7 @@ class _Work(NamedTuple):
 
     layer: Layer
     weights: jax.Array
-    sensitivity: jax.Array | None
+    sensitivity: Any  # like the weights, or None
     frozen: jax.Array
     centroids: jax.Array
     frozen_centroids: jax.Array
@@ -129,22 +134,25 @@ def init(plan: Plan, params: Any) -> QuantState:
     Array([0., 0., 0.], dtype=float32)
     """
     leaves = _check_tree(plan, params, "params")
-    for layer, leaf in zip(plan.selection.layers, leaves, strict=True):
-        if layer.reason is None:
-            check_finite(layer.path, leaf)
+    pairs = zip(plan.selection.layers, leaves, strict=True)
+    check_finite({layer.path: leaf for layer, leaf in pairs if layer.reason is None})
     structure = jax.tree.structure(params)
 
     def tree_of(make: Callable[[Layer, jax.Array], jax.Array]) -> Any:
         made = [make(*pair) for pair in zip(plan.selection.layers, leaves, strict=True)]
         return jax.tree.unflatten(structure, made)
 
+    def codebook(layer: Layer, leaf: jax.Array) -> jax.Array:
+        dtype = leaf.dtype if layer.reason is None else jnp.float32  # a key has no zero
+        return jnp.zeros(_codebook_shape(layer), dtype)
+
     def frozen(layer: Layer, leaf: jax.Array) -> jax.Array:
         return jnp.zeros_like(leaf, bool) if layer.reason is None else jnp.bool_(False)
 
     return QuantState(
-        codebooks=tree_of(lambda layer, leaf: jnp.zeros(_codebook_shape(layer), leaf.dtype)),
+        codebooks=tree_of(codebook),
         frozen=tree_of(frozen),
-        frozen_centroids=tree_of(lambda layer, leaf: jnp.zeros(_codebook_shape(layer), bool)),
+        frozen_centroids=tree_of(lambda layer, _: jnp.zeros(_codebook_shape(layer), bool)),
         round=jnp.int32(0),
     )
 
@@ -199,14 +207,20 @@ def quantize_round(
     statistics = [_on_slices(w.layer, histogram, _entries(w)) for w in work]
     solved = _solve(plan, work, statistics)
     clustered = [
-        _on_slices(w.layer, _measure, _entries(w), (centroids, w.frozen_centroids))
-        for w, centroids in zip(work, solved, strict=True)
+        _on_slices(
+            w.layer,
+            _measure,
+            _entries(w),
+            (statistic, centroids, _immovable(plan, w, centroids)),
+        )
+        for w, centroids, statistic in zip(work, solved, statistics, strict=True)
     ]
     # 2. Partition: the only step that may look across layers.
-    finite = [jnp.isfinite(s.low) & jnp.isfinite(s.high) for s in statistics]
+    finite = [c.finite for c in clustered]
     groups = [jnp.array(w.layer.groups) for w in work]
     active = [growing[group] & ok for group, ok in zip(groups, finite, strict=True)]
-    chosen = _partition(plan, work, clustered, [share[group] for group in groups], key)
+    shares = [share[group] for group in groups]
+    chosen = _partition(plan, work, clustered, shares, active, key)
     # 3. Share.
     shared = [
         _on_slices(w.layer, _share, (w.weights, w.frozen), (w.centroids, w.frozen_centroids, *new))
@@ -223,9 +237,9 @@ def nearest(leaf: jax.Array, codebook: jax.Array) -> jax.Array:
         return reconstruct(assign(weights, centroids), centroids)
 
     axis = slice_axis(codebook)
-    if axis is None:
-        return one(leaf, codebook)
     tables = codebook.reshape(-1, codebook.shape[-1])
+    if axis is None:
+        return one(leaf, tables[0])
     return jax.vmap(one, in_axes=(axis, 0), out_axes=axis)(leaf, tables)
 
 
@@ -250,7 +264,7 @@ def is_on_codebook(params: Any, state: QuantState) -> Any:
     """
 
     def check(leaf: jax.Array, codebook: jax.Array) -> jax.Array:
-        if not codebook.size:
+        if not codebook.ndim:
             return jnp.bool_(True)
         return jnp.all(nearest(leaf, codebook) == leaf)
 
@@ -258,13 +272,13 @@ def is_on_codebook(params: Any, state: QuantState) -> Any:
 
 
 def slice_axis(codebook: jax.Array) -> int | None:
-    """Return the axis of a leaf along which this codebook has slices, or None."""
-    if codebook.ndim == 1:
-        return None
-    return next((i for i, size in enumerate(codebook.shape[:-1]) if size != 1), 0)
+    """Return the axis of a leaf along which this codebook has slices, or None if it has one."""
+    return next((i for i, size in enumerate(codebook.shape[:-1]) if size != 1), None)
 
 
 def _codebook_shape(layer: Layer) -> tuple[int, ...]:
+    if layer.reason is not None:
+        return ()  # no empty arrays: checkpoint libraries refuse them
     if layer.axis is None:
         return (layer.k,)
     slices = tuple(n if i == layer.axis else 1 for i, n in enumerate(layer.shape))
@@ -274,10 +288,10 @@ def _codebook_shape(layer: Layer) -> tuple[int, ...]:
 def _on_slices(layer: Layer, function: Callable, arrays: Sequence, tables: Sequence = ()) -> Any:
     """Call a function of one layer on each slice; results have a leading [slices].
 
-    `arrays` are shaped like the leaf, or None; `tables` have a leading [slices].
+    `arrays` are shaped like the leaf, or None; `tables` are trees with a leading [slices].
     """
     if layer.axis is None:
-        result = function(*arrays, *(table[0] for table in tables))
+        result = function(*arrays, *jax.tree.map(lambda x: x[0], tuple(tables)))
         return jax.tree.map(lambda x: x[None], result)
     axes = [None if array is None else layer.axis for array in arrays] + [0] * len(tables)
     return jax.vmap(function, in_axes=tuple(axes))(*arrays, *tables)
@@ -329,6 +343,13 @@ def _solve_stack(plan: Plan, stack: Histogram, current: jax.Array, frozen: jax.A
     return _batched(improve, (stack, current, frozen))
 
 
+def _immovable(plan: Plan, work: _Work, centroids: jax.Array) -> jax.Array:
+    """Return which of the new centroids [slices, k] must keep their value to the last bit."""
+    if plan.iterations == 0:
+        return jnp.ones_like(work.frozen_centroids)
+    return work.frozen_centroids | ((centroids == 0) & plan.zero)
+
+
 def _batched(function: Callable, stack: Any) -> jax.Array:
     many = jax.tree.leaves(stack)[0].shape[0] > _BATCH
     return jax.lax.map(function, stack, batch_size=_BATCH) if many else jax.vmap(function)(stack)
@@ -339,6 +360,7 @@ def _partition(
     work: list[_Work],
     clustered: list[_Clustered],
     shares: list[jax.Array],
+    active: list[jax.Array],
     key: jax.Array | None,
 ) -> list[jax.Array]:
     """Return the clusters [slices, k] that are frozen after this round."""
@@ -346,12 +368,14 @@ def _partition(
     for i, c in enumerate(clustered):
         own_key = None if key is None else jax.random.fold_in(key, i)
         cluster_priority = priority(plan.partition, c.clusters.losses, c.centroids, key=own_key)
-        priorities.append(cluster_priority)
+        # A layer that stays as it is takes no other layer's place in the ranking.
+        priorities.append(jnp.where(active[i][:, None], cluster_priority, -jnp.inf))
     frozen = [w.frozen_centroids for w in work]
     if not plan.network:
         return [jax.vmap(choose)(*x) for x in zip(priorities, frozen, shares, strict=True)]
-    together = [jnp.concatenate([x.reshape(-1) for x in many]) for many in (priorities, frozen)]
-    chosen = choose(*together, shares[0][0])
+    everything = jnp.concatenate([x.reshape(-1) for x in priorities])
+    all_frozen = jnp.concatenate([x.reshape(-1) for x in frozen])
+    chosen = choose(everything, all_frozen, shares[0][0])
     ends = list(np.cumsum([x.size for x in frozen]))[:-1]
     parts = jnp.split(chosen, ends)
     return [part.reshape(x.shape) for part, x in zip(parts, frozen, strict=True)]
@@ -364,18 +388,18 @@ def _describe(
     for w, c, s, ok in zip(work, clustered, shared, finite, strict=True):
         counts, losses = c.clusters.counts, c.clusters.losses
         norm = jnp.where(c.norm > 0, c.norm, 1.0)
-        row = RoundInfo(
-            loss=losses,
-            counts=counts,
-            clusters_frozen=jnp.mean(s.frozen_centroids, axis=-1, dtype=jnp.float32),
-            weights_frozen=jnp.mean(
+        row = {
+            "loss": losses,
+            "counts": counts,
+            "clusters_frozen": jnp.mean(s.frozen_centroids, axis=-1, dtype=jnp.float32),
+            "weights_frozen": jnp.mean(
                 s.frozen, axis=tuple(range(1, s.frozen.ndim)), dtype=jnp.float32
             ),
-            error_before=jnp.sum(losses, axis=-1) / norm,
-            error_after=jnp.sum(jnp.where(s.frozen_centroids, 0.0, losses), axis=-1) / norm,
-            finite=ok,
-        )
-        for name, value in row._asdict().items():
+            "error_before": jnp.sum(losses, axis=-1) / norm,
+            "error_after": jnp.sum(jnp.where(s.frozen_centroids, 0.0, losses), axis=-1) / norm,
+            "finite": ok,
+        }
+        for name, value in row.items():
             rows[name][w.layer.path] = value[0] if w.layer.axis is None else value
     return RoundInfo(**rows)
 
@@ -388,8 +412,10 @@ def _gather(plan: Plan, params: Any, state: QuantState, sensitivity: Any) -> lis
         sensitivities: list[Any] = [None] * len(leaves)
     else:
         sensitivities = _check_tree(plan, sensitivity, "sensitivity")
-    codebooks = jax.tree.leaves(state.codebooks)
-    frozen_centroids = jax.tree.leaves(state.frozen_centroids)
+    codebooks = _check_tree(plan, state.codebooks, "state.codebooks", shapes=False)
+    frozen_centroids = _check_tree(
+        plan, state.frozen_centroids, "state.frozen_centroids", shapes=False
+    )
     work = []
     for layer, *columns in zip(
         plan.selection.layers,
@@ -401,10 +427,14 @@ def _gather(plan: Plan, params: Any, state: QuantState, sensitivity: Any) -> lis
         strict=True,
     ):
         if layer.reason is None:
-            *arrays, centroids, flags = columns
-            check_finite(layer.path, arrays[0])
+            weights, importance, mask, centroids, flags = columns
+            _check_shape(f"state.frozen: {layer.path}", mask, layer.shape)
+            _check_shape(f"state.codebooks: {layer.path}", centroids, _codebook_shape(layer))
             tables = (x.reshape(layer.slices, layer.k) for x in (centroids, flags))
-            work.append(_Work(layer, *arrays, *tables))
+            work.append(_Work(layer, weights, importance, mask, *tables))
+    check_finite({w.layer.path: w.weights for w in work})
+    if sensitivity is not None:
+        check_finite({f"sensitivity: {w.layer.path}": w.sensitivity for w in work})
     return work
 
 
@@ -440,8 +470,13 @@ def _check_tree(plan: Plan, tree: Any, name: str, *, shapes: bool = True) -> lis
     for layer, (path, leaf) in zip(layers, pairs, strict=False):
         if path != layer.path:
             raise ValueError(f"{name}: expected the leaf {layer.path}, got {path}")
-        if shapes and jnp.shape(leaf) != layer.shape:
-            raise ValueError(f"{name}: {path}: expected shape {layer.shape}, got {jnp.shape(leaf)}")
+        if shapes:
+            _check_shape(f"{name}: {path}", leaf, layer.shape)
     if len(pairs) != len(layers):
         raise ValueError(f"{name}: expected the plan's {len(layers)} leaves, got {len(pairs)}")
     return [leaf for _, leaf in pairs]
+
+
+def _check_shape(name: str, leaf: jax.Array, shape: tuple[int, ...]) -> None:
+    if jnp.shape(leaf) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {jnp.shape(leaf)}")

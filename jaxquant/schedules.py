@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxquant.codebooks import num_centroids
-from jaxquant.kmeans import check_options
+from jaxquant.kmeans import STARTS, check_options
 from jaxquant.partition import PARTITIONS
 from jaxquant.selection import Layer, LayerRule, Selection, select
 
@@ -59,13 +59,18 @@ def validate_plan(plan: Plan) -> None:
         raise ValueError(f"expected shares that never fall from round to round, got {plan.table}")
     if plan.partition not in PARTITIONS:
         raise ValueError(f"expected partition to be one of {PARTITIONS}, got {plan.partition!r}")
+    if plan.init not in STARTS:
+        raise ValueError(f"expected init to be one of {', '.join(STARTS)}, got {plan.init!r}")
     if not plan.selection.selected:
         reasons = "; ".join(f"{x.path}: {x.reason}" for x in plan.selection.layers[:5])
         raise ValueError(
             f"expected at least one leaf to quantize, got none ({reasons or 'no leaves'})"
         )
     for layer in plan.selection.selected:
-        check_options(init=plan.init, zero=plan.zero, iterations=plan.iterations, k=layer.k)
+        try:
+            check_options(k=layer.k, init=plan.init, iterations=plan.iterations)
+        except ValueError as error:
+            raise ValueError(f"{layer.path}: {error}") from None
         if layer.groups is None or max(layer.groups) >= schedule.shape[1]:
             raise ValueError(
                 f"{layer.path}: expected groups below {schedule.shape[1]}, got {layer.groups}"
@@ -92,7 +97,8 @@ def slq(
       params: tree of arrays, or of shape and dtype structs; only shapes are read.
       bits: `k = 2**(bits-1) + 1` centroids a layer where no rule says otherwise.
       rounds: clusters frozen after each round, out of the last number; a layer with another k
-        freezes the same shares, to the nearest cluster.
+        freezes the same shares, to the nearest cluster; a round in which no layer would freeze
+        another cluster is left out.
       rules: which leaves, see `select`.
       partition: see `partition.priority`.
       init: see `kmeans`; by name.
@@ -110,9 +116,10 @@ def slq(
     if not counts or any(b <= a for a, b in zip((0, *counts), counts, strict=False)):
         raise ValueError(f"expected rounds that grow from 1, got {counts}")
     selection = _assign_groups(select(params, rules, k=num_centroids(bits)), 1, spread=False)
+    layer_ks = {layer.k for layer in selection.selected}
     plan = Plan(
         selection=selection,
-        table=tuple((count / counts[-1],) for count in counts),
+        table=_without_idle_rounds([count / counts[-1] for count in counts], layer_ks),
         partition=partition,
         init=init,
         iterations=iterations,
@@ -193,6 +200,14 @@ def mlq(
     return plan
 
 
+def _without_idle_rounds(shares: list[float], ks: set[int]) -> tuple[tuple[float], ...]:
+    """Return the rows of one group in which some layer of k centroids freezes a cluster more."""
+    rows: dict[tuple[int, ...], tuple[float]] = {}
+    for share in shares:  # of rows that freeze the same clusters the last stays, share 1 included
+        rows[tuple(int(share * k + 0.5) for k in sorted(ks))] = (share,)
+    return tuple(row for counts, row in rows.items() if any(counts) or not counts)
+
+
 def _incremental_table(
     groups: int, boundary: float, layer_by_layer: bool, reverse: bool
 ) -> tuple[tuple[float, ...], ...]:
@@ -213,8 +228,11 @@ def _assign_groups(selection: Selection, groups: int, *, spread: bool) -> Select
     """Give every selected layer without a group one by depth; without `spread`, all are 0."""
     layers = selection.by_depth()
     positions = max((layer.slices for layer in layers), default=1) if spread else 1
-    if spread and groups > max(len(layers), positions):
-        raise ValueError(f"expected at most as many groups as layers, got {groups} > {len(layers)}")
+    undecided = any(layer.groups is None for layer in layers)
+    if spread and undecided and groups > max(len(layers), positions):
+        raise ValueError(
+            f"expected at most as many groups as layers, {len(layers)}, got groups={groups}"
+        )
     resolved = {
         layer.path: _groups_of(layer, index, len(layers), groups) if spread else (0,) * layer.slices
         for index, layer in enumerate(layers)

@@ -101,7 +101,7 @@ def natural_key(path: str) -> list[tuple[bool, int, str]]:
     ['Conv_2/kernel', 'Conv_10/kernel']
     """
     parts = re.split(r"(\d+)", path)
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 def leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
@@ -137,7 +137,7 @@ def select(params: Any, rules: Sequence[LayerRule] | None = None, *, k: int = 17
     for path, leaf in leaves_with_paths(params):
         position, rule = _first_match(path, rules, default)
         used.add(position)
-        layers.append(_setting(path, jnp.shape(leaf), leaf.dtype, rule, k))
+        layers.append(_setting(path, jnp.shape(leaf), _dtype(leaf), rule, k))
     unused = [rule.pattern for i, rule in enumerate(rules or ()) if i not in used]
     if unused:
         paths = ", ".join(layer.path for layer in layers[:5])
@@ -146,6 +146,10 @@ def select(params: Any, rules: Sequence[LayerRule] | None = None, *, k: int = 17
             f"the leaves are {paths}{', ...' if len(layers) > 5 else ''}"
         )
     return Selection(tuple(layers))
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 
 
 def _first_match(
@@ -196,8 +200,8 @@ def _check_axis(layer: Layer, rule: LayerRule) -> int | None:
 def _check_groups(layer: Layer, rule: LayerRule) -> tuple[int, ...] | None:
     if rule.group is None:
         return None
-    single = isinstance(rule.group, int)
-    groups = (rule.group,) * layer.slices if single else tuple(rule.group)  # type: ignore[arg-type]
+    group = rule.group
+    groups = (group,) * layer.slices if isinstance(group, int) else tuple(group)
     if len(groups) != layer.slices or any(not isinstance(g, int) or g < 0 for g in groups):
         raise ValueError(
             f"{layer.path}: rule {rule.pattern!r} expected {layer.slices} groups >= 0, got {groups}"

@@ -116,8 +116,8 @@ def _replace(node: Any, names: list[str], text: str, flag: str) -> Any:
     if rest and not dataclasses.is_dataclass(value):
         raise ValueError(f"{flag}: expected {head} to have fields, but it is a value")
     if not rest and dataclasses.is_dataclass(value):
-        names = ", ".join(f"{head}.{f.name}" for f in dataclasses.fields(value))
-        raise ValueError(f"{flag}: expected one of its fields: {names}")
+        inner = ", ".join(f"{head}.{f.name}" for f in dataclasses.fields(value))
+        raise ValueError(f"{flag}: expected one of its fields: {inner}")
     new = _replace(value, rest, text, flag) if rest else _parse(text, fields[head], flag)
     return dataclasses.replace(node, **{head: new})
 

@@ -81,6 +81,7 @@ def build(config: Config, dataset: Dataset, model: nn.Module, batch_model: nn.Mo
     )
 
 
+@functools.cache
 def learning_rates(stage: Fit, epochs: int, steps_per_epoch: int) -> jax.Array:
     """Return the learning rate of every step of a stage: linear warm-up, then cosine to zero."""
     total = max(1, epochs * steps_per_epoch)
@@ -88,7 +89,7 @@ def learning_rates(stage: Fit, epochs: int, steps_per_epoch: int) -> jax.Array:
     schedule = optax.warmup_cosine_decay_schedule(
         0.0 if warmup else stage.learning_rate, stage.learning_rate, warmup, total
     )
-    return schedule(jnp.arange(total)).astype(jnp.float32)
+    return jax.jit(schedule)(jnp.arange(total)).astype(jnp.float32)
 
 
 def _optimizer() -> optax.GradientTransformationExtraArgs:
@@ -239,7 +240,7 @@ def _count_correct(
 ) -> tuple[jax.Array, jax.Array]:
     """Return correct answers and summed cross-entropy of a batch; labels below 0 do not count."""
     batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, batch_size), data)
-    logits = model.apply(variables, _normalize(batch.images, dataset), train=False)
+    logits: Any = model.apply(variables, _normalize(batch.images, dataset), train=False)
     known, labels = batch.labels >= 0, jnp.maximum(batch.labels, 0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = (jnp.argmax(logits, axis=-1) == labels) & known
@@ -311,7 +312,7 @@ def _squared_gradient(
     images, labels = prepare(key, data.images[index]), data.labels[index]
 
     def loss(params: Any) -> jax.Array:
-        logits = model.apply({**variables, "params": params}, images, train=False)
+        logits: Any = model.apply({**variables, "params": params}, images, train=False)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     return jax.tree.map(jnp.square, jax.grad(loss)(variables["params"]))

@@ -1,6 +1,7 @@
 """One experiment from start to end: train or load, then rounds of quantizing and re-training."""
 
 import dataclasses
+import functools
 import itertools
 import time
 from pathlib import Path
@@ -87,7 +88,7 @@ def check(config: Config) -> Job:
             f"batch_size: expected at most {len(dataset.train_labels)}, got {config.batch_size}"
         )
     model = models.build(config.model, num_classes=dataset.num_classes)
-    shapes = jax.eval_shape(lambda: _init(model, dataset, config.seed))
+    shapes = jax.eval_shape(lambda: _init(model, dataset, jax.random.key(0)))
     initial = pretrained.load(config.init, shapes) if config.init else None
     if initial is None and not config.fit.epochs[0]:
         raise ValueError("expected init=FILE or fit.epochs above 0, got neither")
@@ -100,9 +101,9 @@ def check(config: Config) -> Job:
     return Job(config, Path(), dataset, model, shapes, initial, plan)
 
 
-def _init(model: nn.Module, dataset: data.Dataset, seed: int) -> Any:
+def _init(model: nn.Module, dataset: data.Dataset, key: jax.Array) -> Any:
     image = jnp.zeros((1, *dataset.train_images.shape[1:]))
-    return model.init(jax.random.key(seed), image, train=False)
+    return model.init(key, image, train=False)
 
 
 def _claim(config: Config, workdir: Path) -> None:
@@ -180,7 +181,9 @@ def _fresh(job: Job, functions: engine.Engine) -> RunState:
     """Return the state at the start of a run."""
     variables = job.initial
     if variables is None:
-        variables = jax.jit(lambda: _init(job.model, job.dataset, job.config.seed))()
+        # The key is an argument: XLA would fold the random numbers of a constant one, slowly.
+        init = jax.jit(functools.partial(_init, job.model, job.dataset))
+        variables = init(jax.random.key(job.config.seed))
     variables = jax.tree.map(jnp.asarray, dict(variables))
     quant: Any = () if job.plan is None else jq.init(job.plan, variables["params"])
     # A copy: the training step gives its arguments' memory to its results.
@@ -212,7 +215,6 @@ class _Worker:
 
     def work(self, number: int, unit: Unit, state: RunState) -> RunState:
         """Do one unit: quantize if a round starts, train an epoch, measure if a stage ends."""
-        started = time.monotonic()
         if unit.first:
             state = self._begin_stage(number, unit, state)
         if unit.epochs:
@@ -227,11 +229,8 @@ class _Worker:
             say(f"float: accuracy {result['accuracy']:.2%}")
         else:
             self.log.add("retrained", number, round=unit.round + 1, **result)
-            seconds = time.monotonic() - started
-            say(
-                f"round {unit.round + 1}: {result['accuracy']:.2%} after re-training "
-                f"({unit.epochs} epochs, the last took {seconds:.0f} s)"
-            )
+            count = "1 epoch" if unit.epochs == 1 else f"{unit.epochs} epochs"
+            say(f"round {unit.round + 1}: {result['accuracy']:.2%} after {count} of re-training")
         return state
 
     def _begin_stage(self, number: int, unit: Unit, state: RunState) -> RunState:

@@ -1,0 +1,46 @@
+"""What the benchmarks share: the machine in one line, timed runs, Markdown tables."""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def machine() -> str:
+    """Describe the machine and the versions that a result holds for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    device = jax.devices()[0]
+    return (
+        f"{_cpu_model()}, {cores} cores, {platform.system()} {platform.machine()}; "
+        f"JAX device: {device.platform} ({device.device_kind}); "
+        f"Python {platform.python_version()}, jax {jax.__version__}, "
+        f"numpy {metadata.version('numpy')}"
+    )
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown CPU"
+
+
+def seconds(function: Callable[[], Any], repeats: int) -> list[float]:
+    """Time `repeats` calls, each until its result is there."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Format a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

@@ -1,0 +1,121 @@
+"""Clusters of the weights themselves: counts, losses, extremes, in one pass."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.codebooks import assign, reconstruct
+from jaxquant.histogram import fold, relative_weight
+
+_MAX_SETTLES = 3
+_SPREAD = 256  # partial sums a cluster: float32 keeps its digits over 1e8 weights
+
+
+class Clusters(NamedTuple):
+    """What one layer's weights look like under a codebook."""
+
+    counts: jax.Array  # [k] int32
+    losses: jax.Array  # [k] float32, (weighted) sum of squared distances
+    lows: jax.Array  # [k] smallest entry of each cluster whose weight is not 0; +inf where none
+    highs: jax.Array  # [k] largest; -inf where none
+
+
+def weight_scale(sample_weight: jax.Array | None) -> jax.Array:
+    """Return the largest sample weight, by which the histogram divides all; else 1."""
+    if sample_weight is None:
+        return jnp.float32(1.0)
+    largest = jnp.max(sample_weight).astype(jnp.float32)
+    return jnp.where(largest > 0, largest, 1.0)
+
+
+def measure(
+    x: jax.Array,
+    centroids: jax.Array,
+    sample_weight: jax.Array | None = None,
+    *,
+    unit: jax.Array | float = 1.0,
+) -> Clusters:
+    """Return counts, losses and extremes of the clusters of `x` under `centroids`; one pass.
+
+    Losses are in squares of `unit`, and relative to `weight_scale(sample_weight)`.
+    """
+    k = centroids.shape[0]
+    centroids = centroids.astype(jnp.float32)
+    weights = () if sample_weight is None else (sample_weight,)
+    largest = [jnp.max(weight).astype(jnp.float32) for weight in weights]
+    slots = jnp.zeros(k * _SPREAD)
+    none = Clusters(
+        jnp.zeros(k * _SPREAD, jnp.int32),
+        slots,
+        jnp.full(k, jnp.inf, x.dtype),
+        jnp.full(k, -jnp.inf, x.dtype),
+    )
+
+    def step(sums: Clusters, piece: jax.Array, *weight: jax.Array) -> Clusters:
+        codes = assign(piece, centroids)
+        distance = piece.astype(jnp.float32) - reconstruct(codes, centroids)
+        loss = jnp.square(distance / unit)
+        low = high = piece
+        if weight:
+            relative = relative_weight(weight[0], largest[0])
+            loss = loss * relative
+            low = jnp.where(relative > 0, piece, jnp.inf)
+            high = jnp.where(relative > 0, piece, -jnp.inf)
+        slot = codes.astype(jnp.int32) * _SPREAD + _spread(piece.shape)
+        mode = "promise_in_bounds"
+        return Clusters(
+            sums.counts.at[slot].add(1, mode=mode),
+            sums.losses.at[slot].add(loss, mode=mode),
+            sums.lows.at[codes].min(low, mode=mode),
+            sums.highs.at[codes].max(high, mode=mode),
+        )
+
+    sums = fold(step, none, x, *weights)
+    return sums._replace(
+        counts=jnp.sum(sums.counts.reshape(k, _SPREAD), axis=1, dtype=jnp.int32),
+        losses=jnp.sum(sums.losses.reshape(k, _SPREAD), axis=1),
+    )
+
+
+def _spread(shape: tuple[int, ...]) -> jax.Array:
+    """Number the entries round-robin, without a ravel."""
+    number = jnp.zeros(shape, jnp.int32)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        number += jax.lax.broadcasted_iota(jnp.int32, shape, axis) * (stride % _SPREAD)
+        stride *= shape[axis]
+    return number % _SPREAD
+
+
+def settle(
+    x: jax.Array,
+    centroids: jax.Array,
+    fixed: jax.Array,
+    width: jax.Array,
+    sample_weight: jax.Array | None = None,
+    *,
+    unit: jax.Array | float = 1.0,
+) -> tuple[jax.Array, Clusters]:
+    """Put the centroid of a cluster of equal weights exactly onto them, and measure the clusters.
+
+    The histogram resolves a position to 2**-24 of the range; this makes a layer that has at most
+    k distinct values a fixed point, bit for bit. It is no Lloyd pass: a centroid moves by the
+    `width` of a bin at most. Reads `x` once, and once more if a centroid moved, as that may turn a
+    tie.
+    """
+
+    def step(carry: tuple[jax.Array, Clusters, jax.Array, jax.Array]):
+        centroids, _, passes, _ = carry
+        clusters = measure(x, centroids, sample_weight, unit=unit)
+        values = clusters.lows.astype(centroids.dtype)
+        onto = (clusters.lows == clusters.highs) & (values != centroids)
+        near = jnp.abs(values.astype(jnp.float32) - centroids.astype(jnp.float32)) <= width
+        onto = onto & near & ~fixed & (passes < _MAX_SETTLES)
+        return jnp.where(onto, values, centroids), clusters, passes + 1, jnp.any(onto)
+
+    empty = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(measure, x, centroids, sample_weight)
+    )
+    start = (centroids, empty, jnp.int32(0), jnp.bool_(True))
+    return jax.lax.while_loop(lambda carry: carry[3], step, start)[:2]

@@ -1,0 +1,119 @@
+"""The report: bits, bytes, entropy, error, distinct values, and why a leaf was left alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant as jq
+
+QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):  # later ones do not have, or need, this option
+    QUICK_TO_COMPILE["xla_cpu_use_fusion_emitters"] = False
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(0, 0.05, shape).astype(np.float32))
+
+
+def quantized(params, plan, rounds=None):
+    state = jq.init(plan, params)
+    step = jax.jit(jq.quantize_round, static_argnums=0, compiler_options=QUICK_TO_COMPILE)
+    for _ in range(plan.num_rounds if rounds is None else rounds):
+        params, state, _ = step(plan, params, state)
+    return params, state
+
+
+def test_a_report_worked_by_hand():
+    params = {"w": jnp.array([[0.0, 0.0, 1.0, 1.2], [4.0, 5.0, 4.0, 5.0]]), "b": jnp.array([7.0])}
+    plan = jq.slq(params, bits=2, rounds=(1, 3))
+    new, state = quantized(params, plan, rounds=1)
+    report = jq.report(new, state, reference=params)
+    bias, layer = report.layers
+    assert bias.reason == "1 dimension, fewer than 2" and bias.bytes == bias.float_bytes == 4
+    assert (layer.k, layer.bits, layer.distinct, layer.frozen) == (3, 2, 4, 0.5)
+    np.testing.assert_allclose(layer.error, 1 / (1 + 1.44 + 2 * 16 + 2 * 25), rtol=1e-5)
+    np.testing.assert_allclose(layer.entropy, 1.5, rtol=1e-6)  # shares 1/4, 1/4, 1/2
+    assert layer.bytes == 8 * 2 / 8 + 3 * 4 and layer.float_bytes == 32
+    assert (report.bytes, report.float_bytes) == (18, 36)
+    assert report.entropy_bytes == np.ceil(8 * 1.5 / 8) + 12 + 4
+    assert report.compression == 2 and report.bits_per_weight == 8 * 14 / 8
+    assert report.frozen == 0.5 and report.quantized == (layer,)
+
+
+def test_codes_take_whole_bytes_and_an_empty_cluster_no_entropy():
+    params = {"w": jnp.array([[5.0, 5.0, 5.0], [6.0, 6.0, 6.0], [6.0, 6.0, 6.0]])}
+    layer = jq.report(*quantized(params, jq.slq(params, bits=2, rounds=(3,), zero=True))).layers[0]
+    assert layer.bytes == 3 + 12 and layer.distinct == 2  # 9 codes of 2 bits
+    np.testing.assert_allclose(layer.entropy, np.log2(3) - 2 / 3, rtol=1e-6)
+
+
+def test_without_a_reference_the_error_is_the_distance_to_the_codebook():
+    params = {"w": normal(8, 8)}
+    plan = jq.slq(params, bits=2, rounds=(1, 3))
+    half, state = quantized(params, plan, rounds=1)
+    w, c = np.asarray(half["w"], np.float64), np.asarray(state.codebooks["w"], np.float64)
+    nearest = c[np.argmin(np.abs(w[..., None] - c), axis=-1)]
+    expected = np.sum((w - nearest) ** 2) / np.sum(nearest**2)
+    layer = jq.report(half, state).layers[0]
+    np.testing.assert_allclose(layer.error, expected, rtol=1e-5)
+    done, state = quantized(params, plan)
+    assert jq.report(done, state).layers[0].error == 0
+    assert jq.report(done, state).layers[0].distinct == 3
+
+
+def test_slices_count_their_own_codebooks():
+    params = {"w": normal(4, 8, 8)}
+    plan = jq.slq(params, bits=3, rounds=(5,), rules=[jq.LayerRule("w", axis=0)])
+    layer = jq.report(*quantized(params, plan)).layers[0]
+    assert (layer.k, layer.bits, layer.distinct, layer.frozen) == (5, 3, 5, 1)
+    assert layer.bytes == 4 * 8 * 8 * 3 / 8 + 4 * 5 * 4
+    assert 1.5 < layer.entropy < np.log2(5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_bytes_are_those_of_the_dtype(dtype):
+    params = {"w": normal(8, 8).astype(dtype)}
+    layer = jq.report(*quantized(params, jq.slq(params, bits=2, rounds=(3,)))).layers[0]
+    assert (layer.float_bytes, layer.codebook_bytes) == (128, 6)
+    assert layer.distinct == 3 and layer.error == 0
+
+
+def test_reasons_are_those_of_the_plan_if_given():
+    params = {"a": normal(8, 8), "b": normal(8, 8), "n": jnp.arange(9).reshape(3, 3)}
+    rules = [jq.LayerRule("b", quantize=False), jq.LayerRule(".*", bits=2)]
+    plan = jq.slq(params, bits=2, rounds=(3,), rules=rules)
+    new, state = quantized(params, plan)
+    reasons = [layer.reason for layer in jq.report(new, state, plan=plan).layers]
+    assert reasons == [None, "left alone by rule 'b'", "dtype int32 is not floating point"]
+    guessed = [layer.reason for layer in jq.report(new, state).layers]
+    assert guessed[1] == "left alone by the rules, or no more weights than centroids"
+    assert guessed[2] == reasons[2]
+
+
+def test_the_table_has_a_row_a_leaf_in_natural_order_and_totals():
+    params = {f"layer_{i}": normal(8, 8, seed=i) for i in (10, 2)} | {"bias": normal(3)}
+    new, state = quantized(params, jq.slq(params, bits=2, rounds=(3,)))
+    report = jq.report(new, state)
+    lines = str(report).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        "bias",
+        "layer_2",
+        "layer_10",
+        "**total**",
+    ]
+    assert len({line.count("|") for line in lines}) == 1
+    assert "float: 1 dimension, fewer than 2" in lines[2] and "8x8" in lines[3]
+    assert f"{report.compression:.1f}x smaller" in lines[-1]
+
+
+def test_trees_that_differ_are_refused():
+    params = {"w": normal(8, 8)}
+    state = jq.init(jq.slq(params, bits=2, rounds=(3,)), params)
+    message = "expected params, state and reference to have the same structure"
+    with pytest.raises(ValueError, match=message):
+        jq.report({"v": params["w"]}, state)
+    with pytest.raises(ValueError, match=message):
+        jq.report(params, state, reference={})
+    with pytest.raises(ValueError, match=r"w: expected shape \(8, 8\), got \(8,\)"):
+        jq.report(params, state, reference={"w": jnp.ones(8)})

@@ -1,0 +1,184 @@
+"""The tables: single level, multiple levels in every order, the network ranking."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jaxquant as jq
+from jaxquant.schedules import ORDERS, validate_plan
+
+DEEP = {f"layer_{i}": jax.ShapeDtypeStruct((8, 8), jnp.float32) for i in range(12)}
+THREE = {name: DEEP[name] for name in ("layer_0", "layer_1", "layer_2")}
+
+
+def groups(plan):
+    return {layer.path: layer.groups for layer in plan.selection.selected}
+
+
+def test_slq_at_five_bits_is_the_column_of_the_paper():
+    plan = jq.slq(DEEP)
+    expected = np.float32([[5 / 17], [9 / 17], [13 / 17], [15 / 17], [1]])
+    np.testing.assert_array_equal(plan.schedule, expected)
+    assert plan.schedule.dtype == np.float32 and plan.num_rounds == 5
+    assert set(groups(plan).values()) == {(0,)}
+
+
+@pytest.mark.parametrize(
+    ("order", "reverse", "table"),
+    [
+        (
+            "boundaries_first",
+            False,
+            [[2, 0, 0], [2, 2, 0], [2, 2, 2], [3, 2, 2], [3, 3, 2], [3] * 3],
+        ),
+        (
+            "boundaries_first",
+            True,
+            [[0, 0, 2], [0, 2, 2], [2, 2, 2], [2, 2, 3], [2, 3, 3], [3] * 3],
+        ),
+        ("layer_by_layer", False, [[2, 0, 0], [3, 0, 0], [3, 2, 0], [3, 3, 0], [3, 3, 2], [3] * 3]),
+        ("layer_by_layer", True, [[0, 0, 2], [0, 0, 3], [0, 2, 3], [0, 3, 3], [2, 3, 3], [3] * 3]),
+    ],
+)
+def test_mlq_tables_of_three_groups(order, reverse, table):
+    plan = jq.mlq(THREE, order=order, reverse=reverse)
+    np.testing.assert_allclose(plan.schedule, np.array(table) / 3, rtol=1e-6)
+
+
+def test_groups_are_contiguous_in_natural_depth():
+    got = groups(jq.mlq(DEEP, groups=3))
+    assert [got[f"layer_{i}"] for i in range(12)] == [(i // 4,) for i in range(12)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@given(
+    bits=st.integers(1, 6),
+    count=st.integers(1, 12),
+    reverse=st.booleans(),
+    layers=st.integers(1, 12),
+)
+def test_every_plan_keeps_its_invariants(order, bits, count, reverse, layers):
+    params = {name: DEEP[name] for name in list(DEEP)[:layers]}
+    plan = jq.mlq(params, groups=min(count, layers), order=order, reverse=reverse, bits=bits)
+    validate_plan(plan)
+    assert (np.diff(plan.schedule, axis=0) >= 0).all() and (plan.schedule[-1] == 1).all()
+    used = {g for layer in plan.selection.selected for g in layer.groups}
+    assert used == set(range(plan.schedule.shape[1]))
+    grows = np.diff(np.pad(plan.schedule, ((1, 0), (0, 0))), axis=0) > 0
+    assert grows.any(axis=1).all()  # no idle round
+
+
+def test_the_boundary_share_is_all_clusters_but_one():
+    plan = jq.mlq(THREE, bits=3)
+    np.testing.assert_allclose(plan.schedule[0], [4 / 5, 0, 0])
+
+
+def test_the_network_order_is_one_column_of_the_given_shares():
+    plan = jq.mlq(DEEP, order="network")
+    np.testing.assert_allclose(plan.schedule[:, 0], [0.2, 0.4, 0.6, 0.8, 0.9, 1.0])
+    assert plan.network and set(groups(plan).values()) == {(0,)}
+    assert not jq.mlq(DEEP).network
+
+
+def test_groups_of_the_rules_win_and_need_no_more():
+    rules = [jq.LayerRule("layer_0", group=1), jq.LayerRule("layer_1", group=0)]
+    two = {name: DEEP[name] for name in ("layer_0", "layer_1")}
+    plan = jq.mlq(two, rules=rules)
+    assert groups(plan) == {"layer_0": (1,), "layer_1": (0,)} and plan.schedule.shape == (4, 2)
+    mixed = jq.mlq(THREE, rules=[*rules, jq.LayerRule(".*")], groups=3)
+    assert groups(mixed)["layer_2"] == (2,)
+
+
+def test_slq_has_one_group_whatever_the_rules_say():
+    plan = jq.slq(DEEP, rules=[jq.LayerRule(".*", group=2)])
+    assert plan.schedule.shape == (5, 1) and set(groups(plan).values()) == {(0,)}
+
+
+def test_stacked_layers_are_spread_over_the_groups():
+    params = {"stack": jax.ShapeDtypeStruct((6, 8, 8), jnp.float32)}
+    plan = jq.mlq(params, rules=[jq.LayerRule("stack", axis=0)])
+    assert groups(plan)["stack"] == (0, 0, 1, 1, 2, 2)
+
+
+def test_equal_plans_are_equal_and_hash_alike():
+    one, other = jq.slq(DEEP, zero=True), jq.slq(DEEP, zero=True)
+    assert one == other and hash(one) == hash(other) and one != jq.slq(DEEP)
+    assert jax.jit(lambda plan: jnp.int32(plan.num_rounds), static_argnums=0)(one) == 5
+
+
+def test_options_of_the_clustering_are_kept():
+    for make in (jq.slq, jq.mlq):
+        plan = make(DEEP, init="power_of_two", iterations=10, zero=True, partition="index")
+        got = (plan.init, plan.iterations, plan.zero, plan.partition)
+        assert got == ("power_of_two", 10, True, "index")
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (jq.slq, {"rounds": ()}, r"expected rounds that grow from 1, got \(\)"),
+        (jq.slq, {"rounds": (5, 5, 17)}, "expected rounds that grow from 1"),
+        (jq.slq, {"rounds": (0, 17)}, "expected rounds that grow from 1"),
+        (jq.slq, {"bits": 0}, "expected bits between 1 and 16, got 0"),
+        (jq.slq, {"partition": "size"}, "expected partition to be one of .* got 'size'"),
+        (jq.slq, {"init": "best"}, "expected init to be one of optimal, .* got 'best'"),
+        (jq.slq, {"init": None}, "expected init to be one of optimal, .* got None"),
+        (
+            jq.slq,
+            {"iterations": -1},
+            "layer_0: expected iterations to be None or at least 0, got -1",
+        ),
+        (
+            jq.slq,
+            {"rules": [jq.LayerRule(".*", k=4)], "init": "power_of_two"},
+            "layer_0: expected an odd k for init='power_of_two', got 4",
+        ),
+        (
+            jq.slq,
+            {"rules": [jq.LayerRule(".*", quantize=False)]},
+            "expected at least one leaf to quantize, got none .layer_0: left alone by rule",
+        ),
+        (jq.mlq, {"order": "depth"}, "expected order to be one of .* got 'depth'"),
+        (jq.mlq, {"groups": 0}, "expected groups to be at least 1, got 0"),
+        (jq.mlq, {"groups": 1.5}, "expected groups to be at least 1, got 1.5"),
+        (jq.mlq, {"groups": 13}, "expected at most as many groups as layers, 12, got groups=13"),
+        (jq.mlq, {"order": "network", "rounds": (0.5,)}, "shares in .0, 1. and a last row of ones"),
+        (
+            jq.mlq,
+            {"order": "network", "rounds": (0.5, 0.4, 1)},
+            "shares that never fall from round",
+        ),
+        (jq.mlq, {"order": "network", "rounds": (-0.5, 1)}, "expected shares in .0, 1."),
+        (jq.mlq, {"order": "network", "rounds": ()}, r"expected a schedule .rounds, groups., got"),
+    ],
+)
+def test_bad_arguments_are_refused(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(DEEP, **arguments)
+
+
+def test_a_plan_of_ones_own_is_checked():
+    plan = jq.slq(DEEP)
+    with pytest.raises(ValueError, match=r"layer_0: expected groups below 1, got \(3,\)"):
+        layers = (dataclasses.replace(plan.selection.layers[0], groups=(3,)),)
+        validate_plan(dataclasses.replace(plan, selection=jq.Selection(layers)))
+    with pytest.raises(ValueError, match="a last row of ones"):
+        validate_plan(dataclasses.replace(plan, table=((0.5,),)))
+    with pytest.raises(
+        ValueError, match=r"expected at least one leaf to quantize, got none \(no lea"
+    ):
+        jq.slq({})
+
+
+def test_slq_leaves_out_rounds_in_which_no_layer_freezes_a_cluster():
+    tree = {"a": jax.ShapeDtypeStruct((9, 9), "float32")}
+    five = jq.slq(tree, bits=3)  # shares of 17 applied to 5 clusters: 1, 3, 4, 4, 5
+    np.testing.assert_array_equal(np.floor(five.schedule[:, 0] * 5 + 0.5), [1, 3, 4, 5])
+    assert jq.slq(tree, bits=5).num_rounds == 5
+    assert jq.slq(tree, bits=3, rounds=(1, 2, 3, 4, 5)).num_rounds == 5
+    assert jq.slq(tree, bits=1).schedule.tolist() == [[np.float32(9 / 17)], [1.0]]
