@@ -1,4 +1,10 @@
-"""MLQ, ternary, of a pretrained ResNet-20 on CIFAR-10; one epoch of re-training a round."""
+r"""MLQ, ternary, of a pretrained ResNet-20 on CIFAR-10; one epoch of re-training a round.
+
+    python -m train --config configs/cifar10_resnet20_mlq.py --workdir runs/mlq \
+        --config.init=resnet20.npz
+
+@MLQ@
+"""
 
 from train.config import Config, Data, Fit, Quantize
 

@@ -1,4 +1,11 @@
-"""SLQ, 5 bits, of a pretrained ResNet-20 on CIFAR-10; one epoch of re-training a round."""
+r"""SLQ, 5 bits, of a pretrained ResNet-20 on CIFAR-10; one epoch of re-training a round.
+
+    python -m train --config configs/cifar10_resnet20_slq.py --workdir runs/slq \
+        --config.init=resnet20.npz
+
+From 91.73 % to 91.44 %; after the rounds 91.65, 91.43, 91.17, 91.39, 91.44. One seed, five epochs
+in all, 71 minutes on one of two busy CPU cores (AMD EPYC).
+"""
 
 from train.config import Config, Data, Fit, Quantize
 

@@ -1,4 +1,9 @@
-"""MLQ, ternary, of a small convolutional net on handwritten digits (8x8 pixels)."""
+"""MLQ, ternary, of a small convolutional net on handwritten digits (8x8 pixels, no download).
+
+    python -m train --config configs/digits_mlq.py --workdir runs/digits_mlq
+
+@DM@
+"""
 
 from train.config import Config, Data, Fit, Quantize
 

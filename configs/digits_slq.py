@@ -1,4 +1,9 @@
-"""SLQ, 5 bits, of a small convolutional net on handwritten digits (8x8 pixels)."""
+"""SLQ, 5 bits, of a small convolutional net on handwritten digits (8x8 pixels, no download).
+
+    python -m train --config configs/digits_slq.py --workdir runs/digits_slq
+
+@DS@
+"""
 
 from train.config import Config, Data, Fit, Quantize
 

@@ -1,4 +1,9 @@
-"""MLQ, ternary, of LeNet-5 on MNIST."""
+"""MLQ, ternary, of LeNet-5 on MNIST.
+
+    python -m train --config configs/mnist_lenet5_mlq.py --workdir runs/mnist
+
+@MN@
+"""
 
 from train.config import Config, Data, Fit, Quantize
 

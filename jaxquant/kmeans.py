@@ -42,9 +42,9 @@ def kmeans(
     Minimizes `sum_i w_i (x_i - c[assign(x_i, c)])**2` on a histogram of `x`: boundaries by dynamic
     programming over coarse cells, then Lloyd passes by prefix sums until no bin changes its
     cluster. An empty cluster keeps its value; a tie goes to the lower centroid. Clusters whose
-    weights are all equal get exactly that value. Runs under jit, vmap and scan; `x` is never
-    raveled, sorted or copied. Cost O(n k) compares and O(n + bins + cells**2 k) else; memory
-    O(bins + cells**2) beyond `x`.
+    weights are all equal get exactly that value; values that share a bin are not told apart. Runs
+    under jit, vmap and scan; `x` is never raveled, sorted or copied. Cost O(n k) compares and
+    O(n + bins + cells**2 k) else; memory O(bins + cells**2) beyond `x`.
 
     The certificate: with every entry moved to the mean of its cell, W the squared distance moved
     and O the exact optimum of the moved entries (the dynamic program), no k centroids have a loss

@@ -155,7 +155,8 @@ def mlq(
     Args:
       params: tree of arrays, or of shape and dtype structs; only shapes are read.
       groups: number of layer groups, contiguous in depth (natural order of the paths) and of
-        equal numbers of layers; a rule's `group` says otherwise.
+        equal numbers of layers; layers stacked along axis 0 spread over the groups by slice; a
+        rule's `group` says otherwise.
       order: see above.
       reverse: from output to input.
       rounds: for "network" only.
@@ -227,7 +228,7 @@ def _incremental_table(
 def _assign_groups(selection: Selection, groups: int, *, spread: bool) -> Selection:
     """Give every selected layer without a group one by depth; without `spread`, all are 0."""
     layers = selection.by_depth()
-    positions = max((layer.slices for layer in layers), default=1) if spread else 1
+    positions = max((layer.slices for layer in layers if layer.axis == 0), default=1)
     undecided = any(layer.groups is None for layer in layers)
     if spread and undecided and groups > max(len(layers), positions):
         raise ValueError(
@@ -247,7 +248,7 @@ def _assign_groups(selection: Selection, groups: int, *, spread: bool) -> Select
 
 
 def _groups_of(layer: Layer, index: int, depth: int, groups: int) -> tuple[int, ...]:
-    """Slices of a stacked leaf lie at depths of their own; another leaf at that of its path."""
-    if layer.slices > 1:
+    """Slices of layers stacked along axis 0 lie at depths of their own; else the path decides."""
+    if layer.axis == 0 and layer.slices > 1:
         return tuple(i * groups // layer.slices for i in range(layer.slices))
-    return (index * groups // depth,)
+    return (index * groups // depth,) * layer.slices

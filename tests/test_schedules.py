@@ -182,3 +182,15 @@ def test_slq_leaves_out_rounds_in_which_no_layer_freezes_a_cluster():
     assert jq.slq(tree, bits=5).num_rounds == 5
     assert jq.slq(tree, bits=3, rounds=(1, 2, 3, 4, 5)).num_rounds == 5
     assert jq.slq(tree, bits=1).schedule.tolist() == [[np.float32(9 / 17)], [1.0]]
+
+
+def test_mlq_keeps_the_channels_of_one_layer_in_one_group():
+    tree = {name: jax.ShapeDtypeStruct((4, 40), "float32") for name in ("a", "b")}
+    channels = jq.mlq(tree, groups=2, rules=[jq.LayerRule(".", axis=-2, k=3)])
+    stacked = {layer.path: layer.groups for layer in channels.selection.layers}
+    assert stacked == {"a": (0, 0, 1, 1), "b": (0, 0, 1, 1)}  # axis 0: a stack of layers
+    columns = jq.mlq(tree, groups=2, rules=[jq.LayerRule(".", axis=1, k=3)])
+    assert {layer.path: set(layer.groups or ()) for layer in columns.selection.layers} == {
+        "a": {0},
+        "b": {1},
+    }
