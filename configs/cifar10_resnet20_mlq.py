@@ -3,7 +3,8 @@ r"""MLQ, ternary, of a pretrained ResNet-20 on CIFAR-10; one epoch of re-trainin
     python -m train --config configs/cifar10_resnet20_mlq.py --workdir runs/mlq \
         --config.init=resnet20.npz
 
-@MLQ@
+From 91.73 % to 89.05 %; after the rounds 91.31, 90.92, 90.35, 90.08, 89.45, 89.05. One seed, six
+epochs in all, 88 minutes on one of two busy CPU cores (AMD EPYC).
 """
 
 from train.config import Config, Data, Fit, Quantize

@@ -2,7 +2,8 @@
 
     python -m train --config configs/digits_mlq.py --workdir runs/digits_mlq
 
-@DM@
+From 98.59 % to 97.75 % (seed 0); both digits configs together, with plots, take less than a
+minute on two CPU cores (AMD EPYC). One test image is 0.28 points.
 """
 
 from train.config import Config, Data, Fit, Quantize

@@ -2,7 +2,8 @@
 
     python -m train --config configs/digits_slq.py --workdir runs/digits_slq
 
-@DS@
+From 98.59 % to 98.59 % (seed 0); both digits configs together, with plots, take less than a
+minute on two CPU cores (AMD EPYC). One test image is 0.28 points.
 """
 
 from train.config import Config, Data, Fit, Quantize

@@ -1,5 +1,6 @@
 """One experiment from start to end: train or load, then rounds of quantizing and re-training."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -154,19 +155,19 @@ def run(job: Job) -> dict[str, Any]:
     functions = _functions(job)
     train_data = engine.Images(jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels))
     test_data = engine.Images(jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels))
-    checkpoints = Checkpoints(job.workdir / "checkpoints")
-    state, done, events = _start(job, functions, checkpoints)
-    log = Log(job.workdir, events, step=done, tensorboard=config.tensorboard)
-    worker = _Worker(job, functions, train_data, test_data, log)
-    plan_units = units(config, job.plan)
-    saved = time.monotonic()
-    for number, unit in itertools.islice(enumerate(plan_units), done, None):
-        state = worker.work(number, unit, state)
-        if unit.last or time.monotonic() - saved > _SAVE_SECONDS:
-            checkpoints.save(number, state, {"done": number + 1, "events": log.events})
+    # Closing waits for the save that is under way, after an interrupt too.
+    with contextlib.closing(Checkpoints(job.workdir / "checkpoints")) as checkpoints:
+        state, done, events = _start(job, functions, checkpoints)
+        log = Log(job.workdir, events, step=done, tensorboard=config.tensorboard)
+        with contextlib.closing(log):
+            worker = _Worker(job, functions, train_data, test_data, log)
             saved = time.monotonic()
-    checkpoints.close()
-    log.close()
+            run_units = enumerate(units(config, job.plan))
+            for number, unit in itertools.islice(run_units, done, None):
+                state = worker.work(number, unit, state)
+                if unit.last or time.monotonic() - saved > _SAVE_SECONDS:
+                    checkpoints.save(number, state, {"done": number + 1, "events": log.events})
+                    saved = time.monotonic()
     return summary.write(job, state, log.events)
 
 
@@ -329,18 +330,18 @@ def evaluate(config: Config, workdir: Path | None) -> dict[str, float]:
     """Return accuracy and loss of config.init, or of the workdir's latest checkpoint."""
     if not config.init and workdir is None:
         raise ValueError("expected --config.init=FILE or --workdir DIR, got neither")
+    folder = Path() if workdir is None else workdir / "checkpoints"
     if config.init:
         config = dataclasses.replace(config, fit=dataclasses.replace(config.fit, epochs=(0,)))
-    elif not (workdir / "checkpoints").is_dir():  # type: ignore[operator]
+    elif not folder.is_dir():
         raise ValueError(f"{workdir}: expected a workdir with checkpoints, got none")
     job = check(config)
     functions = _functions(job)
     if config.init:
         variables = jax.tree.map(jnp.asarray, dict(job.initial))
     else:
-        checkpoints = Checkpoints(workdir / "checkpoints")  # type: ignore[operator]
-        restored = checkpoints.restore(_fresh(job, functions))
-        checkpoints.close()
+        with contextlib.closing(Checkpoints(folder)) as checkpoints:
+            restored = checkpoints.restore(_fresh(job, functions))
         if restored is None:
             raise ValueError(f"{workdir}: expected at least one checkpoint, got none")
         train = restored[0].train
