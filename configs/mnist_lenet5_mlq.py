@@ -2,7 +2,7 @@
 
     python -m train --config configs/mnist_lenet5_mlq.py --workdir runs/mnist
 
-@MN@
+From 99.07 % to 98.64 % (seed 0), about 4 minutes on one CPU core (AMD EPYC).
 """
 
 from train.config import Config, Data, Fit, Quantize
