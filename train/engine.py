@@ -119,9 +119,10 @@ def _augment(key: jax.Array, images: jax.Array, *, dataset: Dataset) -> jax.Arra
         pad, (_, height, width, channels) = dataset.pad, images.shape
         framed = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
         corners = jax.random.randint(crop_key, (len(images), 2), 0, 2 * pad + 1)
-        crop = lambda x, at: jax.lax.dynamic_slice(  # noqa: E731
-            x, (at[0], at[1], 0), (height, width, channels)
-        )
+
+        def crop(image: jax.Array, at: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice(image, (at[0], at[1], 0), (height, width, channels))
+
         images = jax.vmap(crop)(framed, corners)
     if dataset.flip:
         flips = jax.random.bernoulli(flip_key, 0.5, (len(images), 1, 1, 1))
@@ -267,6 +268,25 @@ def _evaluate(
     return {"accuracy": correct / size, "loss": loss / size}
 
 
+def _mean_over_batches(
+    function: Callable[..., Any],
+    batches: int,
+    config: Config,
+    params: Any,
+    batch_stats: Any,
+    data: Images,
+    key: jax.Array,
+) -> Any:
+    """Return the mean of a function's trees over random batches of training images."""
+    order = epoch_order(key, len(data.labels), min(config.batch_size, len(data.labels)))
+    variables = {"params": params, "batch_stats": batch_stats}
+    total = None
+    for i in range(batches):
+        row = function(variables, data, order[i % len(order)], jax.random.fold_in(key, i))
+        total = row if total is None else jax.tree.map(jnp.add, total, row)
+    return jax.tree.map(lambda x: x / batches, total)
+
+
 def _batch_statistics(
     batch_model: nn.Module,
     prepare: Callable[..., jax.Array],
@@ -292,13 +312,7 @@ def _recalibrate(
     batches = config.quantize.recalibrate_batches
     if not batches or not jax.tree.leaves(batch_stats):
         return batch_stats
-    order = epoch_order(key, len(data.labels), min(config.batch_size, len(data.labels)))
-    variables = {"params": params, "batch_stats": batch_stats}
-    total = None
-    for i in range(batches):
-        row = statistics(variables, data, order[i % len(order)], jax.random.fold_in(key, i))
-        total = row if total is None else jax.tree.map(jnp.add, total, row)
-    return jax.tree.map(lambda x: x / batches, total)
+    return _mean_over_batches(statistics, batches, config, params, batch_stats, data, key)
 
 
 def _squared_gradient(
@@ -334,10 +348,4 @@ def _sensitivity(
     if config.quantize.sensitivity == "none":
         return None
     batches = config.quantize.sensitivity_batches
-    order = epoch_order(key, len(data.labels), min(config.batch_size, len(data.labels)))
-    variables = {"params": params, "batch_stats": batch_stats}
-    total = None
-    for i in range(batches):
-        row = squared_gradient(variables, data, order[i % len(order)], jax.random.fold_in(key, i))
-        total = row if total is None else jax.tree.map(jnp.add, total, row)
-    return jax.tree.map(lambda x: x / batches, total)
+    return _mean_over_batches(squared_gradient, batches, config, params, batch_stats, data, key)
