@@ -1,5 +1,6 @@
 """Weight-clustering quantization for JAX: single- and multiple-level quantization (SLQ, MLQ)."""
 
+from jaxquant.centroids import centroid_gradients, set_centroids
 from jaxquant.codebooks import assign, num_centroids, reconstruct
 from jaxquant.kmeans import KMeansResult, kmeans
 from jaxquant.metrics import LayerReport, Report, report
@@ -20,6 +21,7 @@ __all__ = [
     "RoundInfo",
     "Selection",
     "assign",
+    "centroid_gradients",
     "freeze_quantized",
     "init",
     "is_on_codebook",
@@ -30,5 +32,6 @@ __all__ = [
     "reconstruct",
     "report",
     "select",
+    "set_centroids",
     "slq",
 ]

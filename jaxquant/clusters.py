@@ -9,7 +9,7 @@ from jaxquant.codebooks import assign, reconstruct
 from jaxquant.histogram import fold, relative_weight
 
 _MAX_SETTLES = 3
-_SPREAD = 256  # partial sums a cluster: float32 keeps its digits over 1e8 weights
+SPREAD = 256  # partial sums a cluster: float32 keeps its digits over 1e8 weights
 
 
 class Clusters(NamedTuple):
@@ -44,9 +44,9 @@ def measure(
     centroids = centroids.astype(jnp.float32)
     weights = () if sample_weight is None else (sample_weight,)
     largest = [jnp.max(weight).astype(jnp.float32) for weight in weights]
-    slots = jnp.zeros(k * _SPREAD)
+    slots = jnp.zeros(k * SPREAD)
     none = Clusters(
-        jnp.zeros(k * _SPREAD, jnp.int32),
+        jnp.zeros(k * SPREAD, jnp.int32),
         slots,
         jnp.full(k, jnp.inf, x.dtype),
         jnp.full(k, -jnp.inf, x.dtype),
@@ -62,7 +62,7 @@ def measure(
             loss = loss * relative
             low = jnp.where(relative > 0, piece, jnp.inf)
             high = jnp.where(relative > 0, piece, -jnp.inf)
-        slot = codes.astype(jnp.int32) * _SPREAD + _spread(piece.shape)
+        slot = codes.astype(jnp.int32) * SPREAD + spread(piece.shape)
         mode = "promise_in_bounds"
         return Clusters(
             sums.counts.at[slot].add(1, mode=mode),
@@ -73,19 +73,19 @@ def measure(
 
     sums = fold(step, none, x, *weights)
     return sums._replace(
-        counts=jnp.sum(sums.counts.reshape(k, _SPREAD), axis=1, dtype=jnp.int32),
-        losses=jnp.sum(sums.losses.reshape(k, _SPREAD), axis=1),
+        counts=jnp.sum(sums.counts.reshape(k, SPREAD), axis=1, dtype=jnp.int32),
+        losses=jnp.sum(sums.losses.reshape(k, SPREAD), axis=1),
     )
 
 
-def _spread(shape: tuple[int, ...]) -> jax.Array:
-    """Number the entries round-robin, without a ravel."""
+def spread(shape: tuple[int, ...]) -> jax.Array:
+    """Number the entries round-robin below `SPREAD`, without a ravel."""
     number = jnp.zeros(shape, jnp.int32)
     stride = 1
     for axis in reversed(range(len(shape))):
-        number += jax.lax.broadcasted_iota(jnp.int32, shape, axis) * (stride % _SPREAD)
+        number += jax.lax.broadcasted_iota(jnp.int32, shape, axis) * (stride % SPREAD)
         stride *= shape[axis]
-    return number % _SPREAD
+    return number % SPREAD
 
 
 def settle(

@@ -14,7 +14,8 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads_and_says_how_to_run_it(path):
-    assert isinstance(config.load(path), Config)
+    loaded = config.load(path)
+    assert loaded and all(isinstance(value, Config) for value in loaded.values())
     assert f"--config configs/{path.name}" in path.read_text()
 
 
@@ -85,8 +86,18 @@ def test_values_that_no_run_could_use_are_named(wrong, message):
         (None, "expected a config file, got no such file"),
         ("x = (", "SyntaxError"),
         ("import nowhere", "ModuleNotFoundError: No module named 'nowhere'"),
-        ("def get_config(): return 3", "expected get_config() to return a Config"),
+        ("def get_config(): return 3", "expected get_config() to be a Config"),
         ("", "AttributeError"),
+        ("def get_configs(): return {}", "expected get_configs() to return configs by name"),
+        ("def get_configs(): return {'a': 3}", "expected get_configs()['a'] to be a Config"),
+        (
+            "from train.config import Config\ndef get_configs(): return {'../a': Config()}",
+            "expected names that can be folders, got '../a'",
+        ),
+        (
+            "from train.config import Config\ndef get_configs(): return {'a': Config(seed=-1)}",
+            "a: seed: expected at least 0",
+        ),
     ],
 )
 def test_a_file_that_gives_no_config_is_refused(tmp_path, text, message):
@@ -95,6 +106,18 @@ def test_a_file_that_gives_no_config_is_refused(tmp_path, text, message):
         path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)):
         config.load(path)
+
+
+def test_overrides_reach_every_config_of_a_study(tmp_path):
+    path = tmp_path / "study.py"
+    path.write_text(
+        "from train.config import Config\n"
+        "def get_configs(): return {'a': Config(seed=1), 'b': Config(model='lenet5')}"
+    )
+    loaded = config.load(path, ["batch_size=7"])
+    assert [(name, value.batch_size) for name, value in loaded.items()] == [("a", 7), ("b", 7)]
+    assert loaded["a"].seed == 1
+    assert loaded["b"].model == "lenet5"
 
 
 def test_difference_names_the_fields_that_changed():

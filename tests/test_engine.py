@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+import jaxquant as jq
 from train import engine
 from train.config import Config, Fit, Quantize
 from train.data import Dataset
@@ -101,12 +102,23 @@ def test_evaluate_counts_every_image_once_whatever_the_batch():
         assert result["loss"] == pytest.approx(results[0]["loss"], rel=1e-5)
 
 
-def train(config, functions, state, images, variables, frozen, *, steps, distill=False):
+def quant_state(params, frozen=None, codebooks=None, frozen_centroids=None):
+    """Return a QuantState with these masks; nothing is frozen where there is none."""
+    none = jax.tree.map(lambda _: jnp.bool_(False), params)
+    return jq.QuantState(
+        codebooks or jax.tree.map(lambda _: jnp.zeros(()), params),
+        frozen or none,
+        frozen_centroids or none,
+        jnp.int32(0),
+    )
+
+
+def train(functions, state, images, variables, quant, *, steps, distill=False, move=False):
     order = engine.epoch_order(jax.random.key(2), 40, 10)[:steps]
     rates = jnp.full(steps, 0.1)
     return functions.train(
         jax.tree.map(jnp.copy, state),
-        frozen,
+        quant,
         variables,
         images,
         order,
@@ -114,6 +126,7 @@ def train(config, functions, state, images, variables, frozen, *, steps, distill
         jax.random.key(3),
         rates,
         distill=distill,
+        move_centroids=move,
     )
 
 
@@ -121,15 +134,14 @@ def train(config, functions, state, images, variables, frozen, *, steps, distill
 def test_steps_in_one_call_equal_steps_one_by_one(size):
     config = Config(steps_per_call=size)
     functions, variables, images = make_engine(config, make_dataset(pad=1))
-    start = engine.set_stage(functions.start(variables), Fit(momentum=0.9, weight_decay=0.1))
-    frozen = jax.tree.map(lambda _: jnp.bool_(False), variables["params"])
-    together, sums = train(config, functions, start, images, variables, frozen, steps=4)
+    start = engine.set_stage(functions.start(variables, ()), Fit(momentum=0.9, weight_decay=0.1))
+    together, _, sums = train(functions, start, images, variables, (), steps=4)
     order = engine.epoch_order(jax.random.key(2), 40, 10)
     state, total = jax.tree.map(jnp.copy, start), 0.0
     for i in range(4):
-        state, metrics = functions.train(
+        state, _, metrics = functions.train(
             state,
-            frozen,
+            (),
             variables,
             images,
             order[i : i + 1],
@@ -137,6 +149,7 @@ def test_steps_in_one_call_equal_steps_one_by_one(size):
             jax.random.key(3),
             jnp.full(1, 0.1),
             distill=False,
+            move_centroids=False,
         )
         total += float(metrics["loss"])
     for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(state), strict=True):
@@ -148,11 +161,12 @@ def test_a_step_is_sgd_with_momentum_and_decay_on_the_free_weights():
     config = Config(steps_per_call=1)
     dataset = make_dataset()
     functions, variables, images = make_engine(config, dataset)
-    start = engine.set_stage(functions.start(variables), Fit(momentum=0.9, weight_decay=0.5))
+    start = engine.set_stage(functions.start(variables, ()), Fit(momentum=0.9, weight_decay=0.5))
     params = variables["params"]
     frozen = jax.tree.map(lambda p: jnp.zeros(p.shape, bool), params)
     frozen["dense"]["kernel"] = frozen["dense"]["kernel"].at[0].set(True)
-    state, _ = train(config, functions, start, images, variables, frozen, steps=1)
+    quant = quant_state(params, frozen)
+    state, _, _ = train(functions, start, images, variables, quant, steps=1)
     index = np.asarray(engine.epoch_order(jax.random.key(2), 40, 10)[0])
     x = normalized(dataset, dataset.train_images[index]).astype(np.float32)
 
@@ -171,11 +185,51 @@ def test_a_step_is_sgd_with_momentum_and_decay_on_the_free_weights():
     np.testing.assert_allclose(state.params["bn"]["scale"], expected["bn"]["scale"], atol=1e-5)
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_centroids_take_the_step_of_all_their_members_and_stay_shared(steps):
+    config = Config(retrain=Fit(centroid_rate=0.5), steps_per_call=steps)
+    dataset = make_dataset()
+    functions, variables, images = make_engine(config, dataset)
+    params = variables["params"]
+    plan = jq.slq(params, bits=2, rounds=(2, 3))
+    params, quant, _ = jq.quantize_round(plan, params, jq.init(plan, params))
+    start = engine.set_stage(
+        functions.start({**variables, "params": params}, quant), Fit(weight_decay=0.0)
+    )
+    state, moved, _ = train(functions, start, images, variables, quant, steps=steps, move=True)
+    kernel, before = state.params["dense"]["kernel"], params["dense"]["kernel"]
+    mask = np.asarray(quant.frozen["dense"]["kernel"])
+    old, new = quant.codebooks["dense"]["kernel"], moved.codebooks["dense"]["kernel"]
+    codes = np.asarray(jq.assign(before, old))
+    np.testing.assert_array_equal(kernel[mask], np.asarray(new)[codes[mask]])
+    clusters_frozen = np.asarray(quant.frozen_centroids["dense"]["kernel"])
+    assert (np.asarray(new != old) == clusters_frozen).all()
+    np.testing.assert_array_equal(moved.frozen["dense"]["kernel"], mask)
+    if steps > 1:
+        return
+    index = np.asarray(engine.epoch_order(jax.random.key(2), 40, 10)[0])
+    x = normalized(dataset, dataset.train_images[index]).astype(np.float32)
+
+    def loss(codebook):
+        dense = {**params["dense"], "kernel": jnp.where(mask, codebook[codes], before)}
+        logits, _ = Tiny().apply(
+            {**variables, "params": {**params, "dense": dense}},
+            x,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        labels = dataset.train_labels[index]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    members = np.array([np.sum(mask & (codes == j)) for j in range(3)])
+    expected = old - 0.5 * 0.1 * jax.grad(loss)(old) / np.sqrt(np.maximum(members, 1))
+    np.testing.assert_allclose(new, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_distillation_at_weight_one_moves_a_network_towards_its_teacher():
     config = Config(retrain=Fit(distill_weight=1.0), steps_per_call=1)
     functions, variables, images = make_engine(config, make_dataset())
-    frozen = jax.tree.map(lambda _: jnp.bool_(False), variables["params"])
-    start = engine.set_stage(functions.start(variables), Fit(weight_decay=0.0))
+    start = engine.set_stage(functions.start(variables, ()), Fit(weight_decay=0.0))
     x = normalized(make_dataset(), make_dataset().train_images).astype(np.float32)
     # A teacher with statistics of the training batch's kind: its own logits as a fixed point.
     teacher = jax.tree.map(lambda p: 2.0 * p, variables["params"])
@@ -189,7 +243,7 @@ def test_distillation_at_weight_one_moves_a_network_towards_its_teacher():
 
     state = start
     for _ in range(30):
-        state, _ = train(config, functions, state, images, teacher, frozen, steps=4, distill=True)
+        state, _, _ = train(functions, state, images, teacher, (), steps=4, distill=True)
     assert divergence(state) < 0.3 * divergence(start)
 
 

@@ -59,6 +59,65 @@ def finished(tmp_path_factory):
     return workdir
 
 
+def write_study(folder):
+    """Write a study: a short run, one on half of the images, and the float network alone."""
+    path = folder / "study.py"
+    path.write_text(
+        "from dataclasses import replace\n"
+        "from train.config import Config, Fit, Quantize\n"
+        "def get_configs():\n"
+        "    fit = Fit(epochs=(1,))\n"
+        "    base = Config(fit=fit, quantize=Quantize(method='slq', bits=2, rounds=(3,),\n"
+        "        equalize=True), retrain=replace(fit, centroid_rate=1.0), plots=False)\n"
+        "    data = replace(base.data, train_limit=700)\n"
+        "    return {'two': base, 'half': replace(base, data=data),\n"
+        "            'float': replace(base, quantize=Quantize(method='none'))}\n"
+    )
+    return str(path)
+
+
+def test_a_study_runs_what_is_not_done_and_tabulates_all(tmp_path, capsys):
+    arguments = ["--config", write_study(tmp_path), "--workdir", str(tmp_path / "runs")]
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert all(f"== {name}:" in out for name in ("two", "half", "float"))
+    summary = (tmp_path / "runs" / "summary.md").read_text()
+    assert [line.split("|")[1].strip() for line in summary.splitlines()[2:]] == [
+        "two",
+        "half",
+        "float",
+    ]
+    report = json.loads((tmp_path / "runs" / "half" / "report.json").read_text())
+    assert report["quantized"]["on_codebook"] is True
+    (tmp_path / "runs" / "half" / "report.json").unlink()
+    kept = (tmp_path / "runs" / "two" / "report.json").stat().st_mtime_ns
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "== half:" in out
+    assert "== two:" not in out
+    assert (tmp_path / "runs" / "two" / "report.json").stat().st_mtime_ns == kept
+    assert json.loads((tmp_path / "runs" / "half" / "report.json").read_text()) == report
+    assert (tmp_path / "runs" / "summary.md").read_text() == summary
+
+
+def test_a_workdir_that_another_process_is_at_is_left_to_it(tmp_path, capsys):
+    runs = tmp_path / "runs"
+    (runs / "two").mkdir(parents=True)
+    arguments = ["--config", write_study(tmp_path), "--workdir", str(runs)]
+    with loop.lock(runs / "two") as free:
+        assert free
+        assert cli.main(arguments) == 0
+        assert "== two: another process is at it" in capsys.readouterr().out
+        assert not (runs / "two" / "report.json").exists()
+        assert "two" not in (runs / "summary.md").read_text()
+    (tmp_path / "one").mkdir()
+    with loop.lock(tmp_path / "one"):
+        assert cli.main([*SLQ, "--workdir", str(tmp_path / "one")]) == 2
+    assert "one: another process is at it" in capsys.readouterr().err
+    with loop.lock(tmp_path / "one") as free:
+        assert free
+
+
 def test_report_holds_what_was_promised(finished):
     report = json.loads((finished / "report.json").read_text())
     assert 0.5 < report["float"]["accuracy"] <= 1

@@ -1,7 +1,9 @@
 """Command line: `python -m train [eval|report] --config configs/X.py --workdir DIR`.
 
 Without a verb: train or load a network, quantize it, report; the same workdir continues. Several
-configs, separated by commas, run one after the other in subfolders and end in one table.
+configs, separated by commas, and those of a study run one after the other in subfolders and end in
+one table, summary.md. What is finished is not run again, and the same command in a second process
+(with a GPU or a processor core of its own) takes what no other process is at.
 
 eval: accuracy of --config.init=FILE, or of the latest checkpoint in the workdir.
 report: print the reports of finished workdirs.
@@ -34,8 +36,9 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
     if not options.config:
         raise ValueError("expected --config FILE")
-    paths = [Path(path) for path in options.config.split(",")]
-    loaded = {path.stem: config.load(path, overrides) for path in paths}
+    loaded = {}
+    for path in options.config.split(","):
+        loaded.update(config.load(path, overrides))
     if options.verb == "eval":
         return _evaluate(loaded, options.workdir)
     if options.workdir is None:
@@ -69,15 +72,23 @@ def _train(loaded: dict, workdir: Path) -> int:
         name: loop.prepare(config, workdir / name if several else workdir)
         for name, config in loaded.items()
     }
-    results = {}
     for name, job in jobs.items():
-        say(f"== {name}: {job.config.model} on {job.dataset.name}")
-        results[name] = loop.run(job)
-    table = summary.table(results)
+        if several and (job.workdir / "report.json").is_file():
+            continue
+        with loop.lock(job.workdir) as free:
+            if free:
+                say(f"== {name}: {job.config.model} on {job.dataset.name}")
+                loop.run(job)
+            elif several:
+                say(f"== {name}: another process is at it")
+            else:
+                raise ValueError(f"{workdir}: another process is at it")
+    finished = {n: j for n, j in jobs.items() if (j.workdir / "report.json").is_file()}
+    table = summary.table({name: summary.read(job.workdir) for name, job in finished.items()})
     if several:
         write_text(workdir / "summary.md", table + "\n")
     say(f"\n{table}\n")
-    for job in jobs.values():
+    for job in finished.values():
         say(f"{job.workdir / 'report.md'}, {job.workdir / 'plots'}")
     return 0
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ class Data:
     name: str = "digits"
     dir: str = "data"  # of prepared data and, in downloads/manual, of archives placed by hand
     allow_unofficial: bool = False  # accept archives placed by hand whose checksum is not known
+    train_limit: int = 0  # use the first so many training images only, to rank ideas; 0: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Fit:
     weight_decay: float = 1e-4  # added to the gradient
     distill_weight: float = 0.0  # of the float network's soft targets; 0: labels only
     temperature: float = 2.0
+    centroid_rate: float = 0.0  # learning rate of frozen centroids, in learning rates; 0: fixed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Quantize:
     zero: bool = False
     sensitivity: str = "none"  # none, or fisher: squared gradients weigh clusters and losses
     sensitivity_batches: int = 32
+    equalize: bool = False  # scale channels alike before the first round; see train.equalize
     recalibrate_batches: int = 0  # batch-norm statistics renewed after quantizing; 0: kept
     rules: tuple[LayerRule, ...] | None = None  # set in the config's file only
 
@@ -72,8 +76,11 @@ class Config:
     tensorboard: bool = True
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Return what `get_config()` of a Python file returns, with overrides like "fit.epochs=3".
+def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Config]:
+    """Return the experiments of a Python file by name, with overrides like "fit.epochs=3".
+
+    A file with `get_config()` holds one, called like the file; a study with `get_configs()` holds
+    several by name.
 
     Raises:
       ValueError: for a file that gives no Config, an unknown name or a value that does not fit;
@@ -88,15 +95,26 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config()
+        study = hasattr(module, "get_configs")
+        configs = module.get_configs() if study else {path.stem: module.get_config()}
     except Exception as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, Config):
-        raise ValueError(f"{path}: expected get_config() to return a Config, got {type(config)}")
-    for override in overrides:
-        config = override_field(config, override)
-    validate(config)
-    return config
+    if not isinstance(configs, dict) or not configs:
+        raise ValueError(f"{path}: expected get_configs() to return configs by name")
+    for name, config in configs.items():
+        if not isinstance(config, Config):
+            source = f"get_configs()[{name!r}]" if study else "get_config()"
+            raise ValueError(f"{path}: expected {source} to be a Config, got {type(config)}")
+        if not re.fullmatch(r"[\w.+-]*\w", str(name)):
+            raise ValueError(f"{path}: expected names that can be folders, got {name!r}")
+        for override in overrides:
+            config = override_field(config, override)
+        try:
+            validate(config)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}" if study else str(error)) from None
+        configs[name] = config
+    return configs
 
 
 def override_field(config: Any, override: str) -> Any:
@@ -150,13 +168,20 @@ def validate(config: Config) -> None:
     _at_least("eval_batch_size", config.eval_batch_size, 1)
     _at_least("steps_per_call", config.steps_per_call, 0)
     _at_least("seed", config.seed, 0)
+    _at_least("data.train_limit", config.data.train_limit, 0)
     _at_least("quantize.iterations", quantize.iterations, -1)
     _at_least("quantize.sensitivity_batches", quantize.sensitivity_batches, 1)
     _at_least("quantize.recalibrate_batches", quantize.recalibrate_batches, 0)
     for name, stage in (("fit", fit), ("retrain", retrain)):
         for epochs in stage.epochs:
             _at_least(f"{name}.epochs", epochs, 0)
-        for field in ("learning_rate", "warmup_epochs", "momentum", "weight_decay"):
+        for field in (
+            "learning_rate",
+            "warmup_epochs",
+            "momentum",
+            "weight_decay",
+            "centroid_rate",
+        ):
             _at_least(f"{name}.{field}", getattr(stage, field), 0)
         if not 0 <= stage.distill_weight <= 1:
             raise ValueError(f"{name}.distill_weight: expected 0 to 1, got {stage.distill_weight}")
@@ -166,6 +191,8 @@ def validate(config: Config) -> None:
         raise ValueError(f"fit.epochs: expected one number, got {fit.epochs}")
     if fit.distill_weight:
         raise ValueError("fit.distill_weight: expected 0, the float network has no teacher")
+    if fit.centroid_rate:
+        raise ValueError("fit.centroid_rate: expected 0, the float network has no centroids")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
 
     params: Any
     batch_stats: Any  # empty for networks without batch normalization
-    opt_state: Any
+    opt_state: Any  # of the weights, and of the frozen centroids
 
 
 class Images(NamedTuple):
@@ -36,8 +36,8 @@ class Images(NamedTuple):
 class Engine(NamedTuple):
     """Jitted functions that share shapes: each compiles once for a whole run."""
 
-    start: Callable[[Any], TrainState]  # variables -> state with a fresh optimizer
-    train: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    start: Callable[..., TrainState]  # variables, QuantState or () -> with a fresh optimizer
+    train: Callable[..., tuple[TrainState, Any, dict[str, jax.Array]]]
     evaluate: Callable[[Any, Any, Images], dict[str, float]]
     recalibrate: Callable[..., Any]
     sensitivity: Callable[..., Any]
@@ -62,11 +62,11 @@ def build(config: Config, dataset: Dataset, model: nn.Module, batch_model: nn.Mo
     steps_per_call = config.steps_per_call or (1 if on_cpu else 50)
     step = functools.partial(_train_step, config, model, tx, prepare)
     return Engine(
-        start=lambda variables: TrainState(
-            variables["params"], variables.get("batch_stats", {}), tx.init(variables["params"])
-        ),
+        start=functools.partial(_start, tx),
         train=jax.jit(
-            functools.partial(_train_steps, step), static_argnames="distill", donate_argnums=0
+            functools.partial(_train_steps, step),
+            static_argnames=("distill", "move_centroids"),
+            donate_argnums=0,
         ),
         evaluate=functools.partial(_evaluate, eval_batch, jax.jit(count_correct)),
         recalibrate=functools.partial(
@@ -92,10 +92,22 @@ def learning_rates(stage: Fit, epochs: int, steps_per_epoch: int) -> jax.Array:
     return jax.jit(schedule)(jnp.arange(total)).astype(jnp.float32)
 
 
+def _start(tx: optax.GradientTransformationExtraArgs, variables: Any, quant: Any) -> TrainState:
+    params = variables["params"]
+    codebooks = quant.codebooks if quant else ()
+    opt_state = (tx.init(params), _centroid_optimizer().init(codebooks))
+    return TrainState(params, variables.get("batch_stats", {}), opt_state)
+
+
 def _optimizer() -> optax.GradientTransformationExtraArgs:
     # The hyperparameters are part of the state: stages that differ in them share a program.
     sgd = optax.inject_hyperparams(_sgd)(learning_rate=0.0, momentum=0.0, weight_decay=0.0)
     return optax.chain(sgd, jq.freeze_quantized())
+
+
+def _centroid_optimizer() -> optax.GradientTransformationExtraArgs:
+    # No weight decay: it would pull a whole cluster to zero.
+    return optax.inject_hyperparams(optax.sgd)(learning_rate=0.0, momentum=0.0)
 
 
 def _sgd(
@@ -161,29 +173,55 @@ def _train_step(
     tx: optax.GradientTransformationExtraArgs,
     prepare: Callable[..., jax.Array],
     state: TrainState,
-    frozen: Any,
+    quant: Any,
     teacher: Any,
     data: Images,
     index: jax.Array,
     key: jax.Array,
     learning_rate: jax.Array,
-) -> tuple[TrainState, dict[str, jax.Array]]:
+    *,
+    move_centroids: bool,
+) -> tuple[TrainState, Any, dict[str, jax.Array]]:
     images, labels = prepare(key, data.images[index]), data.labels[index]
     teacher_logits = None if teacher is None else model.apply(teacher, images, train=False)
     grad = jax.value_and_grad(_loss, argnums=2, has_aux=True)
     (loss, (batch_stats, correct)), gradient = grad(
         config, model, state.params, state.batch_stats, images, labels, teacher_logits
     )
-    opt_state = optax.tree.set(state.opt_state, learning_rate=learning_rate)
-    updates, opt_state = tx.update(gradient, opt_state, state.params, frozen=frozen)
+    weights_state, centroids_state = state.opt_state
+    weights_state = optax.tree.set(weights_state, learning_rate=learning_rate)
+    frozen = quant.frozen if quant else jax.tree.map(lambda _: jnp.bool_(False), state.params)
+    updates, weights_state = tx.update(gradient, weights_state, state.params, frozen=frozen)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(params, batch_stats, opt_state), {"loss": loss, "correct": correct}
+    if move_centroids:
+        rate = config.retrain.centroid_rate * learning_rate
+        params, quant, centroids_state = _move_centroids(
+            params, quant, gradient, centroids_state, rate
+        )
+    state = TrainState(params, batch_stats, (weights_state, centroids_state))
+    return state, quant, {"loss": loss, "correct": correct}
+
+
+def _move_centroids(
+    params: Any, quant: jq.QuantState, gradient: Any, opt_state: Any, rate: jax.Array
+) -> tuple[Any, jq.QuantState, Any]:
+    """Take a step of SGD on the frozen centroids, their gradients scaled as in LSQ."""
+    ones = jax.tree.map(jnp.ones_like, params)
+    scaled = jax.tree.map(
+        lambda total, members: total * jax.lax.rsqrt(jnp.maximum(members, 1.0)),
+        jq.centroid_gradients(gradient, params, quant),
+        jq.centroid_gradients(ones, params, quant),
+    )
+    opt_state = optax.tree.set(opt_state, learning_rate=rate)
+    updates, opt_state = _centroid_optimizer().update(scaled, opt_state, quant.codebooks)
+    codebooks = optax.apply_updates(quant.codebooks, updates)
+    return *jq.set_centroids(params, quant, codebooks), opt_state
 
 
 def _train_steps(
-    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+    step: Callable[..., tuple[TrainState, Any, dict[str, jax.Array]]],
     state: TrainState,
-    frozen: Any,
+    quant: Any,
     teacher: Any,
     data: Images,
     order: jax.Array,
@@ -192,33 +230,42 @@ def _train_steps(
     learning_rates: jax.Array,
     *,
     distill: bool,
-) -> tuple[TrainState, dict[str, jax.Array]]:
+    move_centroids: bool,
+) -> tuple[TrainState, Any, dict[str, jax.Array]]:
     """Run a step for each learning rate [steps], on rows of `order` [steps, batch].
 
-    Returns the new state and the sums of loss and correct answers.
+    `quant` is a QuantState, or () if nothing is to be frozen; only its codebooks may change.
+    Returns the new state, the new `quant`, and the sums of loss and correct answers.
     """
     teacher = teacher if distill else None
 
-    def one(state: TrainState, inputs: tuple[jax.Array, ...]):
+    def one(carry: tuple[TrainState, Any], inputs: tuple[jax.Array, ...]):
         index, number, learning_rate = inputs
         own_key = jax.random.fold_in(key, number)
-        return step(state, frozen, teacher, data, index, own_key, learning_rate)
+        state, quant, metrics = step(
+            *carry, teacher, data, index, own_key, learning_rate, move_centroids=move_centroids
+        )
+        return (state, quant), metrics
 
     numbers = first_step + jnp.arange(len(learning_rates))
     if len(learning_rates) == 1:
-        return one(state, (order[0], numbers[0], learning_rates[0]))
-    state, metrics = jax.lax.scan(one, state, (order, numbers, learning_rates))
-    return state, jax.tree.map(jnp.sum, metrics)
+        carry, metrics = one((state, quant), (order[0], numbers[0], learning_rates[0]))
+        return *carry, metrics
+    carry, metrics = jax.lax.scan(one, (state, quant), (order, numbers, learning_rates))
+    return *carry, jax.tree.map(jnp.sum, metrics)
 
 
 def set_stage(state: TrainState, stage: Fit) -> TrainState:
     """Return the state with this stage's momentum and weight decay."""
-    opt_state = optax.tree.set(
-        state.opt_state,
+    weights, centroids = state.opt_state
+    weights = optax.tree.set(
+        weights,
         momentum=jnp.float32(stage.momentum),
         weight_decay=jnp.float32(stage.weight_decay),
     )
-    return state._replace(opt_state=opt_state)
+    # An array of its own: the training step takes over the memory of each.
+    centroids = optax.tree.set(centroids, momentum=jnp.float32(stage.momentum))
+    return state._replace(opt_state=(weights, centroids))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from train import config as configs
 from train import data, engine, models, pretrained, summary
 from train.checkpoints import Checkpoints
 from train.config import Config, Fit
+from train.equalize import equalize
 from train.logs import Log, progress, say, write_text
 
 _SAVE_SECONDS = 60  # between checkpoints within a stage; each stage ends in one
@@ -79,11 +82,12 @@ def check(config: Config) -> Job:
     Raises:
       ValueError, OSError: with one line that says what is wrong and where.
     """
-    dataset = data.load(
-        config.data.name,
-        data_dir=config.data.dir,
-        allow_unofficial=config.data.allow_unofficial,
-    )
+    dataset = _load_data(config.data.name, config.data.dir, config.data.allow_unofficial)
+    if config.data.train_limit:
+        dataset = dataset._replace(
+            train_images=dataset.train_images[: config.data.train_limit],
+            train_labels=dataset.train_labels[: config.data.train_limit],
+        )
     if config.batch_size > len(dataset.train_labels):
         raise ValueError(
             f"batch_size: expected at most {len(dataset.train_labels)}, got {config.batch_size}"
@@ -102,6 +106,11 @@ def check(config: Config) -> Job:
     return Job(config, Path(), dataset, model, shapes, initial, plan)
 
 
+@functools.lru_cache(maxsize=1)  # the experiments of a study share it
+def _load_data(name: str, folder: str, allow_unofficial: bool) -> data.Dataset:
+    return data.load(name, data_dir=folder, allow_unofficial=allow_unofficial)
+
+
 def _init(model: nn.Module, dataset: data.Dataset, key: jax.Array) -> Any:
     image = jnp.zeros((1, *dataset.train_images.shape[1:]))
     return model.init(key, image, train=False)
@@ -117,6 +126,18 @@ def _claim(config: Config, workdir: Path) -> None:
         return
     workdir.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[bool]:
+    """Hold a workdir; gives whether no other process does. A killed process holds nothing."""
+    with (workdir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def make_plan(config: Config, params: Any) -> jq.Plan | None:
@@ -188,7 +209,7 @@ def _fresh(job: Job, functions: engine.Engine) -> RunState:
     variables = jax.tree.map(jnp.asarray, dict(variables))
     quant: Any = () if job.plan is None else jq.init(job.plan, variables["params"])
     # A copy: the training step gives its arguments' memory to its results.
-    return RunState(functions.start(variables), quant, jax.tree.map(jnp.copy, variables))
+    return RunState(functions.start(variables, quant), quant, jax.tree.map(jnp.copy, variables))
 
 
 def _start(
@@ -225,8 +246,14 @@ class _Worker:
         result = self._evaluate(state)
         if unit.round < 0:
             self.log.add("float", number, **result)
-            variables = {"params": state.train.params, "batch_stats": state.train.batch_stats}
-            state = state._replace(reference=jax.tree.map(jnp.copy, variables))
+            params, batch_stats = state.train.params, state.train.batch_stats
+            if self.job.config.quantize.equalize:
+                params, batch_stats = equalize(params, batch_stats)
+            variables = {"params": params, "batch_stats": batch_stats}
+            state = state._replace(
+                train=state.train._replace(**variables),
+                reference=jax.tree.map(jnp.copy, variables),
+            )
             say(f"float: accuracy {result['accuracy']:.2%}")
         else:
             self.log.add("retrained", number, round=unit.round + 1, **result)
@@ -240,7 +267,8 @@ class _Worker:
             state = self._quantize(number, unit, state)
         stage = config.fit if unit.round < 0 else config.retrain
         variables = {"params": state.train.params, "batch_stats": state.train.batch_stats}
-        return state._replace(train=engine.set_stage(self.functions.start(variables), stage))
+        train = self.functions.start(variables, state.quant)
+        return state._replace(train=engine.set_stage(train, stage))
 
     def _quantize(self, number: int, unit: Unit, state: RunState) -> RunState:
         plan = self.job.plan
@@ -281,10 +309,9 @@ class _Worker:
         steps = len(order)
         rates = engine.learning_rates(stage, unit.epochs, steps)
         rates = rates[unit.epoch * steps : (unit.epoch + 1) * steps]
-        frozen = self._frozen(state)
         size = self.functions.steps_per_call
         title = "float" if unit.round < 0 else f"round {unit.round + 1}"
-        train, sums = state.train, []
+        train, quant, sums = state.train, state.quant, []
         starts = progress(
             range(0, steps, size),
             title=f"{title}, epoch {unit.epoch + 1}/{unit.epochs}",
@@ -293,9 +320,9 @@ class _Worker:
             total=-(-steps // size),
         )
         for start in starts:
-            train, metrics = self.functions.train(
+            train, quant, metrics = self.functions.train(
                 train,
-                frozen,
+                quant,
                 state.reference,
                 self.train_data,
                 order[start : start + size],
@@ -303,6 +330,7 @@ class _Worker:
                 self._key(number, 5),
                 rates[start : start + size],
                 distill=unit.round >= 0 and config.retrain.distill_weight > 0,
+                move_centroids=unit.round >= 0 and config.retrain.centroid_rate > 0,
             )
             sums.append(jax.block_until_ready(metrics))
         loss = sum(float(x["loss"]) for x in sums) / steps
@@ -310,12 +338,7 @@ class _Worker:
         if not loss < float("inf"):
             raise FloatingPointError(f"{title}, epoch {unit.epoch + 1}: training diverged")
         self.log.add("epoch", number, round=unit.round + 1, loss=loss, train_accuracy=correct)
-        return state._replace(train=train)
-
-    def _frozen(self, state: RunState) -> Any:
-        if self.job.plan is None:
-            return jax.tree.map(lambda _: jnp.bool_(False), state.train.params)
-        return state.quant.frozen
+        return state._replace(train=train, quant=quant)
 
     def _evaluate(self, state: RunState) -> dict[str, float]:
         return self.functions.evaluate(state.train.params, state.train.batch_stats, self.test_data)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 _HE_NORMAL = nn.initializers.he_normal()
+BN_EPSILON = 1e-5
 
 
 def _conv3x3(features: int, name: str, *, stride: int = 1) -> nn.Conv:
@@ -31,8 +32,27 @@ def _conv3x3(features: int, name: str, *, stride: int = 1) -> nn.Conv:
     )
 
 
+@jax.custom_vjp
+def _materialize(x: jax.Array) -> jax.Array:
+    """Return a non-negative array as it is, computed once and kept."""
+    # Either branch is the identity, which XLA cannot know: so it cannot fuse across. (It drops
+    # `lax.optimization_barrier` on CPU before it fuses.)
+    return jax.lax.cond(x[(0,) * x.ndim] >= 0, lambda x: x, lambda x: jnp.abs(x), x)
+
+
+_materialize.defvjp(lambda x: (_materialize(x), None), lambda _, gradient: (gradient,))
+
+
+def _relu(x: jax.Array) -> jax.Array:
+    """ReLU. XLA on CPU would compute a chain of residual blocks anew for each of its readers."""
+    x = nn.relu(x)
+    return _materialize(x) if jax.default_backend() == "cpu" else x
+
+
 def _batch_norm(name: str, *, train: bool, momentum: float) -> nn.BatchNorm:
-    return nn.BatchNorm(use_running_average=not train, momentum=momentum, epsilon=1e-5, name=name)
+    return nn.BatchNorm(
+        use_running_average=not train, momentum=momentum, epsilon=BN_EPSILON, name=name
+    )
 
 
 def _max_pool(x: jax.Array) -> jax.Array:
@@ -75,11 +95,11 @@ class BasicBlock(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Map [N, H, W, C] to [N, H / stride, W / stride, features]."""
         norm = functools.partial(_batch_norm, train=train, momentum=self.bn_momentum)
-        y = nn.relu(norm("bn1")(_conv3x3(self.features, "conv1", stride=self.stride)(x)))
+        y = _relu(norm("bn1")(_conv3x3(self.features, "conv1", stride=self.stride)(x)))
         y = norm("bn2")(_conv3x3(self.features, "conv2")(y))
         if self.stride != 1 or x.shape[-1] != self.features:
             x = shortcut_a(x, self.features)
-        return nn.relu(x + y)
+        return _relu(x + y)
 
 
 class CifarResNet(nn.Module):
@@ -102,7 +122,7 @@ class CifarResNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Map images [N, H, W, C] to logits float32 [N, num_classes]."""
         norm = _batch_norm("bn1", train=train, momentum=self.bn_momentum)
-        x = nn.relu(norm(_conv3x3(16, "conv1")(x)))
+        x = _relu(norm(_conv3x3(16, "conv1")(x)))
         for stage, features in enumerate((16, 32, 64), start=1):
             for block in range(self.blocks):
                 stride = 2 if stage > 1 and block == 0 else 1
@@ -129,9 +149,9 @@ class SmallCNN(nn.Module):
         """Map images [N, H, W, C], H and W at least 4, to logits float32 [N, num_classes]."""
         _check_size("small_cnn", x, 4)
         norm = functools.partial(_batch_norm, train=train, momentum=self.bn_momentum)
-        x = _max_pool(nn.relu(norm("bn1")(_conv3x3(16, "conv1")(x))))
-        x = nn.relu(norm("bn2")(_conv3x3(32, "conv2", stride=2)(x)))
-        x = nn.relu(norm("bn3")(_conv3x3(64, "conv3")(x)))
+        x = _max_pool(_relu(norm("bn1")(_conv3x3(16, "conv1")(x))))
+        x = _relu(norm("bn2")(_conv3x3(32, "conv2", stride=2)(x)))
+        x = _relu(norm("bn3")(_conv3x3(64, "conv3")(x)))
         x = jnp.mean(x, axis=(1, 2))
         x = nn.Dense(self.num_classes, kernel_init=_HE_NORMAL, name="linear")(x)
         return x.astype(jnp.float32)
@@ -162,7 +182,7 @@ class LeNet5(nn.Module):
             )(x)
             x = _max_pool(x)
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(500, kernel_init=_HE_NORMAL, name="fc1")(x))
+        x = _relu(nn.Dense(500, kernel_init=_HE_NORMAL, name="fc1")(x))
         x = nn.Dense(self.num_classes, kernel_init=_HE_NORMAL, name="fc2")(x)
         return x.astype(jnp.float32)
 

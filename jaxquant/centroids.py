@@ -1,0 +1,153 @@
+"""Training the centroids of frozen clusters: their weights move together, and stay shared."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.clusters import SPREAD, spread
+from jaxquant.codebooks import assign, reconstruct
+from jaxquant.histogram import fold
+from jaxquant.quantize import QuantState, slice_axis
+from jaxquant.selection import leaves_with_paths
+
+
+def centroid_gradients(gradients: Any, params: Any, state: QuantState) -> Any:
+    """Return the derivative by each centroid: the sum over the frozen weights that share it.
+
+    By the chain rule, for a loss in which every frozen weight of a cluster is the same variable.
+    Free weights do not count, so a cluster that is not frozen has a zero. So has a centroid that is
+    exactly zero: it is pinned (or carries nothing to scale), and its weights stay zero.
+
+    A sum over n members makes steps about n times as long as those of single weights. Divided by
+    the square root of the members, as the step size of LSQ is, it can share their learning rate
+    (Esser et al., "Learned Step Size Quantization", ICLR 2020, section 2.2):
+    `centroid_gradients` of a tree of ones counts the members.
+
+    Args:
+      gradients: tree like `params`, by each weight.
+      params: tree of weights, frozen ones equal to a centroid of `state` (`quantize_round`).
+      state: as after `quantize_round`.
+
+    Returns:
+      Tree like `state.codebooks`, float32; leaves left alone have a scalar zero. Pure, under jit
+      too; costs one pass over the weights and their gradients.
+
+    Raises:
+      ValueError: if a leaf of `gradients` or `params` does not fit the state; names it.
+
+    >>> import jaxquant as jq
+    >>> params = {"kernel": jnp.array([[0.0, 1.0], [2.0, 2.0]])}
+    >>> plan = jq.slq(params, bits=2, rounds=(3,))
+    >>> params, state, _ = jq.quantize_round(plan, params, jq.init(plan, params))
+    >>> gradients = {"kernel": jnp.array([[5.0, 1.0], [10.0, 20.0]])}
+    >>> jq.centroid_gradients(gradients, params, state)["kernel"].tolist()
+    [0.0, 1.0, 30.0]
+    """
+
+    def one(
+        weights: jax.Array, gradient: jax.Array, frozen: jax.Array, centroids: jax.Array, moves: Any
+    ) -> jax.Array:
+        k = centroids.shape[0]
+
+        def step(sums: jax.Array, weights: jax.Array, gradient: jax.Array, frozen: jax.Array):
+            codes = assign(weights, centroids).astype(jnp.int32)
+            slot = codes * SPREAD + spread(weights.shape)
+            # `where`, not a product: a free weight's NaN is not the centroid's.
+            part = jnp.where(frozen, gradient.astype(jnp.float32), 0.0)
+            return sums.at[slot].add(part, mode="promise_in_bounds")
+
+        sums = fold(step, jnp.zeros(k * SPREAD), weights, gradient, frozen)
+        return jnp.where(moves, jnp.sum(sums.reshape(k, SPREAD), axis=1), 0.0)
+
+    def leaf(weights: Any, gradient: Any, frozen: Any, codebook: Any, moves: Any) -> jax.Array:
+        if not codebook.ndim:
+            return jnp.zeros((), jnp.float32)
+        sums = _per_slice(one, (weights, gradient, frozen), codebook, (codebook, moves))
+        return sums.reshape(codebook.shape)
+
+    _check("gradients", gradients, state.frozen)
+    _check("params", params, state.frozen)
+    return jax.tree.map(leaf, params, gradients, state.frozen, state.codebooks, _movable(state))
+
+
+def set_centroids(params: Any, state: QuantState, codebooks: Any) -> tuple[Any, QuantState]:
+    """Move the centroids of frozen clusters, and every weight that shares one along with it.
+
+    Weights stay on their codebook bit for bit, and in their cluster. Clusters that are not frozen
+    and centroids that are exactly zero keep their value. In half precision, small moves are lost to
+    rounding: keep the codebooks that the optimizer sees in float32.
+
+    Args:
+      params: tree of weights, frozen ones equal to a centroid of `state`.
+      state: as after `quantize_round`.
+      codebooks: tree like `state.codebooks`, of any floating dtype.
+
+    Returns:
+      New params and state. Pure, under jit too; costs a pass over the weights.
+
+    Raises:
+      ValueError: if a leaf of `params` or `codebooks` does not fit the state; names it.
+
+    >>> import jaxquant as jq
+    >>> params = {"kernel": jnp.array([[0.0, 1.0], [2.0, 2.0]])}
+    >>> plan = jq.slq(params, bits=2, rounds=(3,))
+    >>> params, state, _ = jq.quantize_round(plan, params, jq.init(plan, params))
+    >>> params, state = jq.set_centroids(params, state, {"kernel": jnp.array([0.0, 1.5, 2.5])})
+    >>> params["kernel"].tolist()
+    [[0.0, 1.5], [2.5, 2.5]]
+    """
+
+    def one(weights: jax.Array, frozen: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(frozen, reconstruct(assign(weights, old), new), weights)
+
+    def leaf(weights: Any, frozen: Any, old: Any, new: Any) -> jax.Array:
+        if not old.ndim:
+            return weights
+        return _per_slice(one, (weights, frozen), old, (old, new), out_axes=slice_axis(old))
+
+    _check("params", params, state.frozen)
+    _check("codebooks", codebooks, state.codebooks)
+    moved = jax.tree.map(
+        lambda old, new, moves: jnp.where(moves, jnp.asarray(new).astype(old.dtype), old),
+        state.codebooks,
+        codebooks,
+        _movable(state),
+    )
+    params = jax.tree.map(leaf, params, state.frozen, state.codebooks, moved)
+    return params, state._replace(codebooks=moved)
+
+
+def _movable(state: QuantState) -> Any:
+    return jax.tree.map(
+        lambda codebook, frozen: frozen & (codebook != 0), state.codebooks, state.frozen_centroids
+    )
+
+
+def _per_slice(
+    function: Callable[..., jax.Array],
+    arrays: tuple[jax.Array, ...],
+    codebook: jax.Array,
+    tables: tuple[jax.Array, ...],
+    *,
+    out_axes: int | None = 0,
+) -> jax.Array:
+    """Call a function of one layer, or of each slice that has a codebook of its own."""
+    axis = slice_axis(codebook)
+    rows = [table.reshape(-1, codebook.shape[-1]) for table in tables]
+    if axis is None:
+        return function(*arrays, *(row[0] for row in rows))
+    in_axes = (axis,) * len(arrays) + (0,) * len(rows)
+    return jax.vmap(function, in_axes=in_axes, out_axes=out_axes)(*arrays, *rows)
+
+
+def _check(name: str, tree: Any, expected: Any) -> None:
+    """Refuse a tree of other leaves or shapes; a scalar is expected where a leaf is left alone."""
+    pairs, own = leaves_with_paths(tree), leaves_with_paths(expected)
+    if [path for path, _ in pairs] != [path for path, _ in own]:
+        odd = sorted({path for path, _ in pairs} ^ {path for path, _ in own})
+        raise ValueError(f"{name}: expected the leaves of the state, they differ in {odd[:3]}")
+    for (path, leaf), (_, like) in zip(pairs, own, strict=True):
+        if like.ndim and jnp.shape(leaf) != like.shape:
+            raise ValueError(f"{name}: {path}: expected shape {like.shape}, got {jnp.shape(leaf)}")
