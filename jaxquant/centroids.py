@@ -1,6 +1,5 @@
 """Training the centroids of frozen clusters: their weights move together, and stay shared."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from jaxquant.clusters import SPREAD, spread
 from jaxquant.codebooks import assign, reconstruct
 from jaxquant.histogram import fold
-from jaxquant.quantize import QuantState, slice_axis
+from jaxquant.quantize import QuantState, per_slice
 from jaxquant.selection import leaves_with_paths
 
 
@@ -64,8 +63,8 @@ def centroid_gradients(gradients: Any, params: Any, state: QuantState) -> Any:
     def leaf(weights: Any, gradient: Any, frozen: Any, codebook: Any, moves: Any) -> jax.Array:
         if not codebook.ndim:
             return jnp.zeros((), jnp.float32)
-        sums = _per_slice(one, (weights, gradient, frozen), codebook, (codebook, moves))
-        return sums.reshape(codebook.shape)
+        arrays, tables = (weights, gradient, frozen), (codebook, moves)
+        return per_slice(one, arrays, codebook, tables, leaf_shaped=False)
 
     _check("gradients", gradients, state.frozen)
     _check("params", params, state.frozen)
@@ -105,7 +104,7 @@ def set_centroids(params: Any, state: QuantState, codebooks: Any) -> tuple[Any, 
     def leaf(weights: Any, frozen: Any, old: Any, new: Any) -> jax.Array:
         if not old.ndim:
             return weights
-        return _per_slice(one, (weights, frozen), old, (old, new), out_axes=slice_axis(old))
+        return per_slice(one, (weights, frozen), old, (old, new))
 
     _check("params", params, state.frozen)
     _check("codebooks", codebooks, state.codebooks)
@@ -123,23 +122,6 @@ def _movable(state: QuantState) -> Any:
     return jax.tree.map(
         lambda codebook, frozen: frozen & (codebook != 0), state.codebooks, state.frozen_centroids
     )
-
-
-def _per_slice(
-    function: Callable[..., jax.Array],
-    arrays: tuple[jax.Array, ...],
-    codebook: jax.Array,
-    tables: tuple[jax.Array, ...],
-    *,
-    out_axes: int | None = 0,
-) -> jax.Array:
-    """Call a function of one layer, or of each slice that has a codebook of its own."""
-    axis = slice_axis(codebook)
-    rows = [table.reshape(-1, codebook.shape[-1]) for table in tables]
-    if axis is None:
-        return function(*arrays, *(row[0] for row in rows))
-    in_axes = (axis,) * len(arrays) + (0,) * len(rows)
-    return jax.vmap(function, in_axes=in_axes, out_axes=out_axes)(*arrays, *rows)
 
 
 def _check(name: str, tree: Any, expected: Any) -> None:

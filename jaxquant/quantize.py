@@ -236,11 +236,7 @@ def nearest(leaf: jax.Array, codebook: jax.Array) -> jax.Array:
     def one(weights: jax.Array, centroids: jax.Array) -> jax.Array:
         return reconstruct(assign(weights, centroids), centroids)
 
-    axis = slice_axis(codebook)
-    tables = codebook.reshape(-1, codebook.shape[-1])
-    if axis is None:
-        return one(leaf, tables[0])
-    return jax.vmap(one, in_axes=(axis, 0), out_axes=axis)(leaf, tables)
+    return per_slice(one, (leaf,), codebook, (codebook,))
 
 
 def is_on_codebook(params: Any, state: QuantState) -> Any:
@@ -274,6 +270,30 @@ def is_on_codebook(params: Any, state: QuantState) -> Any:
 def slice_axis(codebook: jax.Array) -> int | None:
     """Return the axis of a leaf along which this codebook has slices, or None if it has one."""
     return next((i for i, size in enumerate(codebook.shape[:-1]) if size != 1), None)
+
+
+def per_slice(
+    function: Callable[..., jax.Array],
+    arrays: Sequence[jax.Array],
+    codebook: jax.Array,
+    tables: Sequence[jax.Array],
+    *,
+    leaf_shaped: bool = True,
+) -> jax.Array:
+    """Call a function of one layer on a leaf, or on each slice that has a codebook of its own.
+
+    `arrays` are shaped like the leaf, `tables` like its codebook (`QuantState.codebooks`). The
+    result is shaped like the leaf, or without `leaf_shaped` like the codebook.
+    """
+    axis = slice_axis(codebook)
+    rows = [table.reshape(-1, codebook.shape[-1]) for table in tables]
+    if axis is None:
+        result = function(*arrays, *(row[0] for row in rows))
+    else:
+        in_axes = (axis,) * len(arrays) + (0,) * len(rows)
+        out_axes = axis if leaf_shaped else 0
+        result = jax.vmap(function, in_axes=in_axes, out_axes=out_axes)(*arrays, *rows)
+    return result if leaf_shaped else result.reshape(codebook.shape)
 
 
 def _codebook_shape(layer: Layer) -> tuple[int, ...]:
