@@ -1,8 +1,9 @@
 """Equal scales for the channels of a convolution, so that one codebook fits all of them.
 
 Batch normalization takes the scale of a channel out again: multiplying the weights of an output
-channel by s, and its statistics with them, leaves the network the function that it is, and costs no bytes. The idea of Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (ICCV
-2019), with batch normalization in place of the next layer.
+channel by s, and its statistics with them, leaves the network the function that it is, and costs no
+bytes. The idea of Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
+Correction" (ICCV 2019), with batch normalization in place of the next layer.
 """
 
 from collections.abc import Mapping
