@@ -42,8 +42,8 @@ def compilation_cache(tmp_path_factory):
 
 def final_params(workdir):
     """Return what the latest checkpoint of a SHORT run holds: arrays and progress."""
-    config = configs.load("configs/digits_slq.py", [a.removeprefix("--config.") for a in SHORT])
-    job = loop.check(config)
+    overrides = [a.removeprefix("--config.") for a in SHORT]
+    job = loop.check(configs.load("configs/digits_slq.py", overrides)["digits_slq"])
     checkpoints = Checkpoints(workdir / "checkpoints")
     restored = checkpoints.restore(loop._fresh(job, loop._functions(job)))
     checkpoints.close()
