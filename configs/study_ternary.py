@@ -34,11 +34,14 @@ def get_configs() -> dict[str, Config]:
 
     return {
         "base": base,
+        "seed_1": replace(base, seed=1),
+        "seed_2": replace(base, seed=2),
         "magnitude": quantize(partition="magnitude"),
         "random": quantize(partition="random"),
         "layer_by_layer": quantize(order="layer_by_layer"),
         "network": quantize(order="network"),
         "reverse": quantize(reverse=True),
+        "groups_1": replace(quantize(groups=1), retrain=replace(base.retrain, epochs=(3,))),
         "slq": replace(base, quantize=slq, retrain=replace(base.retrain, epochs=(2,))),
         "fisher": quantize(sensitivity="fisher"),
         "zero": quantize(zero=True),
@@ -48,6 +51,7 @@ def get_configs() -> dict[str, Config]:
         "centroids_1": retrain(centroid_rate=1.0),
         "centroids_0.1": retrain(centroid_rate=0.1),
         "rate_0.005": retrain(learning_rate=0.005),
-        "rate_0.01": retrain(learning_rate=0.01),
         "rate_0.05": retrain(learning_rate=0.05),
+        "epochs_2": retrain(epochs=(2,)),
+        "groups_6": quantize(groups=6),
     }

@@ -100,6 +100,26 @@ def test_a_study_runs_what_is_not_done_and_tabulates_all(tmp_path, capsys):
     assert (tmp_path / "runs" / "summary.md").read_text() == summary
 
 
+def test_only_chooses_rows_of_a_study(tmp_path, capsys):
+    study, runs = write_study(tmp_path), tmp_path / "runs"
+    arguments = ["--config", study, "--workdir", str(runs), "--only"]
+    assert cli.main([*arguments, "f*t"]) == 0
+    assert [path.name for path in runs.iterdir() if path.is_dir()] == ["float"]
+    assert cli.main([*arguments, "half"]) == 0
+    assert [line.split("|")[1] for line in (runs / "summary.md").read_text().splitlines()[2:]] == [
+        " half ",
+        " float ",
+    ]
+    capsys.readouterr()
+    assert cli.main(["eval", *arguments, "float"]) == 0
+    report = json.loads((runs / "float" / "report.json").read_text())
+    assert capsys.readouterr().out.startswith(f"float: accuracy {report['float']['accuracy']:.2%}")
+    assert cli.main(["eval", *arguments, "*"]) == 2
+    assert "expected one config, got 3; --only NAME chooses" in capsys.readouterr().err
+    assert cli.main([*arguments, "twos"]) == 2
+    assert "--only: expected one of two, half, float, got 'twos'" in capsys.readouterr().err
+
+
 def test_a_workdir_that_another_process_is_at_is_left_to_it(tmp_path, capsys):
     runs = tmp_path / "runs"
     (runs / "two").mkdir(parents=True)

@@ -2,18 +2,24 @@
 
 Without a verb: train or load a network, quantize it, report; the same workdir continues. Several
 configs, separated by commas, and those of a study run one after the other in subfolders and end in
-one table, summary.md. What is finished is not run again, and the same command in a second process
-(with a GPU or a processor core of its own) takes what no other process is at.
+one table, summary.md; --only runs those whose names match. What is finished is not run again, and
+the same command in a second process (with a GPU or a processor core of its own) takes what no other
+process is at.
 
 eval: accuracy of --config.init=FILE, or of the latest checkpoint in the workdir.
 report: print the reports of finished workdirs.
 """
 
 import argparse
+import fnmatch
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from train.config import Config
 
 _OVERRIDE = "--config."
 
@@ -39,11 +45,21 @@ def _dispatch(arguments: Sequence[str]) -> int:
     loaded = {}
     for path in options.config.split(","):
         loaded.update(config.load(path, overrides))
+    chosen = {n: c for n, c in loaded.items() if fnmatch.fnmatchcase(n, options.only)}
+    if not chosen:
+        raise ValueError(f"--only: expected one of {', '.join(loaded)}, got {options.only!r}")
+    study = len(loaded) > 1  # one with a folder for each row, even if --only leaves a single one
     if options.verb == "eval":
-        return _evaluate(loaded, options.workdir)
+        if len(chosen) > 1:
+            raise ValueError(f"expected one config, got {len(chosen)}; --only NAME chooses")
+        (name,) = chosen
+        folder = options.workdir / name if study and options.workdir else options.workdir
+        return _evaluate(name, chosen[name], folder)
     if options.workdir is None:
         raise ValueError("expected --workdir DIR")
-    return _train(loaded, options.workdir)
+    return (
+        _train_study(loaded, chosen, options.workdir) if study else _train(chosen, options.workdir)
+    )
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -59,48 +75,54 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("verb", nargs="?", choices=("train", "eval", "report"), default="train")
     parser.add_argument("--config", metavar="FILE[,FILE...]")
     parser.add_argument("--workdir", metavar="DIR", type=Path)
+    parser.add_argument("--only", metavar="PATTERN", default="*", help="rows of a study, as 'a*'")
     return parser.parse_args(rest), overrides
 
 
-def _train(loaded: dict, workdir: Path) -> int:
+def _train(loaded: dict[str, "Config"], workdir: Path) -> int:
+    from train import loop, summary
+    from train.logs import say
+
+    ((name, config),) = loaded.items()
+    job = loop.prepare(config, workdir)
+    with loop.lock(workdir) as free:
+        if not free:
+            raise ValueError(f"{workdir}: another process is at it")
+        say(f"== {name}: {config.model} on {job.dataset.name}")
+        say(f"\n{summary.table({name: loop.run(job)})}\n")
+    say(f"{workdir / 'report.md'}, {workdir / 'plots'}")
+    return 0
+
+
+def _train_study(loaded: dict[str, "Config"], chosen: Collection[str], workdir: Path) -> int:
     from train import loop, summary
     from train.logs import say, write_text
 
-    several = len(loaded) > 1
     # All of them are checked before the first one starts.
-    jobs = {
-        name: loop.prepare(config, workdir / name if several else workdir)
-        for name, config in loaded.items()
-    }
+    jobs = {name: loop.prepare(loaded[name], workdir / name) for name in chosen}
     for name, job in jobs.items():
-        if several and (job.workdir / "report.json").is_file():
+        if (job.workdir / "report.json").is_file():
             continue
         with loop.lock(job.workdir) as free:
             if free:
                 say(f"== {name}: {job.config.model} on {job.dataset.name}")
                 loop.run(job)
-            elif several:
-                say(f"== {name}: another process is at it")
             else:
-                raise ValueError(f"{workdir}: another process is at it")
-    finished = {n: j for n, j in jobs.items() if (j.workdir / "report.json").is_file()}
-    table = summary.table({name: summary.read(job.workdir) for name, job in finished.items()})
-    if several:
-        write_text(workdir / "summary.md", table + "\n")
+                say(f"== {name}: another process is at it")
+    done = [name for name in loaded if (workdir / name / "report.json").is_file()]
+    table = summary.table({name: summary.read(workdir / name) for name in done})
+    write_text(workdir / "summary.md", table + "\n")
     say(f"\n{table}\n")
-    for job in finished.values():
-        say(f"{job.workdir / 'report.md'}, {job.workdir / 'plots'}")
+    for name in done:
+        say(f"{workdir / name / 'report.md'}, {workdir / name / 'plots'}")
     return 0
 
 
-def _evaluate(loaded: dict, workdir: Path | None) -> int:
+def _evaluate(name: str, config: "Config", workdir: Path | None) -> int:
     from train import loop
 
-    if len(loaded) > 1:
-        raise ValueError(f"expected one config, got {len(loaded)}")
-    for name, config in loaded.items():
-        result = loop.evaluate(config, workdir)
-        print(f"{name}: accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f}")
+    result = loop.evaluate(config, workdir)
+    print(f"{name}: accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f}")
     return 0
 
 
@@ -113,7 +135,8 @@ def _report(workdir: Path | None) -> int:
     folders = [workdir] if (workdir / "report.json").is_file() or not inner else inner
     print(summary.table({folder.name: summary.read(folder) for folder in folders}))
     for folder in folders:
-        print("\n" + (folder / "report.md").read_text())
+        if (folder / "report.md").is_file():
+            print("\n" + (folder / "report.md").read_text())
     return 0
 
 

@@ -76,6 +76,11 @@ class Config:
     tensorboard: bool = True
 
 
+def seeds(name: str, config: Config, count: int = 3) -> dict[str, Config]:
+    """Return the experiment with the seeds 0, 1, ... by name, as a study's `get_configs` does."""
+    return {f"{name}_seed{i}": dataclasses.replace(config, seed=i) for i in range(count)}
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Config]:
     """Return the experiments of a Python file by name, with overrides like "fit.epochs=3".
 

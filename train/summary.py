@@ -147,21 +147,51 @@ def _plot(
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a Markdown table with a row a run."""
+    """Return a Markdown table with a row a run, and one for runs that differ in their seed only.
+
+    Those are called NAME_seed0, NAME_seed1, ..., as `config.seeds` does; their row holds means,
+    and the lowest and highest accuracy.
+    """
     lines = [
         "| run | float | quantized | change | bits per weight | bytes | smaller |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
+    return "\n".join(lines + [_row(*item) for item in results.items()] + seed_rows(results))
+
+
+def seed_rows(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the rows of `table` that summarize runs of the same name with several seeds."""
+    families: dict[str, list[Mapping[str, Any]]] = {}
     for name, result in results.items():
-        full, q = result["float"]["accuracy"], result.get("quantized")
-        if q is None:
-            lines.append(f"| {name} | {full:.2%} | | | | | |")
-            continue
-        lines.append(
-            f"| {name} | {full:.2%} | {q['accuracy']:.2%} | {100 * (q['accuracy'] - full):+.2f} "
-            f"| {q['bits_per_weight']:.2f} | {q['bytes']:,} | {q['compression']:.1f}x |"
-        )
-    return "\n".join(lines)
+        stem, seed, number = name.rpartition("_seed")
+        if seed and number.isdecimal() and "quantized" in result:
+            families.setdefault(stem, []).append(result)
+    return [_family_row(stem, runs) for stem, runs in families.items() if len(runs) > 1]
+
+
+def _row(name: str, result: Mapping[str, Any]) -> str:
+    full, q = result["float"]["accuracy"], result.get("quantized")
+    if q is None:
+        return f"| {name} | {full:.2%} | | | | | |"
+    return _cells(name, full, f"{q['accuracy']:.2%}", q["accuracy"], q)
+
+
+def _family_row(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
+    accuracies = [run["quantized"]["accuracy"] for run in runs]
+    mean, full = np.mean(accuracies), np.mean([run["float"]["accuracy"] for run in runs])
+    spread = f"{mean:.2%} ({100 * min(accuracies):.2f} to {100 * max(accuracies):.2f})"
+    sizes = {
+        field: float(np.mean([run["quantized"][field] for run in runs]))
+        for field in ("bits_per_weight", "bytes", "compression")
+    }
+    return _cells(f"{name}, {len(runs)} seeds", float(full), spread, float(mean), sizes)
+
+
+def _cells(name: str, full: float, text: str, accuracy: float, q: Mapping[str, Any]) -> str:
+    return (
+        f"| {name} | {full:.2%} | {text} | {100 * (accuracy - full):+.2f} "
+        f"| {q['bits_per_weight']:.2f} | {q['bytes']:,.0f} | {q['compression']:.1f}x |"
+    )
 
 
 def read(workdir: Path) -> dict[str, Any]:

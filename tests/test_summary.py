@@ -1,0 +1,27 @@
+"""Tables over runs, and those that the documentation shows."""
+
+from train import summary
+
+
+def run(accuracy: float) -> dict:
+    """Return what a report.json holds of a run, as far as tables go."""
+    quantized = {"accuracy": accuracy, "bits_per_weight": 2.0, "bytes": 1000, "compression": 15.0}
+    return {"float": {"accuracy": 0.9}, "quantized": quantized}
+
+
+def test_a_table_summarizes_runs_that_differ_in_their_seed():
+    results = {
+        "a_seed0": run(0.88),
+        "float": {"float": {"accuracy": 0.9}},
+        "a_seed1": run(0.89),
+        "a_seed2": run(0.9),
+        "b_seed0": run(0.5),
+        "c_seeds": run(0.5),
+    }
+    lines = summary.table(results).splitlines()
+    assert lines[2] == "| a_seed0 | 90.00% | 88.00% | -2.00 | 2.00 | 1,000 | 15.0x |"
+    assert lines[3] == "| float | 90.00% | | | | | |"
+    assert lines[8:] == [
+        "| a, 3 seeds | 90.00% | 89.00% (88.00 to 90.00) | -1.00 | 2.00 | 1,000 | 15.0x |"
+    ]
+    assert len({line.count("|") for line in lines}) == 1
