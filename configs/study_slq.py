@@ -1,0 +1,47 @@
+r"""Which choices matter for SLQ at 3 bits (five centroids)? A row for each, at an equal, short budget.
+
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m train --config configs/study_slq.py \
+        --workdir runs/study_slq --config.init=resnet20.npz
+
+Every row differs from `base` in what its name says: SLQ in four rounds of 100 steps, on a quarter
+of the training images. About five minutes a row on one CPU core (AMD EPYC, AVX-512); run the
+command once for each core. What came out: docs/results.md.
+"""
+
+from dataclasses import replace
+
+from train.config import Config, Data, Fit, Quantize
+
+
+def get_configs() -> dict[str, Config]:
+    """Return the experiments by name."""
+    base = Config(
+        data=Data(name="cifar10", train_limit=12_800),
+        model="resnet20",
+        fit=Fit(epochs=(0,)),
+        quantize=Quantize(method="slq", bits=3, rounds=(2, 3, 4, 5), recalibrate_batches=50),
+        retrain=Fit(epochs=(1,), learning_rate=0.01, distill_weight=0.7),
+        plots=False,
+        tensorboard=False,
+    )
+
+    def retrain(**changes) -> Config:
+        return replace(base, retrain=replace(base.retrain, **changes))
+
+    def quantize(**changes) -> Config:
+        return replace(base, quantize=replace(base.quantize, **changes))
+
+    return {
+        "base": base,
+        "seed_1": replace(base, seed=1),
+        "seed_2": replace(base, seed=2),
+        "magnitude": quantize(partition="magnitude"),
+        "random": quantize(partition="random"),
+        "authors": quantize(init="power_of_two", iterations=10, zero=True, partition="index"),
+        "authors_start": quantize(init="power_of_two", iterations=10, zero=True),
+        "all_at_once": replace(quantize(rounds=(5,)), retrain=replace(base.retrain, epochs=(4,))),
+        "fisher": quantize(sensitivity="fisher"),
+        "equalize": quantize(equalize=True),
+        "rate_0.002": retrain(learning_rate=0.002),
+        "rate_0.05": retrain(learning_rate=0.05),
+    }
