@@ -1,4 +1,4 @@
-r"""Which choices matter for SLQ at 3 bits (five centroids)? A row for each, at an equal, short budget.
+r"""Which choices matter for SLQ at 3 bits, five centroids? A row for each, at an equal budget.
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m train --config configs/study_slq.py \
         --workdir runs/study_slq --config.init=resnet20.npz

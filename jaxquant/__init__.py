@@ -4,9 +4,11 @@ from jaxquant.centroids import centroid_gradients, set_centroids
 from jaxquant.codebooks import assign, num_centroids, reconstruct
 from jaxquant.kmeans import KMeansResult, kmeans
 from jaxquant.metrics import LayerReport, Report, report
+from jaxquant.packing import PackedArray, pack, pack_array, unpack
 from jaxquant.quantize import QuantState, RoundInfo, init, is_on_codebook, quantize_round
 from jaxquant.schedules import Plan, mlq, slq
 from jaxquant.selection import LayerRule, Selection, select
+from jaxquant.storage import load, read_metadata, save
 from jaxquant.transforms import freeze_quantized
 
 __version__ = "0.1.0"
@@ -15,6 +17,7 @@ __all__ = [
     "KMeansResult",
     "LayerReport",
     "LayerRule",
+    "PackedArray",
     "Plan",
     "QuantState",
     "Report",
@@ -26,12 +29,18 @@ __all__ = [
     "init",
     "is_on_codebook",
     "kmeans",
+    "load",
     "mlq",
     "num_centroids",
+    "pack",
+    "pack_array",
     "quantize_round",
+    "read_metadata",
     "reconstruct",
     "report",
+    "save",
     "select",
     "set_centroids",
     "slq",
+    "unpack",
 ]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.codebooks import assign
+from jaxquant.packing import MOST_CENTROIDS, packed_rows, split_shape
 from jaxquant.quantize import QuantState, nearest, slice_axis
 from jaxquant.schedules import Plan
 from jaxquant.selection import leaves_with_paths, natural_key
@@ -23,7 +24,7 @@ class LayerReport:
     size: int  # weights
     float_bytes: int  # of the leaf's own dtype
     k: int | None = None
-    bits: int | None = None  # whole bits a code takes, ceil(log2 k)
+    code_bytes: int = 0  # of the packed codes, see `pack`
     distinct: int | None = None  # distinct weights now; the largest number of any slice
     frozen: float | None = None  # share of the weights
     error: float | None = None  # squared error / squared norm, see `report`
@@ -33,10 +34,20 @@ class LayerReport:
 
     @property
     def bytes(self) -> int:
-        """Bytes with codes of `bits` bits and the codebook; a leaf left alone stays as it is."""
-        if self.bits is None:
+        """Bytes of the packed codes and the codebook; a leaf left alone stays as it is."""
+        return self.float_bytes if self.k is None else self.code_bytes + self.codebook_bytes
+
+    @property
+    def entropy_bytes(self) -> int:
+        """Bytes if codes took their entropy: about what `save` leaves of them."""
+        if self.entropy is None:
             return self.float_bytes
-        return math.ceil(self.size * self.bits / 8) + self.codebook_bytes
+        return math.ceil(self.entropy * self.size / 8) + self.codebook_bytes
+
+    @property
+    def bits(self) -> float | None:
+        """Bits a weight that the packed codes take."""
+        return None if self.k is None else 8 * self.code_bytes / max(self.size, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +63,7 @@ class Report:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the whole tree: codes in whole bits, codebooks, leaves left alone."""
+        """Bytes of the whole tree: packed codes, codebooks, leaves left alone."""
         return sum(layer.bytes for layer in self.layers)
 
     @property
@@ -63,9 +74,17 @@ class Report:
     @property
     def entropy_bytes(self) -> int:
         """Bytes of the whole tree if codes took their entropy: what an ideal coder leaves."""
-        entropy = sum((layer.entropy or 0.0) * layer.size / 8 for layer in self.quantized)
-        rest = sum(x.codebook_bytes if x.reason is None else x.float_bytes for x in self.layers)
-        return math.ceil(entropy) + rest
+        return sum(layer.entropy_bytes for layer in self.layers)
+
+    @property
+    def codebook_bytes(self) -> int:
+        """Bytes of all codebooks."""
+        return sum(layer.codebook_bytes for layer in self.layers)
+
+    @property
+    def left_alone_bytes(self) -> int:
+        """Bytes of the leaves that were left alone."""
+        return sum(layer.float_bytes for layer in self.layers if layer.k is None)
 
     @property
     def compression(self) -> float:
@@ -87,13 +106,15 @@ class Report:
     def __str__(self) -> str:
         """Return a Markdown table with a row a leaf and one of totals."""
         lines = [
-            "| layer | shape | k | bits | distinct | frozen | error | entropy | bytes | note |",
-            "|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
+            "| layer | shape | k | distinct | frozen | error | bits | entropy | bytes | ideal | |",
+            "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|---|",
         ]
         lines += [_row(layer) for layer in self.layers]
         lines.append(
-            f"| **total** | | | {self.bits_per_weight:.2f} | | {self.frozen:.1%} | | "
-            f"| {self.bytes:,} | {self.compression:.1f}x smaller than {self.float_bytes:,} |"
+            f"| **total** | | | | {self.frozen:.1%} | | {self.bits_per_weight:.2f} | "
+            f"| {self.bytes:,} | {self.entropy_bytes:,} "
+            f"| {self.compression:.1f}x smaller than {self.float_bytes:,}; "
+            f"codebooks {self.codebook_bytes:,}, left alone {self.left_alone_bytes:,} |"
         )
         return "\n".join(lines)
 
@@ -105,8 +126,9 @@ def report(
 
     The error of a leaf is `sum (w - r)**2 / sum r**2`, with r the leaf in `reference` (say, the
     float network), or else its squared distance to the nearest centroids over its squared norm,
-    which is zero once everything is frozen. Bytes count codes in whole bits; `entropy_bytes` is
-    what an ideal entropy coder would leave of them. Runs outside of jit; O(n log n) on the host.
+    which is zero once everything is frozen. Bytes are those of `pack`; `entropy_bytes` ("ideal" in
+    the table) what an ideal entropy coder would leave, and `save` nearly does. Runs outside of jit;
+    O(n log n) on the host.
 
     Args:
       params: tree of weights.
@@ -171,13 +193,21 @@ def _layer(
         size=size,
         float_bytes=float_bytes,
         k=k,
-        bits=math.ceil(math.log2(k)),
+        code_bytes=_code_bytes(shape, axis, k),
         distinct=max(len(np.unique(x.astype(np.float64))) for x in slices),
         frozen=float(np.mean(np.asarray(frozen), dtype=np.float64)),
         error=_error(leaf, nearest(leaf, codebook) if reference is None else reference),
         entropy=float(np.mean([_entropy(x, t) for x, t in zip(slices, tables, strict=True)])),
         codebook_bytes=codebook.size * leaf.dtype.itemsize,
     )
+
+
+def _code_bytes(shape: tuple[int, ...], axis: int | None, k: int) -> int:
+    stacked, rows, columns = split_shape(shape, axis)
+    matrices = math.prod(stacked) * math.prod(columns)
+    if k > MOST_CENTROIDS:  # too many to pack
+        return matrices * math.ceil(math.prod(rows) * math.ceil(math.log2(k)) / 8)
+    return matrices * packed_rows(math.prod(rows), k)
 
 
 def _usual_reason(leaf: jax.Array) -> str:
@@ -206,8 +236,12 @@ def _entropy(weights: np.ndarray, centroids: np.ndarray) -> float:
 def _row(layer: LayerReport) -> str:
     shape = "x".join(map(str, layer.shape)) or "scalar"
     if layer.reason is not None:
-        return f"| {layer.path} | {shape} | | | | | | | {layer.bytes:,} | float: {layer.reason} |"
+        return (
+            f"| {layer.path} | {shape} | | | | | | | {layer.bytes:,} | {layer.bytes:,} "
+            f"| float: {layer.reason} |"
+        )
     return (
-        f"| {layer.path} | {shape} | {layer.k} | {layer.bits} | {layer.distinct} "
-        f"| {layer.frozen:.1%} | {layer.error:.2e} | {layer.entropy:.2f} | {layer.bytes:,} | |"
+        f"| {layer.path} | {shape} | {layer.k} | {layer.distinct} | {layer.frozen:.1%} "
+        f"| {layer.error:.2e} | {layer.bits:.2f} | {layer.entropy:.2f} | {layer.bytes:,} "
+        f"| {layer.entropy_bytes:,} | |"
     )

@@ -23,6 +23,7 @@ class Plan:
 
     Attributes:
       selection: the settings of all leaves.
+      method: "slq" or "mlq", for the record.
       table: the schedule as nested tuples.
       partition: order in which clusters freeze, one of "loss", "magnitude", "index", "random".
       network: whether the clusters of all layers are ranked together.
@@ -31,6 +32,7 @@ class Plan:
 
     selection: Selection
     table: tuple[tuple[float, ...], ...]
+    method: str = ""
     partition: str = "loss"
     network: bool = False
     init: str = "optimal"
@@ -119,6 +121,7 @@ def slq(
     layer_ks = {layer.k for layer in selection.selected}
     plan = Plan(
         selection=selection,
+        method="slq",
         table=_without_idle_rounds([count / counts[-1] for count in counts], layer_ks),
         partition=partition,
         init=init,
@@ -190,6 +193,7 @@ def mlq(
         table = _incremental_table(columns, (k - 1) / k, order == "layer_by_layer", reverse)
     plan = Plan(
         selection=selection,
+        method="mlq",
         table=table,
         partition=partition,
         network=network,

@@ -31,20 +31,22 @@ def test_a_report_worked_by_hand():
     report = jq.report(new, state, reference=params)
     bias, layer = report.layers
     assert bias.reason == "1 dimension, fewer than 2" and bias.bytes == bias.float_bytes == 4
-    assert (layer.k, layer.bits, layer.distinct, layer.frozen) == (3, 2, 4, 0.5)
+    assert (layer.k, layer.bits, layer.distinct, layer.frozen) == (3, 4, 4, 0.5)
     np.testing.assert_allclose(layer.error, 1 / (1 + 1.44 + 2 * 16 + 2 * 25), rtol=1e-5)
     np.testing.assert_allclose(layer.entropy, 1.5, rtol=1e-6)  # shares 1/4, 1/4, 1/2
-    assert layer.bytes == 8 * 2 / 8 + 3 * 4 and layer.float_bytes == 32
-    assert (report.bytes, report.float_bytes) == (18, 36)
-    assert report.entropy_bytes == np.ceil(8 * 1.5 / 8) + 12 + 4
-    assert report.compression == 2 and report.bits_per_weight == 8 * 14 / 8
+    assert layer.bytes == 4 + 3 * 4 and layer.float_bytes == 32  # a column of 2 takes a byte
+    assert (report.bytes, report.float_bytes) == (20, 36)
+    assert layer.entropy_bytes == np.ceil(8 * 1.5 / 8) + 12
+    assert report.entropy_bytes == layer.entropy_bytes + 4
+    assert report.codebook_bytes == 12 and report.left_alone_bytes == 4
+    assert report.compression == 1.8 and report.bits_per_weight == 8 * 16 / 8
     assert report.frozen == 0.5 and report.quantized == (layer,)
 
 
 def test_codes_take_whole_bytes_and_an_empty_cluster_no_entropy():
     params = {"w": jnp.array([[5.0, 5.0, 5.0], [6.0, 6.0, 6.0], [6.0, 6.0, 6.0]])}
     layer = jq.report(*quantized(params, jq.slq(params, bits=2, rounds=(3,), zero=True))).layers[0]
-    assert layer.bytes == 3 + 12 and layer.distinct == 2  # 9 codes of 2 bits
+    assert layer.bytes == 3 + 12 and layer.distinct == 2  # 3 columns of up to 5 codes
     np.testing.assert_allclose(layer.entropy, np.log2(3) - 2 / 3, rtol=1e-6)
 
 
@@ -62,12 +64,27 @@ def test_without_a_reference_the_error_is_the_distance_to_the_codebook():
     assert jq.report(done, state).layers[0].distinct == 3
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((30, 7), None), ((3, 3, 4, 5), -1), ((4, 9, 8), 0)])
+def test_bytes_are_those_of_the_packed_tree(shape, axis):
+    params = {"w": normal(*shape)}
+    plan = jq.slq(params, rounds=(3,), rules=[jq.LayerRule("w", k=3, axis=axis)])
+    new, state = quantized(params, plan)
+    report = jq.report(new, state)
+    assert report.bytes == jq.pack(new, state)["w"].nbytes
+
+
+def test_more_centroids_than_can_be_packed_count_whole_bits():
+    params = {"w": normal(40, 20)}
+    layer = jq.report(*quantized(params, jq.slq(params, bits=10, rounds=(513,)))).layers[0]
+    assert layer.k == 513 and layer.code_bytes == 20 * 40 * 10 / 8
+
+
 def test_slices_count_their_own_codebooks():
     params = {"w": normal(4, 8, 8)}
     plan = jq.slq(params, bits=3, rounds=(5,), rules=[jq.LayerRule("w", axis=0)])
     layer = jq.report(*quantized(params, plan)).layers[0]
-    assert (layer.k, layer.bits, layer.distinct, layer.frozen) == (5, 3, 5, 1)
-    assert layer.bytes == 4 * 8 * 8 * 3 / 8 + 4 * 5 * 4
+    assert (layer.k, layer.bits, layer.distinct, layer.frozen) == (5, 4, 5, 1)
+    assert layer.bytes == 4 * 8 * (2 + 1 + 1) + 4 * 5 * 4  # 3 symbols of 4, 2 and 1 bits a column
     assert 1.5 < layer.entropy < np.log2(5)
 
 

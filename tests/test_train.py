@@ -7,14 +7,16 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxquant as jq
 from train import __main__ as cli
 from train import config as configs
-from train import loop
+from train import loop, pretrained
 from train.checkpoints import Checkpoints
 from train.config import Config, Fit, Quantize
 
@@ -150,7 +152,7 @@ def test_report_holds_what_was_promised(finished):
     assert report["rounds"][-1]["weights_frozen"] == 1.0
     assert report["rounds"][-1]["accuracy"] == quantized["accuracy"]
     text = (finished / "report.md").read_text()
-    assert "| conv2/kernel | 3x3x16x32 | 17 | 5 | 17 | 100.0% |" in text
+    assert "| conv2/kernel | 3x3x16x32 | 17 | 17 | 100.0% |" in text
     assert "float: 1 dimension, fewer than 2" in text
 
 
@@ -200,6 +202,31 @@ def test_eval_reads_the_latest_checkpoint(finished, capsys):
     report = json.loads((finished / "report.json").read_text())
     assert cli.main(["eval", *SLQ, "--workdir", str(finished)]) == 0
     assert f"accuracy {report['quantized']['accuracy']:.2%}" in capsys.readouterr().out
+
+
+def test_the_packed_network_is_small_and_as_accurate(finished, capsys):
+    report = json.loads((finished / "report.json").read_text())
+    quantized, packed = report["quantized"], finished / "model.safetensors"
+    size = quantized["entropy_bytes"]
+    assert quantized["file_bytes"] == packed.stat().st_size < 1.05 * size + 2048
+    recorded = jq.read_metadata(packed)
+    assert recorded["method"] == "slq"
+    assert recorded["metadata"] == {"model": "small_cnn", "data": "digits"}
+    assert cli.main(["eval", *SLQ, f"--config.init={packed}"]) == 0
+    assert f"accuracy {quantized['accuracy']:.2%}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["packed", "pytorch"])
+def test_an_exported_network_is_the_same(finished, tmp_path, capsys, form):
+    arguments = ["export", *SLQ, "--workdir", str(finished), "--format", form, "--output"]
+    output = tmp_path / "out.safetensors"
+    assert cli.main([*arguments, str(output)]) == 0
+    assert capsys.readouterr().out == f"{output}: {output.stat().st_size:,} bytes\n"
+    train = final_params(finished)[0].train
+    variables = {"params": train.params, "batch_stats": train.batch_stats}
+    chex.assert_trees_all_equal(pretrained.load(output, variables), variables)
+    assert cli.main([*arguments, str(tmp_path / "out.npz")]) == 2
+    assert "expected --output FILE.safetensors, got" in capsys.readouterr().err
 
 
 def test_report_prints_the_table_of_several_runs(finished, capsys):

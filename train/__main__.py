@@ -1,4 +1,4 @@
-"""Command line: `python -m train [eval|report] --config configs/X.py --workdir DIR`.
+"""Command line: `python -m train [eval|export|report] --config configs/X.py --workdir DIR`.
 
 Without a verb: train or load a network, quantize it, report; the same workdir continues. Several
 configs, separated by commas, and those of a study run one after the other in subfolders and end in
@@ -6,7 +6,9 @@ one table, summary.md; --only runs those whose names match. What is finished is 
 the same command in a second process (with a GPU or a processor core of its own) takes what no other
 process is at.
 
-eval: accuracy of --config.init=FILE, or of the latest checkpoint in the workdir.
+eval: accuracy of --config.init=FILE, packed or PyTorch's, or of the workdir's latest checkpoint.
+export: write that checkpoint's network to --output FILE.safetensors, packed as in the workdir's
+model.safetensors, or with --format pytorch as plain float tensors under PyTorch's names.
 report: print the reports of finished workdirs.
 """
 
@@ -49,12 +51,14 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if not chosen:
         raise ValueError(f"--only: expected one of {', '.join(loaded)}, got {options.only!r}")
     study = len(loaded) > 1  # one with a folder for each row, even if --only leaves a single one
-    if options.verb == "eval":
+    if options.verb in ("eval", "export"):
         if len(chosen) > 1:
             raise ValueError(f"expected one config, got {len(chosen)}; --only NAME chooses")
         (name,) = chosen
         folder = options.workdir / name if study and options.workdir else options.workdir
-        return _evaluate(name, chosen[name], folder)
+        if options.verb == "eval":
+            return _evaluate(name, chosen[name], folder)
+        return _export(chosen[name], folder, options.output, options.format)
     if options.workdir is None:
         raise ValueError("expected --workdir DIR")
     return (
@@ -72,9 +76,13 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("verb", nargs="?", choices=("train", "eval", "report"), default="train")
+    parser.add_argument(
+        "verb", nargs="?", choices=("train", "eval", "export", "report"), default="train"
+    )
     parser.add_argument("--config", metavar="FILE[,FILE...]")
     parser.add_argument("--workdir", metavar="DIR", type=Path)
+    parser.add_argument("--output", metavar="FILE", type=Path, help="for export")
+    parser.add_argument("--format", choices=("packed", "pytorch"), default="packed")
     parser.add_argument("--only", metavar="PATTERN", default="*", help="rows of a study, as 'a*'")
     return parser.parse_args(rest), overrides
 
@@ -123,6 +131,18 @@ def _evaluate(name: str, config: "Config", workdir: Path | None) -> int:
 
     result = loop.evaluate(config, workdir)
     print(f"{name}: accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f}")
+    return 0
+
+
+def _export(config: "Config", workdir: Path | None, output: Path | None, form: str) -> int:
+    from train import loop
+
+    if workdir is None:
+        raise ValueError("expected --workdir DIR")
+    if output is None or output.suffix != ".safetensors":
+        raise ValueError(f"expected --output FILE.safetensors, got {output}")
+    size = loop.export(config, workdir, output, pytorch=form == "pytorch")
+    print(f"{output}: {size:,} bytes")
     return 0
 
 

@@ -353,23 +353,48 @@ def evaluate(config: Config, workdir: Path | None) -> dict[str, float]:
     """Return accuracy and loss of config.init, or of the workdir's latest checkpoint."""
     if not config.init and workdir is None:
         raise ValueError("expected --config.init=FILE or --workdir DIR, got neither")
-    folder = Path() if workdir is None else workdir / "checkpoints"
     if config.init:
         config = dataclasses.replace(config, fit=dataclasses.replace(config.fit, epochs=(0,)))
-    elif not folder.is_dir():
-        raise ValueError(f"{workdir}: expected a workdir with checkpoints, got none")
-    job = check(config)
-    functions = _functions(job)
-    if config.init:
+        job = check(config)
+        functions = _functions(job)
         variables = jax.tree.map(jnp.asarray, dict(job.initial))
     else:
-        with contextlib.closing(Checkpoints(folder)) as checkpoints:
-            restored = checkpoints.restore(_fresh(job, functions))
-        if restored is None:
-            raise ValueError(f"{workdir}: expected at least one checkpoint, got none")
-        train = restored[0].train
-        variables = {"params": train.params, "batch_stats": train.batch_stats}
+        assert workdir is not None
+        job, functions, state = _restore(config, workdir)
+        variables = {"params": state.train.params, "batch_stats": state.train.batch_stats}
     test_data = engine.Images(
         jnp.asarray(job.dataset.test_images), jnp.asarray(job.dataset.test_labels)
     )
     return functions.evaluate(variables["params"], variables.get("batch_stats", {}), test_data)
+
+
+def export(config: Config, workdir: Path, output: Path, *, pytorch: bool) -> int:
+    """Write the network of the latest checkpoint to a file; return its bytes.
+
+    Args:
+      config: of the experiment.
+      workdir: of the experiment.
+      output: a safetensors file.
+      pytorch: plain float tensors under PyTorch's names; else packed, after the last round only.
+    """
+    job, _, state = _restore(config, workdir)
+    if pytorch:
+        params, batch_stats = state.train.params, state.train.batch_stats
+        return pretrained.save({"params": params, "batch_stats": batch_stats}, output)
+    if job.plan is None:
+        raise ValueError("expected a quantized network to pack, got quantize.method none")
+    return summary.write_packed(output, job, state)
+
+
+def _restore(config: Config, workdir: Path) -> tuple[Job, engine.Engine, RunState]:
+    """Return an experiment at its latest checkpoint."""
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        raise ValueError(f"{workdir}: expected a workdir with checkpoints, got none")
+    job = check(config)._replace(workdir=workdir)
+    functions = _functions(job)
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        restored = checkpoints.restore(_fresh(job, functions))
+    if restored is None:
+        raise ValueError(f"{workdir}: expected at least one checkpoint, got none")
+    return job, functions, restored[0]

@@ -1,6 +1,7 @@
-"""Read and write PyTorch state_dicts (.npz or .safetensors) for the networks of `train.models`.
+"""Read and write the networks of `train.models`: PyTorch state_dicts, and packed by jaxquant.
 
-The tensors' names follow from the paths of the Linen tree, never the other way round, so a name in
+State_dicts are .npz or .safetensors; a packed network is known by its metadata. The tensors' names
+in a state_dict follow from the paths of the Linen tree, never the other way round, so a name in
 the file can reach only a tensor that the network has:
 
     params/layer1_0/conv1/kernel     HWIO       layer1.0.conv1.weight       OIHW
@@ -19,6 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+import jaxquant as jq
+from train.logs import write_bytes
 
 _LEAF_NAMES = {
     "kernel": "weight",
@@ -93,14 +97,29 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def load(path: str | Path, variables: Any) -> Any:
-    """Fill a network's variables from a PyTorch state_dict, by name and shape.
+def is_packed_file(path: str | Path) -> bool:
+    """Return whether a file is one of `jaxquant.save`."""
+    from safetensors import SafetensorError, safe_open
 
-    A prefix `module.` on all names (DataParallel) is dropped; `num_batches_tracked` is ignored.
-    Apart from these every tensor of the network is filled and every tensor of the file is used.
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return False
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return (file.metadata() or {}).get("format") == "jaxquant"
+    except (SafetensorError, OSError):
+        return False  # `load` says what is wrong with it
+
+
+def load(path: str | Path, variables: Any) -> Any:
+    """Fill a network's variables from a file, by name and shape.
+
+    Of a packed network (`jaxquant.save`), the weights are those that it packs. Of a PyTorch
+    state_dict, a prefix `module.` on all names (DataParallel) is dropped, `num_batches_tracked` is
+    ignored, and apart from these every tensor of the network is filled and every one of the file is
+    used.
 
     Args:
-      path: A file for `read_state_dict`.
+      path: A file for `read_state_dict`, or of `jaxquant.save`.
       variables: {"params": ..., "batch_stats": ...} of arrays or `jax.ShapeDtypeStruct`, as of
         `module.init` or `jax.eval_shape` of it.
 
@@ -113,6 +132,9 @@ def load(path: str | Path, variables: Any) -> Any:
         point, or has a NaN or infinite value, naming the file and the tensors. Nothing has been put
         on a device by then.
     """
+    if is_packed_file(path):
+        variables = {name: tree for name, tree in variables.items() if jax.tree.leaves(tree)}
+        return jq.unpack(jq.load(path, like=variables))
     tensors = _strip(read_state_dict(path))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(variables)
     names = [_torch_name(key_path) for key_path, _ in leaves]
@@ -142,6 +164,19 @@ def to_state_dict(variables: Any) -> dict[str, np.ndarray]:
         _torch_name(path): np.ascontiguousarray(_to_torch_layout(np.asarray(leaf)))
         for path, leaf in leaves
     }
+
+
+def save(variables: Any, path: Path) -> int:
+    """Write a network as a .safetensors state_dict, and return the file's bytes.
+
+    Raises:
+      ValueError: As `to_state_dict`.
+      OSError: If the file cannot be written; an older one is as it was.
+    """
+    from safetensors.numpy import save as serialize
+
+    write_bytes(path, serialize(to_state_dict(variables)))
+    return path.stat().st_size
 
 
 def _strip(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,0 +1,314 @@
+"""Codes in as few bits as whole bytes allow, as an array-like pytree that products can read.
+
+Layout. A weight of shape [..., columns] is a matrix of rows and columns: what is multiplied and
+summed over runs down the rows, so that a product reads whole rows of packed bytes. Down a column,
+`digits` codes make a symbol, `code_0 + code_1 k + code_2 k**2 + ...`, of `bits` bits; its bits are
+cut into fields of 8, 4, 2 or 1 bits, and 8 / width fields of equal width share a byte, the first in
+the low bits. What shares a symbol or a byte does not stand side by side: with S symbols, symbol s
+holds the rows s, s + S, s + 2S, ... So unpacking is shifts and slices of whole rows, and never
+moves single codes.
+
+    k = 2: 1 bit     3: 1.6 (5 digits in 8)     4: 2     5: 2.33 (3 in 7)     6: 2.67 (3 in 8)
+    7, 8: 3     9 to 11: 3.5 (2 in 7)     12 to 16: 4     17 to 32: 5     to 64: 6, 128: 7, 256: 8
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.codebooks import assign, reconstruct
+from jaxquant.quantize import QuantState, per_slice, slice_axis
+from jaxquant.selection import leaves_with_paths
+
+_WIDTHS = (8, 4, 2, 1)
+MOST_CENTROIDS = 256
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("codes", "codebook"),
+    meta_fields=("rows", "columns"),
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedArray:
+    """A weight as packed codes and codebook; made by `pack`, read by `unpack` and `jaxquant.ops`.
+
+    Invariants: `shape == codes.shape[:-2] + rows + columns`, of the codebook's dtype;
+    `codes.shape[-2] == packed_rows(prod(rows), k)`, `codes.shape[-1] == prod(columns)`. Leading
+    axes of `codes` are those of stacked layers: `vmap` and `scan` take a packed array apart into
+    those of its layers, as they would the weight.
+
+    Attributes:
+      codes: [..., packed rows, columns] uint8, see the module.
+      codebook: [k], or as many axes as the weight and [k], slices along one, ones along the others.
+      rows: sizes of the axes that make the rows.
+      columns: size of the last axis; () for a weight with a single axis.
+    """
+
+    codes: jax.Array
+    codebook: jax.Array
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return (*self.codes.shape[:-2], *self.rows, *self.columns)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the weight."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the weight."""
+        return self.codebook.dtype
+
+    @property
+    def k(self) -> int:
+        """Number of centroids of a codebook."""
+        return self.codebook.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and of the codebook."""
+        return self.codes.size + self.codebook.size * self.codebook.dtype.itemsize
+
+
+# Codes -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def symbol(k: int) -> tuple[int, int]:
+    """Return how many codes share a symbol, and its bits: the fewest bits a code.
+
+    Raises:
+      ValueError: unless k is from 1 to 256.
+
+    >>> [symbol(k) for k in (2, 3, 5, 17, 256)]
+    [(1, 1), (5, 8), (3, 7), (1, 5), (1, 8)]
+    """
+    if not 1 <= k <= MOST_CENTROIDS:
+        raise ValueError(f"expected k from 1 to {MOST_CENTROIDS}, got {k}")
+    sizes = {digits: math.ceil(math.log2(k) * digits - 1e-9) for digits in range(1, 6)}
+    return min(
+        ((digits, bits) for digits, bits in sizes.items() if bits <= 8),
+        key=lambda pair: (pair[1] / pair[0], pair[0]),
+    )
+
+
+def packed_rows(rows: int, k: int) -> int:
+    """Return how many rows of bytes so many rows of codes take."""
+    digits, bits = symbol(k)
+    symbols = -(-rows // digits)
+    return sum(-(-symbols // (8 // width)) for width in _widths(bits))
+
+
+def _widths(bits: int) -> list[int]:
+    """Return the widths of the fields of a symbol, from the low bits up: the binary digits."""
+    return [width for width in _WIDTHS if bits & width]
+
+
+def pack_codes(codes: jax.Array, k: int) -> jax.Array:
+    """Pack codes below k down the second to last axis; see the module for the layout.
+
+    Args:
+      codes: [..., rows, columns] integers.
+      k: number of centroids, 1 to 256.
+
+    Returns:
+      [..., packed rows, columns] uint8.
+
+    >>> pack_codes(jnp.array([[0], [1], [2], [2], [1]]), 3).tolist()  # 3 + 2 * 9 + 2 * 27 + 81
+    [[156]]
+    """
+    digits, bits = symbol(k)
+    digit_planes = _planes(codes.astype(jnp.uint8), digits)
+    weighted = [plane * np.uint8(k**i) for i, plane in enumerate(digit_planes)]
+    symbols = functools.reduce(jnp.add, weighted)
+    fields, low = [], 0
+    for width in _widths(bits):
+        field = (symbols >> np.uint8(low)) & np.uint8(2**width - 1)
+        shifted = enumerate(_planes(field, 8 // width))
+        fields.append(sum(plane << np.uint8(i * width) for i, plane in shifted))
+        low += width
+    empty = jnp.zeros((*codes.shape[:-2], 0, codes.shape[-1]), jnp.uint8)
+    return jnp.concatenate([empty, *fields], axis=-2)
+
+
+def unpack_codes(packed: jax.Array, rows: int, k: int) -> jax.Array:
+    """Return the codes that `pack_codes` packed.
+
+    Args:
+      packed: [..., packed rows, columns] uint8.
+      rows: how many rows of codes.
+      k: number of centroids.
+
+    Returns:
+      [..., rows, columns] uint8.
+
+    >>> unpack_codes(pack_codes(jnp.array([[3], [16], [0]]), 17), 3, 17).ravel().tolist()
+    [3, 16, 0]
+    """
+    digits, bits = symbol(k)
+    count = -(-rows // digits)
+    symbols, start, low = jnp.zeros((*packed.shape[:-2], count, packed.shape[-1]), jnp.uint8), 0, 0
+    for width in _widths(bits):
+        length = -(-count // (8 // width))
+        part = jax.lax.slice_in_dim(packed, start, start + length, axis=-2)
+        planes = [(part >> np.uint8(i * width)) & np.uint8(2**width - 1) for i in range(8 // width)]
+        field = _rows(jnp.concatenate(planes, axis=-2), count)
+        symbols = symbols | (field << np.uint8(low))
+        start, low = start + length, low + width
+    if digits == 1:
+        return symbols
+    planes = [symbols // np.uint8(k**i) % np.uint8(k) for i in range(digits)]
+    return _rows(jnp.concatenate(planes, axis=-2), rows)
+
+
+def _planes(x: jax.Array, count: int) -> list[jax.Array]:
+    """Cut the rows into `count` equal runs, with zeros at the end."""
+    length = -(-x.shape[-2] // count)
+    missing = [(0, 0)] * (x.ndim - 2) + [(0, count * length - x.shape[-2]), (0, 0)]
+    x = jnp.pad(x, missing)
+    return [jax.lax.slice_in_dim(x, i * length, (i + 1) * length, axis=-2) for i in range(count)]
+
+
+def _rows(x: jax.Array, count: int) -> jax.Array:
+    return jax.lax.slice_in_dim(x, 0, count, axis=-2)
+
+
+# Arrays and trees --------------------------------------------------------------------------------
+
+
+def split_shape(
+    shape: tuple[int, ...], axis: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the axes of a weight with codebooks along `axis`: stacked layers, rows, columns."""
+    stacked = 1 if axis == 0 and len(shape) > 2 else 0
+    columns = 1 if len(shape) > 1 else 0
+    end = len(shape) - columns
+    return shape[:stacked], shape[stacked:end], shape[end:]
+
+
+def pack_array(weights: jax.Array, codebook: jax.Array) -> PackedArray:
+    """Pack one weight, each entry as the code of its nearest centroid.
+
+    Args:
+      weights: [...] floating point, at least one axis.
+      codebook: as in `QuantState.codebooks`: [k], or with slices along one axis. Along axis 0 of
+        three or more they are stacked layers, which stay apart.
+
+    Returns:
+      PackedArray of the codebook's dtype. Pure, under jit too.
+
+    Raises:
+      ValueError: for more than 256 centroids, and a codebook that does not fit.
+    """
+    symbol(codebook.shape[-1])
+    if not weights.ndim:
+        raise ValueError("expected a weight with at least one axis, got a scalar")
+    codes = per_slice(assign, (weights,), codebook, (codebook,))
+    stacked, rows, columns = split_shape(weights.shape, slice_axis(codebook))
+    matrix = (*stacked, math.prod(rows), math.prod(columns))
+    return PackedArray(
+        codes=pack_codes(codes.reshape(matrix), codebook.shape[-1]),
+        codebook=codebook,
+        rows=rows,
+        columns=columns,
+    )
+
+
+def unpack_array(packed: PackedArray) -> jax.Array:
+    """Return the weight. Pure, under jit too; costs a pass over the codes."""
+    codes = unpack_codes(packed.codes, math.prod(packed.rows), packed.k).reshape(packed.shape)
+    return per_slice(reconstruct, (codes,), packed.codebook, (packed.codebook,))
+
+
+def pack(params: Any, state: QuantState) -> Any:
+    """Return the tree with every quantized leaf as a `PackedArray`; the others stay as they are.
+
+    Five ternary codes take a byte, three of five centroids seven bits, one of 17 five; see
+    `jaxquant.packing`. What is in memory, or on a device, is really that small. For a file, which
+    can be smaller still, see `save`.
+
+    Args:
+      params: tree of weights, every quantized leaf on its codebook: after the last round.
+      state: from `quantize_round`.
+
+    Returns:
+      Tree with the structure of `params`, each quantized leaf a PackedArray node.
+
+    Raises:
+      ValueError: if the trees differ, or a quantized leaf is not on its codebook; names the leaf.
+
+    >>> import jaxquant as jq
+    >>> params = {"kernel": jnp.arange(32.0).reshape(8, 4) % 3}
+    >>> plan = jq.slq(params, bits=2, rounds=(3,))
+    >>> params, state, _ = jq.quantize_round(plan, params, jq.init(plan, params))
+    >>> jq.pack(params, state)["kernel"].codes.shape
+    (2, 4)
+    """
+    if jax.tree.structure(params) != jax.tree.structure(state.codebooks):
+        raise ValueError("expected params and state to have the same structure")
+    packed = [
+        _pack_leaf(path, jnp.asarray(leaf), codebook) if codebook.ndim else leaf
+        for (path, leaf), codebook in zip(
+            leaves_with_paths(params), jax.tree.leaves(state.codebooks), strict=True
+        )
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), packed)
+
+
+def _pack_leaf(path: str, weights: jax.Array, codebook: jax.Array) -> PackedArray:
+    codebook = codebook + jnp.zeros((), codebook.dtype)  # -0.0, which comes and goes, becomes 0.0
+    try:
+        packed = pack_array(weights, codebook)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(weights, jax.core.Tracer):
+        off = int(jnp.sum(unpack_array(packed) != weights))
+        if off:
+            raise ValueError(
+                f"{path}: expected every weight on the codebook, as after the last round, "
+                f"got {off} of {weights.size} that are not"
+            )
+    return packed
+
+
+def is_packed(node: Any) -> bool:
+    """Return whether a node of a tree is a PackedArray; for `is_leaf` of `jax.tree.map`."""
+    return isinstance(node, PackedArray)
+
+
+def unpack(packed: Any) -> Any:
+    """Return the parameters that `pack` packed, equal bit for bit (a -0.0 comes back as 0.0).
+
+    Args:
+      packed: tree with PackedArray nodes.
+
+    Returns:
+      The tree with arrays in their place. Pure, under jit too.
+
+    >>> import jaxquant as jq
+    >>> params = {"kernel": jnp.arange(32.0).reshape(8, 4) % 3}
+    >>> plan = jq.slq(params, bits=2, rounds=(3,))
+    >>> params, state, _ = jq.quantize_round(plan, params, jq.init(plan, params))
+    >>> bool(jnp.all(unpack(pack(params, state))["kernel"] == params["kernel"]))
+    True
+    """
+    return jax.tree.map(
+        lambda node: unpack_array(node) if is_packed(node) else node, packed, is_leaf=is_packed
+    )

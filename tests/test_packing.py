@@ -1,0 +1,162 @@
+"""Packing: the fewest whole bits, exact round trips, stacked layers, errors."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant as jq
+from jaxquant import packing
+
+
+def random_codes(k: int, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, k, shape).astype(np.uint8)
+
+
+def on_codebook(k: int, shape: tuple[int, ...], axis: int | None = None, dtype: str = "float32"):
+    """Return random weights on a random codebook, one for each slice along `axis`."""
+    rng, slices = np.random.default_rng(0), (k,)
+    if axis is not None:
+        slices = (*(n if i == axis % len(shape) else 1 for i, n in enumerate(shape)), k)
+    codebook = np.sort(np.asarray(jnp.asarray(rng.normal(size=slices), dtype)), axis=-1)
+    tables = np.broadcast_to(codebook, (*shape, k))
+    codes = random_codes(k, (*shape, 1)).astype(int)
+    return jnp.asarray(np.take_along_axis(tables, codes, axis=-1)[..., 0]), jnp.asarray(codebook)
+
+
+def tree_of(weights, codebook):
+    """Return a tree with that leaf and one that is left alone, and its state after all rounds."""
+    params = {"a": {"w": weights}, "b": jnp.ones(3)}
+    nothing = jnp.bool_(False)
+    state = jq.QuantState(
+        codebooks={"a": {"w": codebook}, "b": jnp.zeros(())},
+        frozen={"a": {"w": jnp.ones_like(weights, bool)}, "b": nothing},
+        frozen_centroids={"a": {"w": jnp.ones_like(codebook, bool)}, "b": nothing},
+        round=jnp.int32(1),
+    )
+    return params, state
+
+
+BITS = {1: 0, 2: 1, 3: 8 / 5, 4: 2, 5: 7 / 3, 6: 8 / 3, 8: 3, 9: 3.5, 11: 3.5, 12: 4, 16: 4}
+BITS |= {17: 5, 32: 5, 33: 6, 64: 6, 65: 7, 128: 7, 129: 8, 256: 8}
+SHAPES = [((64,), None), ((12, 7), None), ((3, 3, 5, 8), None)]  # shape, axis of the slices
+SHAPES += [((3, 3, 5, 8), -1), ((4, 20, 6), 0), ((20, 18), 0), ((6, 20, 4), 1)]
+
+pack_codes = jax.jit(packing.pack_codes, static_argnums=1)
+unpack_codes = jax.jit(packing.unpack_codes, static_argnums=(1, 2))
+pack_array = jax.jit(packing.pack_array)
+unpack = jax.jit(jq.unpack)
+
+
+@pytest.mark.parametrize(("k", "bits"), BITS.items())
+def test_codes_take_the_fewest_whole_bits_and_come_back(k, bits):
+    for rows in (8 * 5 * 3 * 2, 29, 1, 0):
+        codes = random_codes(k, (rows, 2))
+        packed = pack_codes(codes, k)
+        assert packed.shape == (packing.packed_rows(rows, k), 2) and packed.dtype == jnp.uint8
+        np.testing.assert_array_equal(unpack_codes(packed, rows, k), codes)
+        if rows == 240:
+            assert 8 * packed.shape[0] / rows == pytest.approx(bits)
+
+
+def test_every_k_has_the_smallest_symbol():
+    for k in range(1, 257):
+        digits, bits = packing.symbol(k)
+        assert k**digits <= 2**bits <= 256
+        fewest = min(math.ceil(math.log2(k) * d) / d for d in range(1, 9) if k**d <= 256)
+        assert bits / digits == fewest
+
+
+def test_the_layout_is_the_documented_one():
+    # k = 17: the low four bits of symbols s and s + 4 share a byte, then the fifth bits of all.
+    codes = np.array([[3], [16], [0], [7], [12], [16], [1]])
+    packed = np.asarray(packing.pack_codes(jnp.asarray(codes), 17)).ravel()
+    np.testing.assert_array_equal(packed, [3 + 16 * 12, 0 + 16 * 0, 0 + 16 * 1, 7 + 0, 0b0100010])
+
+
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+@pytest.mark.parametrize(("k", "dtype"), [(3, "float32"), (17, "bfloat16"), (5, "float16")])
+def test_arrays_come_back_bit_for_bit(dtype, shape, axis, k):
+    weights, codebook = on_codebook(k, shape, axis, dtype)
+    packed = pack_array(weights, codebook)
+    assert packed.shape == shape and packed.dtype == dtype and packed.k == k
+    assert packed.size == math.prod(shape) and packed.ndim == len(shape)
+    back = np.asarray(unpack(packed))
+    np.testing.assert_array_equal(back.view(np.uint8), np.asarray(weights).view(np.uint8))
+
+
+def test_trees_come_back_bit_for_bit_in_and_out_of_jit():
+    params, state = tree_of(*on_codebook(3, (12, 7)))
+    packed = jq.pack(params, state)
+    assert isinstance(packed["a"]["w"], jq.PackedArray) and packed["b"] is params["b"]
+    chex.assert_trees_all_equal(jq.unpack(packed), params)
+    chex.assert_trees_all_equal(unpack(packed), params)
+    chex.assert_trees_all_equal(jax.jit(jq.pack)(params, state), packed)
+
+
+def test_a_tree_of_the_last_round_packs():
+    params = {"w": jax.random.normal(jax.random.key(0), (12, 7))}
+    plan = jq.slq(params, bits=2, rounds=(1, 3))
+    quantize = jax.jit(jq.quantize_round, static_argnums=0)
+    params, state, _ = quantize(plan, params, jq.init(plan, params))
+    with pytest.raises(ValueError, match=r"w: expected every weight .* got \d+ of 84"):
+        jq.pack(params, state)
+    params, state, _ = quantize(plan, params, state)
+    chex.assert_trees_all_equal(jq.unpack(jq.pack(params, state)), params)
+
+
+def test_stacked_layers_are_taken_apart_by_vmap_and_scan():
+    weights, codebook = on_codebook(3, (4, 20, 6), axis=0)
+    packed = pack_array(weights, codebook)
+    assert packed.codes.shape == (4, 4, 6)
+
+    def layer(x, one):
+        assert one.shape == (20, 6)
+        return x, jq.unpack(one)
+
+    _, unpacked = jax.lax.scan(layer, 0, packed)
+    np.testing.assert_array_equal(unpacked, weights)
+    np.testing.assert_array_equal(jax.vmap(jq.unpack)(packed), weights)
+
+
+def test_five_ternary_weights_take_a_byte_in_memory():
+    assert pack_array(*on_codebook(3, (640, 50))).nbytes == 640 * 50 // 5 + 3 * 4
+
+
+def test_minus_zero_comes_back_as_zero():
+    codebook = jnp.array([-1.0, -0.0, 1.0])
+    params, state = tree_of(jnp.array([[-0.0, 0.0], [1.0, -1.0]]), codebook)
+    back = jq.unpack(jq.pack(params, state))["a"]["w"]
+    assert np.signbit(back).tolist() == [[False, False], [False, True]]
+
+
+def test_an_empty_tree_and_one_without_quantized_leaves_pass():
+    assert jq.unpack({}) == {}
+    state = jq.QuantState({"b": jnp.zeros(())}, {"b": jnp.bool_(False)}, {}, jnp.int32(0))
+    params = {"b": jnp.ones(3)}
+    assert jq.pack(params, state)["b"] is params["b"]
+
+
+def test_weights_off_their_codebook_are_refused_by_name():
+    weights, codebook = on_codebook(3, (8, 4))
+    params, state = tree_of(weights.at[1, 1].add(0.25).at[0, 0].set(jnp.nan), codebook)
+    with pytest.raises(ValueError, match=r"a/w: expected every weight .* got 2 of 32"):
+        jq.pack(params, state)
+
+
+def test_trees_that_differ_are_refused():
+    params, state = tree_of(*on_codebook(3, (8, 4)))
+    with pytest.raises(ValueError, match="same structure"):
+        jq.pack({"a": params["a"]}, state)
+
+
+def test_scalars_and_more_than_256_centroids_are_refused_by_name():
+    params, state = tree_of(*on_codebook(257, (8, 4)))
+    with pytest.raises(ValueError, match="a/w: expected k from 1 to 256, got 257"):
+        jq.pack(params, state)
+    params, state = tree_of(jnp.float32(1.0), jnp.ones(1))
+    with pytest.raises(ValueError, match="a/w: expected a weight with at least one axis"):
+        jq.pack(params, state)
