@@ -515,7 +515,7 @@ def _as_jax(values: np.ndarray) -> Any:
 
 def _decompress(words: np.ndarray, tables: np.ndarray, size: int) -> np.ndarray:
     """Return the codes, uint8 [size]."""
-    codes = np.zeros(size, np.uint8)
+    codes: Any = np.zeros(size, np.uint8)
     if tables.shape[1] == 1:
         if words.size:
             raise _InvalidError("expected no code words for a single centroid")
@@ -527,8 +527,7 @@ def _decompress(words: np.ndarray, tables: np.ndarray, size: int) -> np.ndarray:
         coder = _range_coder().stack.AnsCoder(words)
     except ValueError:
         raise _InvalidError("expected another end of the code words") from None
-    rows: Any = codes.reshape(len(tables), -1)
-    for row, model in zip(rows, _models(tables), strict=True):
+    for row, model in zip(codes.reshape(len(tables), -1), _models(tables), strict=True):
         for start in range(0, row.size, _CHUNK):
             row[start : start + _CHUNK] = coder.decode(model, min(_CHUNK, row.size - start))
     if not coder.is_empty():
