@@ -472,7 +472,9 @@ def _parts(
 
     for entry, checksum in zip(entries, tensors["checksums"], strict=True):
         shape = tuple(entry["shape"])
-        parts = {"values": take(f"values.{entry['dtype']}", math.prod(shape)).reshape(shape)}
+        parts: dict[str, Any] = {
+            "values": take(f"values.{entry['dtype']}", math.prod(shape)).reshape(shape)
+        }
         if "rows" in entry:
             parts["words"] = take("codes", entry["words"])
             tables = take("frequencies", entry["models"] * shape[-1])
@@ -515,7 +517,7 @@ def _as_jax(values: np.ndarray) -> Any:
 
 def _decompress(words: np.ndarray, tables: np.ndarray, size: int) -> np.ndarray:
     """Return the codes, uint8 [size]."""
-    codes: Any = np.zeros(size, np.uint8)
+    codes = np.zeros(size, np.uint8)
     if tables.shape[1] == 1:
         if words.size:
             raise _InvalidError("expected no code words for a single centroid")
