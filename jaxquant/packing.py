@@ -5,8 +5,9 @@ summed over runs down the rows, so that a product reads whole rows of packed byt
 `digits` codes make a symbol, `code_0 + code_1 k + code_2 k**2 + ...`, of `bits` bits; its bits are
 cut into fields of 8, 4, 2 or 1 bits, and 8 / width fields of equal width share a byte, the first in
 the low bits. What shares a symbol or a byte does not stand side by side: with S symbols, symbol s
-holds the rows s, s + S, s + 2S, ... So unpacking is shifts and slices of whole rows, and never
-moves single codes.
+holds the rows s, s + S, s + 2S, ..., and byte b of B the fields b, b + B, b + 2B, ... of the
+symbols. So unpacking is shifts and slices of whole rows, and never moves single codes. S is rounded
+up until every B is whole: fields of all widths then start at the same symbols.
 
     k = 2: 1 bit     3: 1.6 (5 digits in 8)     4: 2     5: 2.33 (3 in 7)     6: 2.67 (3 in 8)
     7, 8: 3     9 to 11: 3.5 (2 in 7)     12 to 16: 4     17 to 32: 5     to 64: 6, 128: 7, 256: 8
@@ -111,13 +112,19 @@ def symbol(k: int) -> tuple[int, int]:
 
 def packed_rows(rows: int, k: int) -> int:
     """Return how many rows of bytes so many rows of codes take."""
+    _, bits = symbol(k)
+    return num_symbols(rows, k) * bits // 8
+
+
+def num_symbols(rows: int, k: int) -> int:
+    """Return how many symbols hold a column of so many codes."""
     digits, bits = symbol(k)
-    symbols = -(-rows // digits)
-    return sum(-(-symbols // (8 // width)) for width in _widths(bits))
+    together = 8 // min(field_widths(bits), default=8)
+    return -(-rows // (digits * together)) * together
 
 
-def _widths(bits: int) -> list[int]:
-    """Return the widths of the fields of a symbol, from the low bits up: the binary digits."""
+def field_widths(bits: int) -> list[int]:
+    """Return the widths of the fields of a symbol, from the low bits up."""
     return [width for width in _WIDTHS if bits & width]
 
 
@@ -135,17 +142,18 @@ def pack_codes(codes: jax.Array, k: int) -> jax.Array:
     [[156]]
     """
     digits, bits = symbol(k)
-    digit_planes = _planes(codes.astype(jnp.uint8), digits)
-    weighted = [plane * np.uint8(k**i) for i, plane in enumerate(digit_planes)]
+    count = num_symbols(codes.shape[-2], k)
+    planes = _planes(codes.astype(jnp.uint8), digits, count)
+    weighted = [plane * np.uint8(k**i) for i, plane in enumerate(planes)]
     symbols = functools.reduce(jnp.add, weighted)
-    fields, low = [], 0
-    for width in _widths(bits):
+    fields, low = [jnp.zeros((*codes.shape[:-2], 0, codes.shape[-1]), jnp.uint8)], 0
+    for width in field_widths(bits):
         field = (symbols >> np.uint8(low)) & np.uint8(2**width - 1)
-        shifted = enumerate(_planes(field, 8 // width))
-        fields.append(sum(plane << np.uint8(i * width) for i, plane in shifted))
+        planes = _planes(field, 8 // width, count * width // 8)
+        shifted = [plane << np.uint8(i * width) for i, plane in enumerate(planes)]
+        fields.append(functools.reduce(jnp.bitwise_or, shifted))
         low += width
-    empty = jnp.zeros((*codes.shape[:-2], 0, codes.shape[-1]), jnp.uint8)
-    return jnp.concatenate([empty, *fields], axis=-2)
+    return jnp.concatenate(fields, axis=-2)
 
 
 def unpack_codes(packed: jax.Array, rows: int, k: int) -> jax.Array:
@@ -163,31 +171,26 @@ def unpack_codes(packed: jax.Array, rows: int, k: int) -> jax.Array:
     [3, 16, 0]
     """
     digits, bits = symbol(k)
-    count = -(-rows // digits)
+    count = num_symbols(rows, k)
     symbols, start, low = jnp.zeros((*packed.shape[:-2], count, packed.shape[-1]), jnp.uint8), 0, 0
-    for width in _widths(bits):
-        length = -(-count // (8 // width))
+    for width in field_widths(bits):
+        length = count * width // 8
         part = jax.lax.slice_in_dim(packed, start, start + length, axis=-2)
-        planes = [(part >> np.uint8(i * width)) & np.uint8(2**width - 1) for i in range(8 // width)]
-        field = _rows(jnp.concatenate(planes, axis=-2), count)
-        symbols = symbols | (field << np.uint8(low))
+        mask = np.uint8(2**width - 1)
+        planes = [(part >> np.uint8(i * width)) & mask for i in range(8 // width)]
+        symbols = symbols | (jnp.concatenate(planes, axis=-2) << np.uint8(low))
         start, low = start + length, low + width
-    if digits == 1:
-        return symbols
-    planes = [symbols // np.uint8(k**i) % np.uint8(k) for i in range(digits)]
-    return _rows(jnp.concatenate(planes, axis=-2), rows)
+    if digits > 1:
+        planes = [symbols // np.uint8(k**i) % np.uint8(k) for i in range(digits)]
+        symbols = jnp.concatenate(planes, axis=-2)
+    return jax.lax.slice_in_dim(symbols, 0, rows, axis=-2)
 
 
-def _planes(x: jax.Array, count: int) -> list[jax.Array]:
-    """Cut the rows into `count` equal runs, with zeros at the end."""
-    length = -(-x.shape[-2] // count)
+def _planes(x: jax.Array, count: int, length: int) -> list[jax.Array]:
+    """Cut the rows into `count` runs of a length, with zeros at the end."""
     missing = [(0, 0)] * (x.ndim - 2) + [(0, count * length - x.shape[-2]), (0, 0)]
     x = jnp.pad(x, missing)
     return [jax.lax.slice_in_dim(x, i * length, (i + 1) * length, axis=-2) for i in range(count)]
-
-
-def _rows(x: jax.Array, count: int) -> jax.Array:
-    return jax.lax.slice_in_dim(x, 0, count, axis=-2)
 
 
 # Arrays and trees --------------------------------------------------------------------------------
