@@ -4,6 +4,7 @@ from jaxquant.centroids import centroid_gradients, set_centroids
 from jaxquant.codebooks import assign, num_centroids, reconstruct
 from jaxquant.kmeans import KMeansResult, kmeans
 from jaxquant.metrics import LayerReport, Report, report
+from jaxquant.ops import conv, intercept_linen, matmul
 from jaxquant.packing import PackedArray, pack, pack_array, unpack
 from jaxquant.quantize import QuantState, RoundInfo, init, is_on_codebook, quantize_round
 from jaxquant.schedules import Plan, mlq, slq
@@ -25,11 +26,14 @@ __all__ = [
     "Selection",
     "assign",
     "centroid_gradients",
+    "conv",
     "freeze_quantized",
     "init",
+    "intercept_linen",
     "is_on_codebook",
     "kmeans",
     "load",
+    "matmul",
     "mlq",
     "num_centroids",
     "pack",

@@ -1,0 +1,10 @@
+"""Products with packed weights: `matmul`, `conv`, and Linen layers that use them.
+
+One public function each; `implementation` says how. "xla" unpacks the weight inside the compiled
+product: it runs everywhere, shards, and is the oracle of the others.
+"""
+
+from jaxquant.ops.api import IMPLEMENTATIONS, conv, matmul
+from jaxquant.ops.layers import intercept_linen
+
+__all__ = ["IMPLEMENTATIONS", "conv", "intercept_linen", "matmul"]

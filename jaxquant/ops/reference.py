@@ -1,0 +1,45 @@
+"""The products in XLA: unpack, multiply. What every other implementation must equal."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.packing import PackedArray, unpack_array
+
+
+def matmul(x: jax.Array, packed: PackedArray) -> jax.Array:
+    """Return [..., columns] from x [..., prod(rows)], in float32 or wider."""
+    accumulator = _accumulator(x, packed)
+    weight = unpack_array(packed).reshape(math.prod(packed.rows), *packed.columns)
+    return jnp.matmul(
+        x.astype(accumulator), weight.astype(accumulator), precision=jax.lax.Precision.HIGHEST
+    )
+
+
+def conv(x: jax.Array, packed: PackedArray, **options: Any) -> jax.Array:
+    """Return [batch, *space, features] from x [batch, *space, channels], in float32 or wider."""
+    accumulator = _accumulator(x, packed)
+    space = "DHW"[-(packed.ndim - 2) :]
+    return jax.lax.conv_general_dilated(
+        x.astype(accumulator),
+        unpack_array(packed).astype(accumulator),
+        window_strides=options["window_strides"],
+        padding=options["padding"],
+        lhs_dilation=options["input_dilation"],
+        rhs_dilation=options["kernel_dilation"],
+        dimension_numbers=(f"N{space}C", f"{space}IO", f"N{space}C"),
+        feature_group_count=options["feature_group_count"],
+    )
+
+
+def common_dtype(*dtypes: Any) -> Any:
+    """Return the dtype that all promote to, also where arithmetic must not promote by itself."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
+
+
+def _accumulator(x: jax.Array, packed: PackedArray) -> Any:
+    return common_dtype(x.dtype, packed.dtype, jnp.float32)

@@ -1,0 +1,229 @@
+"""Products with packed weights against the products with unpacked ones."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jaxquant as jq
+from jaxquant.ops import IMPLEMENTATIONS, intercept_linen
+
+matmul = jax.jit(jq.matmul, static_argnames=("implementation", "preferred_element_type"))
+
+
+def packed_array(k, shape, *, axis=None, dtype="float32"):
+    rng, slices = np.random.default_rng(k), (k,)
+    if axis is not None:
+        slices = (*(n if i == axis % len(shape) else 1 for i, n in enumerate(shape)), k)
+    codebook = jnp.asarray(np.sort(rng.normal(size=slices), axis=-1), dtype)
+    weights = jnp.asarray(rng.normal(size=shape), dtype)
+    return jax.jit(jq.pack_array)(weights, codebook)
+
+
+def normal(*shape, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(1).normal(size=shape), dtype)
+
+
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+@pytest.mark.parametrize("axis", [None, -1, 0])
+@pytest.mark.parametrize("k", [2, 3, 5, 16, 17])
+def test_matmul_is_that_of_the_unpacked_weight(k, axis, implementation):
+    packed, x = packed_array(k, (70, 24), axis=axis), normal(2, 3, 70)
+    expected = np.asarray(x, np.float64) @ np.asarray(jq.unpack(packed), np.float64)
+    y = matmul(x, packed, implementation=implementation)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    y = matmul(x[0, 0], packed, implementation=implementation)
+    np.testing.assert_allclose(y, expected[0, 0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "dtype", "result"),
+    [
+        ("bfloat16", "bfloat16", "bfloat16"),
+        ("bfloat16", "float32", "float32"),
+        ("float32", "float16", "float32"),
+        ("float16", "bfloat16", "float32"),
+    ],
+)
+def test_matmul_has_the_dtype_of_the_plain_product(x_dtype, dtype, result):
+    packed, x = packed_array(3, (40, 8), dtype=dtype), normal(2, 40, dtype=x_dtype)
+    y = matmul(x, packed)
+    assert y.dtype == result
+    expected = np.asarray(x, np.float64) @ np.asarray(jq.unpack(packed), np.float64)
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=1e-2, atol=1e-2)
+    assert matmul(x, packed, preferred_element_type="float16").dtype == jnp.float16
+
+
+def test_matmul_sums_over_several_axes():
+    packed, x = packed_array(3, (4, 6, 10)), normal(2, 4, 6)
+    expected = np.einsum("bij,ijk->bk", x, jq.unpack(packed))
+    np.testing.assert_allclose(matmul(x, packed), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_those_of_the_plain_product():
+    packed, x = packed_array(3, (40, 8)), normal(2, 40)
+
+    def loss(x, codebook, weight):
+        return jnp.sum(jnp.sin(jq.matmul(x, weight(codebook))))
+
+    def packed_with(codebook):
+        return jq.PackedArray(
+            codes=packed.codes, codebook=codebook, rows=packed.rows, columns=packed.columns
+        )
+
+    def plain_loss(x, codebook):
+        return jnp.sum(jnp.sin(x @ jq.unpack(packed_with(codebook))))
+
+    own = jax.jit(jax.grad(lambda x, c: loss(x, c, packed_with), argnums=(0, 1)))
+    plain = jax.jit(jax.grad(plain_loss, argnums=(0, 1)))
+    chex.assert_trees_all_close(
+        own(x, packed.codebook), plain(x, packed.codebook), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_stacked_layers_multiply_under_scan_and_vmap():
+    packed, x = packed_array(3, (4, 20, 20), axis=0), normal(2, 20)
+    weights = jq.unpack(packed)
+
+    def layer(x, one):
+        return jq.matmul(x, one), None
+
+    y, _ = jax.jit(lambda x, p: jax.lax.scan(layer, x, p))(x, packed)
+    expected = x
+    for weight in weights:
+        expected = expected @ weight
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    y = jax.jit(jax.vmap(jq.matmul, in_axes=(None, 0)))(x, packed)
+    np.testing.assert_allclose(y, jnp.einsum("br,lrc->lbc", x, weights), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec(None, "x"), PartitionSpec("x", None)])
+def test_sharded_codes_give_the_same_product(spec):
+    packed, x = packed_array(3, (400, 16)), normal(2, 400)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    codes = jax.device_put(packed.codes, NamedSharding(mesh, spec))
+    sharded = jq.PackedArray(
+        codes=codes, codebook=packed.codebook, rows=packed.rows, columns=packed.columns
+    )
+    np.testing.assert_allclose(matmul(x, sharded), matmul(x, packed), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window_strides": 2, "padding": ((1, 1), (1, 1))},
+        {"padding": "VALID", "kernel_dilation": (2, 1)},
+        {"input_dilation": 2, "padding": ((1, 1), (1, 1))},
+    ],
+)
+def test_conv_is_that_of_the_unpacked_kernel(options):
+    packed, x = packed_array(5, (3, 3, 4, 6), axis=-1), normal(2, 8, 8, 4)
+
+    def pair(value):
+        return (value, value) if isinstance(value, int) else value
+
+    expected = jax.lax.conv_general_dilated(
+        x,
+        jq.unpack(packed),
+        pair(options.get("window_strides", 1)),
+        options.get("padding", "SAME"),
+        lhs_dilation=pair(options.get("input_dilation", 1)),
+        rhs_dilation=pair(options.get("kernel_dilation", 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    y = jax.jit(lambda x, p: jq.conv(x, p, **options))(x, packed)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_conv_in_groups_and_one_dimension():
+    packed, x = packed_array(3, (3, 2, 6)), normal(2, 9, 4)
+    expected = jax.lax.conv_general_dilated(
+        x, jq.unpack(packed), (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"),
+        feature_group_count=2,
+    )  # fmt: skip
+    y = jq.conv(x, packed, feature_group_count=2)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3), strides=2, padding=1)(x))
+        x = nn.Conv(8, (3, 3), feature_group_count=2, use_bias=False, name="grouped")(x)
+        x = nn.LayerNorm()(x)
+        x = nn.Dense(12, name="hidden")(x.reshape(x.shape[0], -1))
+        return nn.Dense(5, dtype=jnp.bfloat16, name="head")(x)
+
+
+@pytest.mark.default_promotion
+def test_a_linen_network_runs_from_packed_kernels():
+    module, x = Network(), normal(2, 8, 8, 4)
+    variables = module.init(jax.random.key(0), x)
+
+    def pack(path, leaf):
+        if path[-1].key != "kernel" or "hidden" in str(path):
+            return leaf
+        return jq.pack_array(leaf, jnp.linspace(-0.3, 0.3, 5))
+
+    packed = jax.tree_util.tree_map_with_path(pack, variables)
+    expected = jax.jit(module.apply)(jq.unpack(packed), x)
+
+    @jax.jit
+    def apply(variables, x):
+        with nn.intercept_methods(intercept_linen):
+            return module.apply(variables, x)
+
+    y = apply(packed, x)
+    assert y.dtype == expected.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.asarray(y, np.float32), np.asarray(expected, np.float32), rtol=2e-2, atol=2e-2
+    )
+    chex.assert_trees_all_equal(apply(variables, x), jax.jit(module.apply)(variables, x))
+
+
+@pytest.mark.default_promotion
+def test_layers_that_have_no_packed_counterpart_are_named():
+    class Circular(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Conv(8, (3, 3), padding="CIRCULAR", name="around")(x)
+
+    variables = {"params": {"around": {"kernel": packed_array(3, (3, 3, 4, 8))}}}
+    variables["params"]["around"]["bias"] = jnp.zeros(8)
+    with (
+        nn.intercept_methods(intercept_linen),
+        pytest.raises(ValueError, match="around: expected no mask, and padding of zeros"),
+    ):
+        Circular().apply(variables, normal(2, 8, 8, 4))
+    with (
+        nn.intercept_methods(intercept_linen),
+        pytest.raises(ValueError, match=r"around: expected a kernel of shape \(3, 3, 3, 8\)"),
+    ):
+        Circular().apply(variables, normal(2, 8, 8, 3))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: jq.matmul(jnp.ones(9), p), r"expected x of shape \[..., 20\], got \(9,\)"),
+        (lambda p: jq.matmul(jnp.ones(20), jnp.ones((20, 6))), "expected a PackedArray, got"),
+        (lambda p: jq.matmul(jnp.ones(20), p, implementation="cuda"), "one of xla.* got 'cuda'"),
+        (
+            lambda p: jq.matmul(jnp.ones(20), packed_array(3, (4, 20, 6), axis=0)),
+            r"expected the weight of one layer, got stacked layers \(4, 20, 6\)",
+        ),
+        (lambda p: jq.matmul(jnp.ones(20), packed_array(3, (20,))), "two axes or more"),
+        (lambda p: jq.conv(jnp.ones((1, 20)), p), "one or more of space"),
+        (
+            lambda p: jq.conv(jnp.ones((1, 8, 8, 3)), packed_array(3, (3, 3, 4, 8))),
+            r"expected x with 4 channels last, got \(1, 8, 8, 3\)",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(packed_array(3, (20, 6)))
