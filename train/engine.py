@@ -288,7 +288,8 @@ def _count_correct(
 ) -> tuple[jax.Array, jax.Array]:
     """Return correct answers and summed cross-entropy of a batch; labels below 0 do not count."""
     batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, batch_size), data)
-    logits: Any = model.apply(variables, _normalize(batch.images, dataset), train=False)
+    with nn.intercept_methods(jq.intercept_linen):  # kernels may be packed
+        logits: Any = model.apply(variables, _normalize(batch.images, dataset), train=False)
     known, labels = batch.labels >= 0, jnp.maximum(batch.labels, 0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = (jnp.argmax(logits, axis=-1) == labels) & known

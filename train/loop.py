@@ -357,7 +357,8 @@ def evaluate(config: Config, workdir: Path | None) -> dict[str, float]:
         config = dataclasses.replace(config, fit=dataclasses.replace(config.fit, epochs=(0,)))
         job = check(config)
         functions = _functions(job)
-        variables = jax.tree.map(jnp.asarray, dict(job.initial))
+        packed = pretrained.load_packed(config.init, job.shapes)  # which runs as it is
+        variables = packed or jax.tree.map(jnp.asarray, dict(job.initial))
     else:
         assert workdir is not None
         job, functions, state = _restore(config, workdir)

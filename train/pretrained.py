@@ -97,17 +97,27 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def is_packed_file(path: str | Path) -> bool:
-    """Return whether a file is one of `jaxquant.save`."""
+def load_packed(path: str | Path, variables: Any) -> Any:
+    """Return the variables of a file of `jaxquant.save`, packed, or None if it is another file.
+
+    Args:
+      path: The file.
+      variables: As of `load`.
+
+    Raises:
+      ValueError: If the file is damaged, or another network's, naming the file and the leaf.
+    """
     from safetensors import SafetensorError, safe_open
 
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
-        return False
+        return None
     try:
         with safe_open(path, framework="numpy") as file:
-            return (file.metadata() or {}).get("format") == "jaxquant"
+            if (file.metadata() or {}).get("format") != "jaxquant":
+                return None
     except (SafetensorError, OSError):
-        return False  # `load` says what is wrong with it
+        return None  # `load` says what is wrong with it
+    return jq.load(path, like={name: x for name, x in variables.items() if jax.tree.leaves(x)})
 
 
 def load(path: str | Path, variables: Any) -> Any:
@@ -132,9 +142,9 @@ def load(path: str | Path, variables: Any) -> Any:
         point, or has a NaN or infinite value, naming the file and the tensors. Nothing has been put
         on a device by then.
     """
-    if is_packed_file(path):
-        variables = {name: tree for name, tree in variables.items() if jax.tree.leaves(tree)}
-        return jq.unpack(jq.load(path, like=variables))
+    packed = load_packed(path, variables)
+    if packed is not None:
+        return jq.unpack(packed)
     tensors = _strip(read_state_dict(path))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(variables)
     names = [_torch_name(key_path) for key_path, _ in leaves]
