@@ -29,9 +29,13 @@ def normal(*shape, dtype="float32"):
 
 @pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
 @pytest.mark.parametrize("axis", [None, -1, 0])
-@pytest.mark.parametrize("k", [2, 3, 5, 16, 17])
+@pytest.mark.parametrize("k", [2, 3, 4, 5, 6, 16, 17, 200])
 def test_matmul_is_that_of_the_unpacked_weight(k, axis, implementation):
     packed, x = packed_array(k, (70, 24), axis=axis), normal(2, 3, 70)
+    if implementation == "lookup" and (axis is not None or k == 5):
+        with pytest.raises(ValueError, match=f"expected a codebook that 'lookup' .* k={k} and"):
+            jq.matmul(x, packed, implementation=implementation)
+        return
     expected = np.asarray(x, np.float64) @ np.asarray(jq.unpack(packed), np.float64)
     y = matmul(x, packed, implementation=implementation)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
@@ -63,11 +67,14 @@ def test_matmul_sums_over_several_axes():
     np.testing.assert_allclose(matmul(x, packed), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_are_those_of_the_plain_product():
-    packed, x = packed_array(3, (40, 8)), normal(2, 40)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("k", [3, 17])
+def test_gradients_are_those_of_the_plain_product(implementation, k):
+    packed, x = packed_array(k, (40, 8)), normal(2, 40)
 
     def loss(x, codebook, weight):
-        return jnp.sum(jnp.sin(jq.matmul(x, weight(codebook))))
+        y = jq.matmul(x, weight(codebook), implementation=implementation)
+        return jnp.sum(jnp.sin(y))
 
     def packed_with(codebook):
         return jq.PackedArray(
@@ -211,7 +218,10 @@ def test_layers_that_have_no_packed_counterpart_are_named():
     [
         (lambda p: jq.matmul(jnp.ones(9), p), r"expected x of shape \[..., 20\], got \(9,\)"),
         (lambda p: jq.matmul(jnp.ones(20), jnp.ones((20, 6))), "expected a PackedArray, got"),
-        (lambda p: jq.matmul(jnp.ones(20), p, implementation="cuda"), "one of xla.* got 'cuda'"),
+        (
+            lambda p: jq.matmul(jnp.ones(20), p, implementation="cuda"),
+            "one of unpack, lookup .* got 'cuda'",
+        ),
         (
             lambda p: jq.matmul(jnp.ones(20), packed_array(3, (4, 20, 6), axis=0)),
             r"expected the weight of one layer, got stacked layers \(4, 20, 6\)",

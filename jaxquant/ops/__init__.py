@@ -1,7 +1,8 @@
 """Products with packed weights: `matmul`, `conv`, and Linen layers that use them.
 
-One public function each; `implementation` says how. "xla" unpacks the weight inside the compiled
-product: it runs everywhere, shards, and is the oracle of the others.
+One public function each; `implementation` says how. "unpack" unpacks the weight inside the compiled
+product: it runs everywhere, shards, and is the oracle of the others. "lookup" (for `matmul`) reads
+sums from tables, see `jaxquant.ops.lookup`.
 """
 
 from jaxquant.ops.api import IMPLEMENTATIONS, conv, matmul

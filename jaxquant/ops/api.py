@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 
-from jaxquant.ops import reference
+from jaxquant.ops import lookup, reference
 from jaxquant.packing import PackedArray
 
-IMPLEMENTATIONS = ("xla",)
+IMPLEMENTATIONS = ("unpack", "lookup")
 
 
 def matmul(
@@ -35,7 +35,7 @@ def matmul(
       [..., columns].
 
     Raises:
-      ValueError: if the shapes do not fit, or the implementation is unknown.
+      ValueError: if the shapes do not fit, or the implementation is unknown or not for it.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> packed = jq.pack_array(jnp.eye(6), jnp.array([-1.0, 0.0, 1.0]))
@@ -49,7 +49,15 @@ def matmul(
         raise ValueError(f"expected x of shape [..., {_text(packed.rows)}], got {x.shape}")
     dtype = preferred_element_type or reference.common_dtype(x.dtype, packed.dtype)
     flat = x.reshape(*x.shape[: x.ndim - axes], math.prod(packed.rows))
-    return reference.matmul(flat, packed).astype(dtype)
+    if implementation is None:
+        implementation = _fastest(flat, packed)
+    if implementation == "lookup" and not lookup.supports(packed):
+        raise ValueError(
+            f"expected a codebook that 'lookup' supports, got k={packed.k} and codebooks of shape "
+            f"{packed.codebook.shape}; None chooses"
+        )
+    product = lookup.matmul if implementation == "lookup" else reference.matmul
+    return product(flat, packed).astype(dtype)
 
 
 def conv(
@@ -78,7 +86,7 @@ def conv(
       input_dilation: like `window_strides`.
       kernel_dilation: like `window_strides`.
       feature_group_count: groups of channels.
-      implementation: one of `IMPLEMENTATIONS`; None: the fastest that the platform has.
+      implementation: "unpack" or None.
       preferred_element_type: dtype of the result; None: that which x and the codebook promote to.
 
     Returns:
@@ -93,7 +101,8 @@ def conv(
     >>> conv(jnp.ones((1, 4, 4, 1)), packed, padding="VALID").shape
     (1, 2, 2, 2)
     """
-    _check_implementation(implementation)
+    if implementation not in (None, "unpack"):
+        raise ValueError(f"expected implementation to be unpack or None, got {implementation!r}")
     _check_weight(packed)
     space = packed.ndim - 2
     if space < 1 or x.ndim != packed.ndim:
@@ -115,6 +124,13 @@ def conv(
         kernel_dilation=each(kernel_dilation),
         feature_group_count=feature_group_count,
     ).astype(dtype)
+
+
+def _fastest(x: jax.Array, packed: PackedArray) -> str:
+    # Of several vectors, XLA on CPU no longer fuses the reading of a table and the sum.
+    single = math.prod(x.shape[:-1]) == 1
+    on_cpu = jax.default_backend() == "cpu"
+    return "lookup" if on_cpu and single and lookup.supports(packed) else "unpack"
 
 
 def _check_implementation(implementation: str | None) -> None:

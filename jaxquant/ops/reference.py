@@ -12,20 +12,18 @@ from jaxquant.packing import PackedArray, unpack_array
 
 def matmul(x: jax.Array, packed: PackedArray) -> jax.Array:
     """Return [..., columns] from x [..., prod(rows)], in float32 or wider."""
-    accumulator = _accumulator(x, packed)
+    dtype = accumulator(x, packed)
     weight = unpack_array(packed).reshape(math.prod(packed.rows), *packed.columns)
-    return jnp.matmul(
-        x.astype(accumulator), weight.astype(accumulator), precision=jax.lax.Precision.HIGHEST
-    )
+    return jnp.matmul(x.astype(dtype), weight.astype(dtype), precision=jax.lax.Precision.HIGHEST)
 
 
 def conv(x: jax.Array, packed: PackedArray, **options: Any) -> jax.Array:
     """Return [batch, *space, features] from x [batch, *space, channels], in float32 or wider."""
-    accumulator = _accumulator(x, packed)
+    dtype = accumulator(x, packed)
     space = "DHW"[-(packed.ndim - 2) :]
     return jax.lax.conv_general_dilated(
-        x.astype(accumulator),
-        unpack_array(packed).astype(accumulator),
+        x.astype(dtype),
+        unpack_array(packed).astype(dtype),
         window_strides=options["window_strides"],
         padding=options["padding"],
         lhs_dilation=options["input_dilation"],
@@ -41,5 +39,6 @@ def common_dtype(*dtypes: Any) -> Any:
         return functools.reduce(jnp.promote_types, dtypes)
 
 
-def _accumulator(x: jax.Array, packed: PackedArray) -> Any:
+def accumulator(x: jax.Array, packed: PackedArray) -> Any:
+    """Return the dtype of products and sums."""
     return common_dtype(x.dtype, packed.dtype, jnp.float32)
