@@ -11,7 +11,7 @@ from jaxquant.kmeans import STARTS, check_options
 from jaxquant.partition import PARTITIONS
 from jaxquant.selection import Layer, LayerRule, Selection, select
 
-ORDERS = ("boundaries_first", "layer_by_layer", "network")
+ORDERS = ("boundaries_first", "boundaries_together", "layer_by_layer", "network")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,8 +150,10 @@ def mlq(
 
     The boundaries, all clusters but one, are those that the partition puts first. Orders:
     "boundaries_first": the boundaries of one layer group after the other, then the last clusters
-    likewise; "layer_by_layer": boundaries and last cluster of a group before the next group;
-    "network": the clusters of all layers ranked together, `rounds` being the cumulative shares.
+    likewise; "boundaries_together": those of all groups in one round, then the last clusters of one
+    group after the other; "layer_by_layer": boundaries and last cluster of a group before the next
+    group; "network": the clusters of all layers ranked together, `rounds` being the cumulative
+    shares.
 
     Source: Xu et al., AAAI 2018 (incremental layer compensation).
 
@@ -190,7 +192,7 @@ def mlq(
     if network:
         table = tuple((float(share),) for share in rounds)
     else:
-        table = _incremental_table(columns, (k - 1) / k, order == "layer_by_layer", reverse)
+        table = _incremental_table(columns, (k - 1) / k, order, reverse)
     plan = Plan(
         selection=selection,
         method="mlq",
@@ -214,17 +216,20 @@ def _without_idle_rounds(shares: list[float], ks: set[int]) -> tuple[tuple[float
 
 
 def _incremental_table(
-    groups: int, boundary: float, layer_by_layer: bool, reverse: bool
+    groups: int, boundary: float, order: str, reverse: bool
 ) -> tuple[tuple[float, ...], ...]:
-    """Return the rows that raise one group at a time, to the boundary share and then to one."""
+    """Return the rows that raise the groups to the boundary share and then to one."""
     depth = list(reversed(range(groups))) if reverse else list(range(groups))
-    if layer_by_layer:
-        steps = [(group, share) for group in depth for share in (boundary, 1.0)]
-    else:
-        steps = [(group, share) for share in (boundary, 1.0) for group in depth]
+    each, together = [[group] for group in depth], [depth]
+    steps = {
+        "boundaries_first": [(g, boundary) for g in each] + [(g, 1.0) for g in each],
+        "boundaries_together": [(g, boundary) for g in together] + [(g, 1.0) for g in each],
+        "layer_by_layer": [(g, share) for g in each for share in (boundary, 1.0)],
+    }[order]
     shares, rows = [0.0] * groups, []
-    for group, share in steps:
-        shares[group] = share
+    for raised, share in steps:
+        for group in raised:
+            shares[group] = share
         rows.append(tuple(shares))
     return tuple(rows)
 

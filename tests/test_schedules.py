@@ -41,6 +41,8 @@ def test_slq_at_five_bits_is_the_column_of_the_paper():
             True,
             [[0, 0, 2], [0, 2, 2], [2, 2, 2], [2, 2, 3], [2, 3, 3], [3] * 3],
         ),
+        ("boundaries_together", False, [[2, 2, 2], [3, 2, 2], [3, 3, 2], [3] * 3]),
+        ("boundaries_together", True, [[2, 2, 2], [2, 2, 3], [2, 3, 3], [3] * 3]),
         ("layer_by_layer", False, [[2, 0, 0], [3, 0, 0], [3, 2, 0], [3, 3, 0], [3, 3, 2], [3] * 3]),
         ("layer_by_layer", True, [[0, 0, 2], [0, 0, 3], [0, 2, 3], [0, 3, 3], [2, 3, 3], [3] * 3]),
     ],
