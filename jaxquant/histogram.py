@@ -45,6 +45,14 @@ def to_value(histogram: Histogram, positions: jax.Array) -> jax.Array:
     return histogram.low + positions * bin_width(histogram)
 
 
+def position_error(histogram: Histogram) -> jax.Array:
+    """Return how far from the mean of its weights the position of a bin can be, at most."""
+    bins, total = histogram.mass.shape[0], jnp.sum(histogram.mass.astype(jnp.float32))
+    # Half a step of the fixed-point offsets of `_count`, and of float32 among so many bins: once
+    # for a weight's position, once for the bin's.
+    return jnp.maximum(2.0 ** (-_OFFSET_BITS - 1), total * 2.0**-32) + bins * 2.0**-23
+
+
 def fold(step: Callable[..., Any], carry: Any, *arrays: jax.Array) -> Any:
     """Accumulate `carry = step(carry, *pieces)` over all entries of equally shaped arrays.
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxquant.histogram import Histogram, to_position, to_value
+from jaxquant.histogram import Histogram, position_error, to_position, to_value
 
 
 class Optimum(NamedTuple):
@@ -68,10 +68,11 @@ def _coarsen(statistic: Histogram, cells: int) -> _Cells:
     divisor = jnp.where(total > 0, total, 1.0)
     offset = jnp.where(occupied, statistic.position - anchor[cell], 0.0)
     mean = sums(mass * offset) / divisor
-    # Bhatia-Davis: entries of a unit interval with mean f have a variance of at most f (1 - f).
-    fraction = statistic.position - bins
+    # Bhatia-Davis: entries of a unit interval with mean f have a variance of at most f (1 - f). The
+    # mean itself is only known to within `error`.
+    fraction, error = statistic.position - bins, position_error(statistic)
     single = statistic.mass == 1 if statistic.mass.dtype == jnp.int32 else jnp.zeros_like(occupied)
-    within = jnp.where(single, 0.0, fraction * (1.0 - fraction))
+    within = jnp.where(single, 0.0, fraction * (1.0 - fraction) + error) + jnp.square(error)
     spread = jnp.sum(jnp.where(occupied, mass * (jnp.square(offset - mean[cell]) + within), 0.0))
     return _Cells(total, anchor + mean, spread)
 

@@ -247,6 +247,12 @@ def test_the_certificate_always_holds(x, init, weighted):
     assert np.isinf(result.gap) or true <= best * (1 + result.gap + 1e-4) + rounding
 
 
+def test_the_certificate_allows_for_positions_that_are_rounded():
+    x = np.float32([-340, 0, 6] + [-716] * 9)  # 6 is 2.13 bins from 0
+    result = cluster(x, 3, init=np.zeros(3, np.float32), cells=8, bins=256)
+    assert loss_of(x, result.centroids) <= exact_optimum(x, 3) * (1 + result.gap)
+
+
 def test_the_certificate_allows_for_weights_that_share_a_bin():
     # Three bins of width 1; the best boundary lies inside of the second.
     x = np.repeat(np.float32([0, 0.9, 1.1, 1.9, 2.1, 3]), [1, 100, 100, 100, 100, 1])

@@ -25,3 +25,12 @@ def test_a_table_summarizes_runs_that_differ_in_their_seed():
         "| a, 3 seeds | 90.00% | 89.00% (88.00 to 90.00) | -1.00 | 2.00 | 1,000 | 15.0x |"
     ]
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_curves_are_the_accuracies_after_the_rounds():
+    rounds = [
+        {"accuracy": 0.9, "accuracy_quantized": 0.8},
+        {"accuracy": 0.8754, "accuracy_quantized": 0.5},
+    ]
+    lines = summary.curves({"a": {**run(0.8754), "rounds": rounds}, "float": {}}).splitlines()
+    assert lines[2:] == ["| a | 90.00, 87.54 | 50.00 |"]

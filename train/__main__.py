@@ -118,9 +118,10 @@ def _train_study(loaded: dict[str, "Config"], chosen: Collection[str], workdir: 
             else:
                 say(f"== {name}: another process is at it")
     done = [name for name in loaded if (workdir / name / "report.json").is_file()]
-    table = summary.table({name: summary.read(workdir / name) for name in done})
-    write_text(workdir / "summary.md", table + "\n")
-    say(f"\n{table}\n")
+    results = {name: summary.read(workdir / name) for name in done}
+    text = f"{summary.table(results)}\n\n{summary.curves(results)}\n"
+    write_text(workdir / "summary.md", text)
+    say(f"\n{text}")
     for name in done:
         say(f"{workdir / name / 'report.md'}, {workdir / name / 'plots'}")
     return 0
@@ -153,7 +154,8 @@ def _report(workdir: Path | None) -> int:
         raise ValueError("expected --workdir DIR")
     inner = sorted(path.parent for path in workdir.glob("*/report.json"))
     folders = [workdir] if (workdir / "report.json").is_file() or not inner else inner
-    print(summary.table({folder.name: summary.read(folder) for folder in folders}))
+    results = {folder.name: summary.read(folder) for folder in folders}
+    print(f"{summary.table(results)}\n\n{summary.curves(results)}")
     for folder in folders:
         if (folder / "report.md").is_file():
             print("\n" + (folder / "report.md").read_text())

@@ -174,6 +174,18 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines + [_row(*item) for item in results.items()] + seed_rows(results))
 
 
+def curves(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a Markdown table with each quantized run's accuracies round by round, in per cent."""
+    lines = ["| run | after re-training | last, right after quantizing |", "|---|---|--:|"]
+    for name, result in results.items():
+        rounds = result.get("rounds")
+        if rounds:
+            accuracies = ", ".join(f"{100 * row['accuracy']:.2f}" for row in rounds)
+            last = 100 * rounds[-1]["accuracy_quantized"]
+            lines.append(f"| {name} | {accuracies} | {last:.2f} |")
+    return "\n".join(lines)
+
+
 def seed_rows(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the rows of `table` that summarize runs of the same name with several seeds."""
     families: dict[str, list[Mapping[str, Any]]] = {}
