@@ -4,8 +4,9 @@ r"""Which choices matter for a ternary ResNet-20? A row for each, at an equal, s
         --workdir runs/study_ternary --config.init=resnet20.npz
 
 Every row differs from `base` in what its name says: MLQ in six rounds of 100 steps, on a quarter of
-the training images. About six minutes a row on one CPU core (AMD EPYC, AVX-512); run the command
-once for each core. What came out: docs/results.md.
+the training images; with other numbers of rounds, as many steps in all (but `epochs_2` and
+`groups_6`, twice as many). About six minutes a row on one CPU core (AMD EPYC, AVX-512); run the
+command once for each core. What came out: docs/results.md.
 """
 
 from dataclasses import replace
@@ -41,6 +42,10 @@ def get_configs() -> dict[str, Config]:
         "layer_by_layer": quantize(order="layer_by_layer"),
         "network": quantize(order="network"),
         "reverse": quantize(reverse=True),
+        "boundaries_together": replace(
+            quantize(order="boundaries_together"),
+            retrain=replace(base.retrain, epochs=(3, 1, 1, 1)),
+        ),
         "groups_1": replace(quantize(groups=1), retrain=replace(base.retrain, epochs=(3,))),
         "slq": replace(base, quantize=slq, retrain=replace(base.retrain, epochs=(2,))),
         "fisher": quantize(sensitivity="fisher"),

@@ -25,17 +25,23 @@ def round_record(plan: jq.Plan, info: jq.RoundInfo) -> dict[str, Any]:
     sizes = [int(np.prod(layer.shape)) for layer in layers]
     rows = {
         layer.path: {
-            "weights_frozen": float(np.mean(info.weights_frozen[layer.path])),
-            "clusters_frozen": float(np.mean(info.clusters_frozen[layer.path])),
-            "error_before": float(np.mean(info.error_before[layer.path])),
-            "error_after": float(np.mean(info.error_after[layer.path])),
-            "loss": np.asarray(info.loss[layer.path]).tolist(),
+            "weights_frozen": _short(np.mean(info.weights_frozen[layer.path])),
+            "clusters_frozen": _short(np.mean(info.clusters_frozen[layer.path])),
+            "error_before": _short(np.mean(info.error_before[layer.path])),
+            "error_after": _short(np.mean(info.error_after[layer.path])),
+            "loss": _short(info.loss[layer.path]),
             "counts": np.asarray(info.counts[layer.path]).tolist(),
         }
         for layer in layers
     }
     frozen = [rows[layer.path]["weights_frozen"] for layer in layers]
     return {"weights_frozen": float(np.average(frozen, weights=sizes)), "layers": rows}
+
+
+def _short(values: Any) -> Any:
+    """Return numbers in six digits, for files that are kept."""
+    array = np.asarray(values, np.float64)
+    return [_short(x) for x in array] if array.ndim else float(f"{array:.6g}")
 
 
 def rounds_of(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -89,7 +95,7 @@ def write(job: "Job", state: "RunState", events: Sequence[Mapping[str, Any]]) ->
         lines += [_rounds_table(rounds), "", _closing(result), "", str(network), ""]
         if job.config.plots:
             _plot(job, state, rounds, float_event["accuracy"])
-    write_text(job.workdir / "report.json", json.dumps(result, indent=2) + "\n")
+    write_text(job.workdir / "report.json", json.dumps(result) + "\n")
     write_text(job.workdir / "report.md", "\n".join(lines))
     return result
 
