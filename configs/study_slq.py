@@ -10,7 +10,7 @@ command once for each core. What came out: docs/results.md.
 
 from dataclasses import replace
 
-from train.config import Config, Data, Fit, Quantize
+from train.config import Config, Data, Fit, Quantize, vary
 
 
 def get_configs() -> dict[str, Config]:
@@ -24,24 +24,19 @@ def get_configs() -> dict[str, Config]:
         plots=False,
         tensorboard=False,
     )
-
-    def retrain(**changes) -> Config:
-        return replace(base, retrain=replace(base.retrain, **changes))
-
-    def quantize(**changes) -> Config:
-        return replace(base, quantize=replace(base.quantize, **changes))
-
     return {
         "base": base,
         "seed_1": replace(base, seed=1),
         "seed_2": replace(base, seed=2),
-        "magnitude": quantize(partition="magnitude"),
-        "random": quantize(partition="random"),
-        "authors": quantize(init="power_of_two", iterations=10, zero=True, partition="index"),
-        "authors_start": quantize(init="power_of_two", iterations=10, zero=True),
-        "all_at_once": replace(quantize(rounds=(5,)), retrain=replace(base.retrain, epochs=(4,))),
-        "fisher": quantize(sensitivity="fisher"),
-        "equalize": quantize(equalize=True),
-        "rate_0.002": retrain(learning_rate=0.002),
-        "rate_0.05": retrain(learning_rate=0.05),
+        "magnitude": vary(base, quantize=dict(partition="magnitude")),
+        "random": vary(base, quantize=dict(partition="random")),
+        "authors": vary(
+            base, quantize=dict(init="power_of_two", iterations=10, zero=True, partition="index")
+        ),
+        "authors_start": vary(base, quantize=dict(init="power_of_two", iterations=10, zero=True)),
+        "all_at_once": vary(base, quantize=dict(rounds=(5,)), retrain=dict(epochs=(4,))),
+        "fisher": vary(base, quantize=dict(sensitivity="fisher")),
+        "equalize": vary(base, quantize=dict(equalize=True)),
+        "rate_0.002": vary(base, retrain=dict(learning_rate=0.002)),
+        "rate_0.05": vary(base, retrain=dict(learning_rate=0.05)),
     }

@@ -11,7 +11,7 @@ command once for each core. What came out: docs/results.md.
 
 from dataclasses import replace
 
-from train.config import Config, Data, Fit, Quantize
+from train.config import Config, Data, Fit, Quantize, vary
 
 
 def get_configs() -> dict[str, Config]:
@@ -25,38 +25,29 @@ def get_configs() -> dict[str, Config]:
         plots=False,
         tensorboard=False,
     )
-    slq = replace(base.quantize, method="slq", rounds=(1, 2, 3))
-
-    def retrain(**changes) -> Config:
-        return replace(base, retrain=replace(base.retrain, **changes))
-
-    def quantize(**changes) -> Config:
-        return replace(base, quantize=replace(base.quantize, **changes))
-
     return {
         "base": base,
         "seed_1": replace(base, seed=1),
         "seed_2": replace(base, seed=2),
-        "magnitude": quantize(partition="magnitude"),
-        "random": quantize(partition="random"),
-        "layer_by_layer": quantize(order="layer_by_layer"),
-        "network": quantize(order="network"),
-        "reverse": quantize(reverse=True),
-        "boundaries_together": replace(
-            quantize(order="boundaries_together"),
-            retrain=replace(base.retrain, epochs=(3, 1, 1, 1)),
+        "magnitude": vary(base, quantize=dict(partition="magnitude")),
+        "random": vary(base, quantize=dict(partition="random")),
+        "layer_by_layer": vary(base, quantize=dict(order="layer_by_layer")),
+        "network": vary(base, quantize=dict(order="network")),
+        "reverse": vary(base, quantize=dict(reverse=True)),
+        "boundaries_together": vary(
+            base, quantize=dict(order="boundaries_together"), retrain=dict(epochs=(3, 1, 1, 1))
         ),
-        "groups_1": replace(quantize(groups=1), retrain=replace(base.retrain, epochs=(3,))),
-        "slq": replace(base, quantize=slq, retrain=replace(base.retrain, epochs=(2,))),
-        "fisher": quantize(sensitivity="fisher"),
-        "zero": quantize(zero=True),
-        "equalize": quantize(equalize=True),
-        "no_recalibration": quantize(recalibrate_batches=0),
-        "labels_only": retrain(distill_weight=0.0),
-        "centroids_1": retrain(centroid_rate=1.0),
-        "centroids_0.1": retrain(centroid_rate=0.1),
-        "rate_0.005": retrain(learning_rate=0.005),
-        "rate_0.05": retrain(learning_rate=0.05),
-        "epochs_2": retrain(epochs=(2,)),
-        "groups_6": quantize(groups=6),
+        "groups_1": vary(base, quantize=dict(groups=1), retrain=dict(epochs=(3,))),
+        "slq": vary(base, quantize=dict(method="slq", rounds=(1, 2, 3)), retrain=dict(epochs=(2,))),
+        "fisher": vary(base, quantize=dict(sensitivity="fisher")),
+        "zero": vary(base, quantize=dict(zero=True)),
+        "equalize": vary(base, quantize=dict(equalize=True)),
+        "no_recalibration": vary(base, quantize=dict(recalibrate_batches=0)),
+        "labels_only": vary(base, retrain=dict(distill_weight=0.0)),
+        "centroids_1": vary(base, retrain=dict(centroid_rate=1.0)),
+        "centroids_0.1": vary(base, retrain=dict(centroid_rate=0.1)),
+        "rate_0.005": vary(base, retrain=dict(learning_rate=0.005)),
+        "rate_0.05": vary(base, retrain=dict(learning_rate=0.05)),
+        "epochs_2": vary(base, retrain=dict(epochs=(2,))),
+        "groups_6": vary(base, quantize=dict(groups=6)),
     }

@@ -46,7 +46,10 @@ def to_value(histogram: Histogram, positions: jax.Array) -> jax.Array:
 
 
 def position_error(histogram: Histogram) -> jax.Array:
-    """Return how far from the mean of its weights the position of a bin can be, at most."""
+    """Return how far from the mean of its weights the position of a bin can be, at most.
+
+    The rounding of sums of sample weights comes on top.
+    """
     bins, total = histogram.mass.shape[0], jnp.sum(histogram.mass.astype(jnp.float32))
     # Half a step of the fixed-point offsets of `_count`, and of float32 among so many bins: once
     # for a weight's position, once for the bin's.

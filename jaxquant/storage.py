@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
+import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +25,6 @@ from jaxquant.schedules import Plan
 _FORMAT = "jaxquant"
 _VERSION = 1
 _PRECISION = 16  # bits of the frequencies in the file; the coder itself counts in 24
-_CODER_PRECISION = 24
 _CHUNK = 2**22  # codes decoded at once, as int32
 _MANIFEST_LIMIT = 2**26  # bytes
 _WEIGHTS_PER_BYTE = 1024  # no packed model has more: 0.008 bits a weight
@@ -125,24 +124,15 @@ def _describe_plan(plan: Plan) -> dict[str, Any]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _encode(packed: Any) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
@@ -384,7 +374,7 @@ def _check_manifest(tensors: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     limit = _WEIGHTS_PER_BYTE * sum(tensor.nbytes for tensor in tensors.values())
     lengths = dict.fromkeys(tensors.keys() - {"manifest"}, 0)
     lengths["checksums"] = len(entries)
-    weights = 0
+    claimed = 0
     for number, entry in enumerate(entries):
         with _named(f"manifest: entry {number}"):
             _check_entry(entry)
@@ -392,16 +382,17 @@ def _check_manifest(tensors: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
             if name not in lengths:
                 raise _InvalidError(f"expected a tensor {name}, got none")
             lengths[name] += math.prod(entry["shape"])
+            shape = _weight_shape(entry) if "rows" in entry else entry["shape"]
+            claimed += math.prod(max(size, 1) for size in shape)  # an empty array may be absurd too
             if "rows" in entry:
                 lengths["codes"] += entry["words"]
                 lengths["frequencies"] += entry["models"] * entry["shape"][-1]
-                weights += math.prod(_weight_shape(entry))
     for name, length in lengths.items():
         if length != tensors[name].size:
             raise _InvalidError(f"{name}: expected {length} entries, got {tensors[name].size}")
-    if weights > limit:
+    if claimed > limit:
         raise _InvalidError(
-            f"expected at most {limit} weights in a file of this size, got {weights}"
+            f"expected at most {limit} weights in a file of this size, got {claimed}"
         )
     _refuse_equal_paths(entries)
     return entries

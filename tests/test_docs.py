@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
+from train import summary
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
 @pytest.mark.default_promotion
@@ -47,3 +50,14 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "model.safetensors").is_file()
     expected = names["images"] @ names["params"]["dense"]["kernel"]
     np.testing.assert_allclose(names["logits"], expected, rtol=1e-4)
+
+
+def test_published_tables_are_those_of_the_published_reports():
+    folders = sorted(path.parent for path in (ROOT / "docs" / "results").glob("*/report.json"))
+    results = {folder.name: summary.read(folder) for folder in folders}
+    assert results
+    published = (ROOT / "docs" / "results.md").read_text()
+    assert summary.table(results) in published and summary.curves(results) in published
+    for name, result in results.items():
+        assert result["config"] == name and result["quantized"]["on_codebook"]
+        assert f"| {100 * result['quantized']['accuracy']:.2f} % |" in README.read_text()

@@ -213,6 +213,16 @@ def test_layers_that_have_no_packed_counterpart_are_named():
         Circular().apply(variables, normal(2, 8, 8, 3))
 
 
+@pytest.mark.default_promotion
+def test_a_layer_with_a_product_of_its_own_is_refused():
+    module = nn.Dense(6, use_bias=False, dot_general=jax.lax.dot_general)
+    with (
+        nn.intercept_methods(intercept_linen),
+        pytest.raises(ValueError, match="Dense: expected no dot_general, which a packed kernel"),
+    ):
+        module.apply({"params": {"kernel": packed_array(3, (20, 6))}}, jnp.ones(20))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -205,6 +205,14 @@ HOSTILE = {
     ),
     "absurd shape": (set_entry("conv/bias", shape=[2**40]), "values.float32: expected"),
     "beyond any size": (set_entry("conv/bias", shape=[2**60]), "expected shape to be sizes"),
+    "absurd and empty": (
+        set_entry("nothing", shape=[0, 2**47]),
+        "expected at most .* weights in a file of this size",
+    ),
+    "absurd and empty weights": (
+        set_entry("one", rows=[2**47], columns=[0]),
+        "expected at most .* weights in a file of this size",
+    ),
     "negative": (set_entry("conv/bias", shape=[-16]), "expected shape to be sizes"),
     "fraction": (set_entry("conv/bias", shape=[16.0]), "expected shape to be sizes"),
     "true": (set_entry("step", shape=[True]), "expected shape to be sizes"),

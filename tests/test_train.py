@@ -220,7 +220,7 @@ def test_an_exported_network_is_the_same(finished, tmp_path, capsys, form):
     assert capsys.readouterr().out == f"{output}: {output.stat().st_size:,} bytes\n"
     train = final_params(finished)[0].train
     variables = {"params": train.params, "batch_stats": train.batch_stats}
-    chex.assert_trees_all_equal(pretrained.load(output, variables), variables)
+    chex.assert_trees_all_equal(jq.unpack(pretrained.load(output, variables)), variables)
     assert cli.main([*arguments, str(tmp_path / "out.npz")]) == 2
     assert "expected --output FILE.safetensors, got" in capsys.readouterr().err
 
@@ -259,6 +259,10 @@ def no_device(*_, **__):
         ([], "expected --config FILE"),
         (["--config", "configs/nothing.py", "--workdir", "w"], "configs/nothing.py: expected a"),
         (["--config", "configs/digits_slq.py"], "expected --workdir DIR"),
+        (
+            [*SLQ, "--workdir", "w", "--config.quantize.bits=9"],
+            "conv2/kernel: expected at most 256 centroids, as many as can be packed, got 257",
+        ),
         ([*SLQ, "--workdir", "w", "--config.modle=x"], "--config.modle: expected one of"),
         ([*SLQ, "--workdir", "w", "--config.model=resnet19"], "resnet19"),
         ([*SLQ, "--workdir", "w", "--config.data.name=imagenet"], "imagenet"),

@@ -5,7 +5,7 @@ import importlib.util
 import json
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,15 @@ class Config:
     steps_per_call: int = 0  # training steps in one XLA program; 0: 1 on CPU, else 50
     plots: bool = True
     tensorboard: bool = True
+
+
+def vary(config: Config, **changes: Mapping[str, Any]) -> Config:
+    """Return the experiment with fields of its parts changed, as `retrain={"warmup_epochs": 1}`."""
+    parts = {
+        part: dataclasses.replace(getattr(config, part), **fields)
+        for part, fields in changes.items()
+    }
+    return dataclasses.replace(config, **parts)
 
 
 def seeds(name: str, config: Config, count: int = 3) -> dict[str, Config]:

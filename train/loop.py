@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxquant as jq
+from jaxquant.packing import MOST_CENTROIDS
 from train import config as configs
 from train import data, engine, models, pretrained, summary
 from train.checkpoints import Checkpoints
@@ -35,7 +36,7 @@ class Job(NamedTuple):
     dataset: data.Dataset
     model: nn.Module
     shapes: Any  # variables as shape and dtype structs
-    initial: Any  # variables from config.init, as NumPy arrays, or None
+    initial: Any  # variables from config.init, maybe packed, or None
     plan: jq.Plan | None
 
 
@@ -103,6 +104,12 @@ def check(config: Config) -> Job:
             f"retrain.epochs: expected 1 or {plan.num_rounds} numbers, one a round, "
             f"got {len(config.retrain.epochs)}"
         )
+    for layer in () if plan is None else plan.selection.selected:
+        if layer.k > MOST_CENTROIDS:
+            raise ValueError(
+                f"{layer.path}: expected at most {MOST_CENTROIDS} centroids, as many as can be "
+                f"packed, got {layer.k}"
+            )
     return Job(config, Path(), dataset, model, shapes, initial, plan)
 
 
@@ -206,7 +213,7 @@ def _fresh(job: Job, functions: engine.Engine) -> RunState:
         # The key is an argument: XLA would fold the random numbers of a constant one, slowly.
         init = jax.jit(functools.partial(_init, job.model, job.dataset))
         variables = init(jax.random.key(job.config.seed))
-    variables = jax.tree.map(jnp.asarray, dict(variables))
+    variables = jq.unpack(jax.tree.map(jnp.asarray, dict(variables)))
     quant: Any = () if job.plan is None else jq.init(job.plan, variables["params"])
     # A copy: the training step gives its arguments' memory to its results.
     return RunState(functions.start(variables, quant), quant, jax.tree.map(jnp.copy, variables))
@@ -357,8 +364,7 @@ def evaluate(config: Config, workdir: Path | None) -> dict[str, float]:
         config = dataclasses.replace(config, fit=dataclasses.replace(config.fit, epochs=(0,)))
         job = check(config)
         functions = _functions(job)
-        packed = pretrained.load_packed(config.init, job.shapes)  # which runs as it is
-        variables = packed or jax.tree.map(jnp.asarray, dict(job.initial))
+        variables = jax.tree.map(jnp.asarray, dict(job.initial))  # a packed one runs as it is
     else:
         assert workdir is not None
         job, functions, state = _restore(config, workdir)

@@ -97,7 +97,7 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def load_packed(path: str | Path, variables: Any) -> Any:
+def _load_packed(path: str | Path, variables: Any) -> Any:
     """Return the variables of a file of `jaxquant.save`, packed, or None if it is another file.
 
     Args:
@@ -123,10 +123,10 @@ def load_packed(path: str | Path, variables: Any) -> Any:
 def load(path: str | Path, variables: Any) -> Any:
     """Fill a network's variables from a file, by name and shape.
 
-    Of a packed network (`jaxquant.save`), the weights are those that it packs. Of a PyTorch
-    state_dict, a prefix `module.` on all names (DataParallel) is dropped, `num_batches_tracked` is
-    ignored, and apart from these every tensor of the network is filled and every one of the file is
-    used.
+    A packed network (`jaxquant.save`) stays packed; `jaxquant.unpack` gives its weights, and leaves
+    other trees as they are. Of a PyTorch state_dict, a prefix `module.` on all names (DataParallel)
+    is dropped, `num_batches_tracked` is ignored, and apart from these every tensor of the network
+    is filled and every one of the file is used.
 
     Args:
       path: A file for `read_state_dict`, or of `jaxquant.save`.
@@ -134,7 +134,7 @@ def load(path: str | Path, variables: Any) -> Any:
         `module.init` or `jax.eval_shape` of it.
 
     Returns:
-      A tree like `variables`, of new arrays in its dtypes.
+      A tree like `variables`, of new arrays in its dtypes, or packed.
 
     Raises:
       FileNotFoundError: If there is no such file.
@@ -142,9 +142,9 @@ def load(path: str | Path, variables: Any) -> Any:
         point, or has a NaN or infinite value, naming the file and the tensors. Nothing has been put
         on a device by then.
     """
-    packed = load_packed(path, variables)
+    packed = _load_packed(path, variables)
     if packed is not None:
-        return jq.unpack(packed)
+        return packed
     tensors = _strip(read_state_dict(path))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(variables)
     names = [_torch_name(key_path) for key_path, _ in leaves]

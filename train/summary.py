@@ -177,7 +177,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         "| run | float | quantized | change | bits per weight | bytes | smaller |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    return "\n".join(lines + [_row(*item) for item in results.items()] + seed_rows(results))
+    return "\n".join(lines + [_row(*item) for item in results.items()] + _seed_rows(results))
 
 
 def curves(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -192,7 +192,7 @@ def curves(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def seed_rows(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _seed_rows(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the rows of `table` that summarize runs of the same name with several seeds."""
     families: dict[str, list[Mapping[str, Any]]] = {}
     for name, result in results.items():

@@ -19,7 +19,7 @@ def matmul(
     implementation: str | None = None,
     preferred_element_type: Any = None,
 ) -> jax.Array:
-    """Return `x @ unpack(packed)`, the weight unpacked on its way through the processor.
+    """Return `x @ unpack(packed)`; if the weight is unpacked, then inside of this product only.
 
     The axes of the weight before its last one are summed over, with the last axes of x. Products
     and sums are in float32 (or float64, if x or the codebook is). Differentiable by x and by the

@@ -7,6 +7,13 @@ from jaxquant.ops.api import conv, matmul
 from jaxquant.ops.reference import common_dtype
 from jaxquant.packing import PackedArray
 
+_OWN_PRODUCTS = (
+    "dot_general",
+    "dot_general_cls",
+    "conv_general_dilated",
+    "conv_general_dilated_cls",
+)
+
 
 def intercept_linen(
     next_fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
@@ -18,8 +25,8 @@ def intercept_linen(
     compiled product. Everything else in the network runs as it is.
 
     Raises:
-      ValueError: for options of a layer that have no packed counterpart (circular padding, masks);
-        names the layer.
+      ValueError: for options of a layer that have no packed counterpart (circular padding, masks,
+        products of its own); names the layer.
 
     >>> import flax.linen as nn, jax.numpy as jnp, jaxquant as jq
     >>> module, x = nn.Dense(4, use_bias=False), jnp.ones((2, 8))
@@ -82,6 +89,9 @@ def _finish(module: Any, params: Any, y: Any) -> Any:
 
 
 def _check(module: Any, kernel: PackedArray, shape: tuple[int, ...]) -> None:
+    own = [name for name in _OWN_PRODUCTS if getattr(module, name, None) is not None]
+    if own:
+        raise ValueError(f"{_path(module)}: expected no {own[0]}, which a packed kernel replaces")
     if kernel.shape != shape:
         raise ValueError(f"{_path(module)}: expected a kernel of shape {shape}, got {kernel.shape}")
 
