@@ -16,6 +16,7 @@ up until every B is whole: fields of all widths then start at the same symbols.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -118,9 +119,13 @@ def packed_rows(rows: int, k: int) -> int:
 
 def num_symbols(rows: int, k: int) -> int:
     """Return how many symbols hold a column of so many codes."""
-    digits, bits = symbol(k)
-    together = 8 // min(field_widths(bits), default=8)
-    return -(-rows // (digits * together)) * together
+    together = symbols_together(k)
+    return -(-rows // (symbol(k)[0] * together)) * together
+
+
+def symbols_together(k: int) -> int:
+    """Return how many symbols take whole bytes, of fields of every width."""
+    return 8 // min(field_widths(symbol(k)[1]), default=8)
 
 
 def field_widths(bits: int) -> list[int]:
@@ -142,16 +147,16 @@ def pack_codes(codes: jax.Array, k: int) -> jax.Array:
     [[156]]
     """
     digits, bits = symbol(k)
-    count = num_symbols(codes.shape[-2], k)
-    planes = _planes(codes.astype(jnp.uint8), digits, count)
-    weighted = [plane * np.uint8(k**i) for i, plane in enumerate(planes)]
-    symbols = functools.reduce(jnp.add, weighted)
+    together, count = symbols_together(k), num_symbols(codes.shape[-2], k)
+    planes = _planes(codes.astype(jnp.uint8), digits * together, count // together)
+    weighted = [plane * np.uint8(k ** (i // together)) for i, plane in enumerate(planes)]
+    symbols = [functools.reduce(jnp.add, weighted[i::together]) for i in range(together)]
     fields, low = [jnp.zeros((*codes.shape[:-2], 0, codes.shape[-1]), jnp.uint8)], 0
     for width in field_widths(bits):
-        field = (symbols >> np.uint8(low)) & np.uint8(2**width - 1)
-        planes = _planes(field, 8 // width, count * width // 8)
-        shifted = [plane << np.uint8(i * width) for i, plane in enumerate(planes)]
-        fields.append(functools.reduce(jnp.bitwise_or, shifted))
+        step = together * width // 8
+        field = [(s >> np.uint8(low)) & np.uint8(2**width - 1) for s in symbols]
+        shifted = [part << np.uint8(i // step * width) for i, part in enumerate(field)]
+        fields += [functools.reduce(jnp.bitwise_or, shifted[i::step]) for i in range(step)]
         low += width
     return jnp.concatenate(fields, axis=-2)
 
@@ -170,20 +175,50 @@ def unpack_codes(packed: jax.Array, rows: int, k: int) -> jax.Array:
     >>> unpack_codes(pack_codes(jnp.array([[3], [16], [0]]), 17), 3, 17).ravel().tolist()
     [3, 16, 0]
     """
+    planes = unpack_planes(list(jnp.moveaxis(byte_planes(packed, k), -3, 0)), k)
+    if not planes:
+        return jnp.zeros((*packed.shape[:-2], rows, packed.shape[-1]), jnp.uint8)
+    return jax.lax.slice_in_dim(jnp.concatenate(planes, axis=-2), 0, rows, axis=-2)
+
+
+def byte_planes(packed: jax.Array, k: int) -> jax.Array:
+    """Return packed codes as [..., byte planes, rows, columns]; see `unpack_planes`."""
+    *stacked, length, columns = packed.shape
+    count = symbol(k)[1] * symbols_together(k) // 8
+    return packed.reshape(*stacked, count, length // max(count, 1), columns)
+
+
+def unpack_planes(planes: Sequence[jax.Array], k: int) -> list[jax.Array]:
+    """Return the planes of codes in the planes of bytes, of whatever part of the rows and columns.
+
+    What shares a byte or a symbol stands at the same place of the planes: all work is by entry, and
+    row j of code plane p, of B rows each, is row p * B + j of the weight. The part that kernels
+    share, so in any integer dtype of 8 bits or more.
+
+    Args:
+      planes: of bytes, from `byte_planes`.
+      k: number of centroids; at k = 1 there are no bytes and no planes.
+
+    Returns:
+      Planes of codes, of the shape and dtype of those of bytes.
+    """
     digits, bits = symbol(k)
-    count = num_symbols(rows, k)
-    symbols, start, low = jnp.zeros((*packed.shape[:-2], count, packed.shape[-1]), jnp.uint8), 0, 0
+    together = symbols_together(k)
+    symbols: list[Any] = [None] * together
+    start, low = 0, 0
     for width in field_widths(bits):
-        length = count * width // 8
-        part = jax.lax.slice_in_dim(packed, start, start + length, axis=-2)
-        mask = np.uint8(2**width - 1)
-        planes = [(part >> np.uint8(i * width)) & mask for i in range(8 // width)]
-        symbols = symbols | (jnp.concatenate(planes, axis=-2) << np.uint8(low))
-        start, low = start + length, low + width
-    if digits > 1:
-        planes = [symbols // np.uint8(k**i) % np.uint8(k) for i in range(digits)]
-        symbols = jnp.concatenate(planes, axis=-2)
-    return jax.lax.slice_in_dim(symbols, 0, rows, axis=-2)
+        step = together * width // 8
+        for i in range(together):
+            plane = planes[start + i % step]
+            field = (plane >> (i // step * width)) & (2**width - 1)
+            symbols[i] = field if symbols[i] is None else symbols[i] | (field << low)
+        start, low = start + step, low + width
+    codes = []
+    for digit in range(digits if bits else 0):
+        rest = [jax.lax.div(s, jnp.full_like(s, k)) for s in symbols] if digit < digits - 1 else []
+        codes += [s - r * k for s, r in zip(symbols, rest, strict=True)] if rest else symbols
+        symbols = rest
+    return codes
 
 
 def _planes(x: jax.Array, count: int, length: int) -> list[jax.Array]:
