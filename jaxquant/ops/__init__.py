@@ -1,8 +1,10 @@
 """Products with packed weights: `matmul`, `conv`, and Linen layers that use them.
 
-One public function each; `implementation` says how. "unpack" unpacks the weight inside the compiled
-product: it runs everywhere, shards, and is the oracle of the others. "lookup" (for `matmul`) reads
-sums from tables, see `jaxquant.ops.lookup`.
+One public function each; `implementation` says how. "unpack" unpacks the weight inside the
+compiled product: it runs everywhere, shards, and is the oracle of the others. Those, for `matmul`
+only, never have the whole weight unpacked: "lookup" reads sums from tables (CPU, one vector),
+"blocks" unpacks what the cache holds (CPU), "triton" and "mosaic" are kernels for NVIDIA GPUs and
+for TPUs. Each is in the module of its name.
 """
 
 from jaxquant.ops.api import IMPLEMENTATIONS, conv, matmul

@@ -1,15 +1,18 @@
 """The public products; what they mean is `jaxquant.ops.reference`."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from jaxquant.ops import lookup, reference
+from jaxquant.ops import blocks, lookup, mosaic, reference, triton
 from jaxquant.packing import PackedArray
 
-IMPLEMENTATIONS = ("unpack", "lookup")
+_PARTIAL = {"lookup": lookup, "blocks": blocks, "triton": triton, "mosaic": mosaic}
+IMPLEMENTATIONS = ("unpack", *_PARTIAL)
+_FEW_VECTORS = 64  # more are bound by arithmetic, for which XLA's own product is the best
 
 
 def matmul(
@@ -23,7 +26,8 @@ def matmul(
 
     The axes of the weight before its last one are summed over, with the last axes of x. Products
     and sums are in float32 (or float64, if x or the codebook is). Differentiable by x and by the
-    codebook; runs under jit, vmap, scan and on sharded arrays.
+    codebook, in both modes; no float weight is kept for the backward pass. Runs under jit, vmap,
+    scan and, as "unpack", on sharded arrays; on several devices the others need `jax.shard_map`.
 
     Args:
       x: [..., rows] floating point; `rows` may be several axes, as those of the weight.
@@ -48,16 +52,38 @@ def matmul(
     if x.ndim < axes or x.shape[x.ndim - axes :] != packed.rows:
         raise ValueError(f"expected x of shape [..., {_text(packed.rows)}], got {x.shape}")
     dtype = preferred_element_type or reference.common_dtype(x.dtype, packed.dtype)
-    flat = x.reshape(*x.shape[: x.ndim - axes], math.prod(packed.rows))
+    batch = x.shape[: x.ndim - axes]
+    x = x.reshape(*batch, math.prod(packed.rows))
     if implementation is None:
-        implementation = _fastest(flat, packed)
-    if implementation == "lookup" and not lookup.supports(packed):
+        implementation = _fastest(x, packed)
+    elif implementation in _PARTIAL and not _PARTIAL[implementation].supports(x, packed):
         raise ValueError(
-            f"expected a codebook that 'lookup' supports, got k={packed.k} and codebooks of shape "
-            f"{packed.codebook.shape}; None chooses"
+            f"expected a product that {implementation!r} supports, got k={packed.k}, codebooks of "
+            f"shape {packed.codebook.shape} and {packed.dtype}, x of {x.dtype}; None chooses"
         )
-    product = lookup.matmul if implementation == "lookup" else reference.matmul
-    return product(flat, packed).astype(dtype)
+    if implementation == "unpack":
+        return _remade(reference.matmul)(x, packed).astype(dtype)
+    flat = x.reshape(math.prod(batch), x.shape[-1])
+    y = _partial_product(implementation, flat, packed)
+    return y.reshape(*batch, *packed.columns).astype(dtype)
+
+
+# What is unpacked for a product is unpacked again in the backward pass: kept for it, the float
+# weights of all layers would add up.
+_remade = jax.checkpoint
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _partial_product(implementation: str, x: jax.Array, packed: PackedArray) -> jax.Array:
+    return _PARTIAL[implementation].matmul(x, packed)
+
+
+@_partial_product.defjvp
+def _partial_product_jvp(
+    implementation: str, primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    _, tangent = jax.jvp(_remade(reference.matmul), primals, tangents)
+    return _partial_product(implementation, *primals), tangent
 
 
 def conv(
@@ -115,22 +141,32 @@ def conv(
         return (value,) * space if isinstance(value, int) else tuple(value)
 
     dtype = preferred_element_type or reference.common_dtype(x.dtype, packed.dtype)
-    return reference.conv(
-        x,
-        packed,
+    convolve = functools.partial(
+        reference.conv,
         window_strides=each(window_strides),
         padding=padding if isinstance(padding, str) else tuple(map(tuple, padding)),
         input_dilation=each(input_dilation),
         kernel_dilation=each(kernel_dilation),
         feature_group_count=feature_group_count,
-    ).astype(dtype)
+    )
+    return _remade(convolve)(x, packed).astype(dtype)
 
 
 def _fastest(x: jax.Array, packed: PackedArray) -> str:
-    # Of several vectors, XLA on CPU no longer fuses the reading of a table and the sum.
-    single = math.prod(x.shape[:-1]) == 1
-    on_cpu = jax.default_backend() == "cpu"
-    return "lookup" if on_cpu and single and lookup.supports(packed) else "unpack"
+    vectors = math.prod(x.shape[:-1])
+    if not _on_one_device() or not vectors:
+        return "unpack"  # which XLA takes apart as the arrays are
+    name = {
+        "cpu": "lookup" if vectors == 1 else "blocks",
+        "gpu": "triton" if vectors <= _FEW_VECTORS else "unpack",
+        "tpu": "mosaic" if vectors <= _FEW_VECTORS else "unpack",
+    }.get(jax.default_backend(), "unpack")
+    return name if name in _PARTIAL and _PARTIAL[name].supports(x, packed) else "unpack"
+
+
+def _on_one_device() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
 
 
 def _check_implementation(implementation: str | None) -> None:

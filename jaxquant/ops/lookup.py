@@ -17,26 +17,25 @@ from jaxquant.ops.reference import accumulator
 from jaxquant.packing import PackedArray, field_widths, num_symbols, symbol
 
 
-def supports(packed: PackedArray) -> bool:
+def supports(x: jax.Array, packed: PackedArray) -> bool:
     """Return whether there are tables for the codebook: one for all weights, whole bytes of codes.
 
     k = 17 is the one of several fields that has: its fifth bit is set only in the code 16.
     """
+    del x
     single = len(field_widths(symbol(packed.k)[1])) == 1
     return packed.codebook.size == packed.k and (single or packed.k == 17)
 
 
 def matmul(x: jax.Array, packed: PackedArray) -> jax.Array:
-    """Return [..., columns] from x [..., prod(rows)], in float32 or wider; see `supports`.
+    """Return [vectors, columns] from x [vectors, prod(rows)], in float32 or wider.
 
-    Costs, for each row of x, 256 sums and as many reads as columns for each row of bytes.
+    Costs, for each vector, 256 sums and as many reads as columns for each row of bytes.
     """
     dtype = accumulator(x, packed)
     centroids = packed.codebook.reshape(-1).astype(dtype)
     product = functools.partial(_vector, packed=packed, centroids=centroids)
-    flat = x.reshape(-1, x.shape[-1]).astype(dtype)
-    y = jax.lax.map(product, flat)
-    return y.reshape(*x.shape[:-1], packed.codes.shape[-1])
+    return jax.lax.map(product, x.astype(dtype))
 
 
 def _vector(x: jax.Array, *, packed: PackedArray, centroids: jax.Array) -> jax.Array:

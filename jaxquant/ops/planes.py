@@ -1,0 +1,63 @@
+"""What the products share that unpack only a part of the weight at a time.
+
+Row j of code plane p, of B rows each, is row p * B + j of the weight, and its bits stand at the
+same place of the planes of bytes; see `packing.unpack_planes`. So a product is the sum over the
+planes of a plane's inputs times the centroids of its codes, and any block of rows and columns can
+be taken by itself.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.ops.reference import accumulator
+from jaxquant.packing import PackedArray, num_symbols, symbol, symbols_together
+
+
+def count(k: int) -> int:
+    """Return how many planes of codes there are.
+
+    >>> [count(k) for k in (2, 3, 5, 16, 17)]
+    [8, 5, 24, 2, 8]
+    """
+    return symbol(k)[0] * symbols_together(k)
+
+
+def has_codebooks(packed: PackedArray) -> bool:
+    """Return whether there are `centroids`: one codebook in all, or one for each column."""
+    *slices, k = packed.codebook.shape
+    count = math.prod(slices)
+    return k > 1 and (count == 1 or (count, *slices[-1:]) == packed.columns * 2)
+
+
+def centroids(packed: PackedArray) -> jax.Array:
+    """Return the codebooks as [k, columns], or as [k, 1] if there is one."""
+    return packed.codebook.reshape(-1, packed.k).T
+
+
+def operand_dtype(x: jax.Array, packed: PackedArray) -> Any:
+    """Return the dtype of what matrix units multiply: bfloat16, if exact in sums of float32."""
+    both = x.dtype == packed.dtype == jnp.bfloat16
+    return jnp.bfloat16 if both else accumulator(x, packed)
+
+
+def inputs(x: jax.Array, packed: PackedArray, multiple: int) -> jax.Array:
+    """Return x [vectors, rows of codes] as [vectors, planes, rows], rows rounded up to a multiple.
+
+    Zeros fill it up, which also take out what stands in bytes behind the last code.
+    """
+    planes = count(packed.k)
+    rows = num_symbols(math.prod(packed.rows), packed.k) // symbols_together(packed.k)
+    x = jnp.pad(x, ((0, 0), (0, planes * rows - x.shape[1]))).reshape(len(x), planes, rows)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -rows % multiple)))
+
+
+def select(codes: jax.Array, centroids: Iterable[jax.Array]) -> jax.Array:
+    """Return the centroid of each code, by comparing with every one: k - 1 selects."""
+    values = None
+    for i, centroid in enumerate(centroids):
+        values = centroid if values is None else jnp.where(codes == i, centroid, values)
+    return jnp.broadcast_to(values, codes.shape)
