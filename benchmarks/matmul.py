@@ -2,13 +2,16 @@ r"""Products with packed weights against dense ones, side by side.
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m benchmarks.matmul        # some minutes
     ... python -m benchmarks.matmul --shapes 4096x4096 --k 3 --batch 1       # one case
+    ... python -m benchmarks.matmul --shapes --conv                          # convolutions only
 
 For each weight [rows, columns], k and number of input vectors: milliseconds of the dense product in
-float32 and bfloat16, of each implementation of `jaxquant.matmul`, the packed size over that in
-float32, and the share of the time that reading the packed weight must take at the bandwidth that
-the copy of a large array reaches. The programs take turns, so that a slow moment of the machine
-meets all of them; figures are the least of all turns. Page faults in the memory of an unpacked
-weight cost more than unpacking it: the first line has glibc use huge pages.
+float32 and bfloat16 and of each implementation of `jaxquant.matmul` that is made for this platform;
+the packed size over that in float32; the memory that the best of them takes beside its arguments,
+over the size of the float32 weight; and the share of its time that reading the packed weight must
+take at the bandwidth that the copy of a large array reaches. With `--conv`, the 3x3 convolutions of
+ResNet-20. The programs take turns, so that a slow moment of the machine meets all of them; figures
+are the least of all turns. Page faults in the memory of an unpacked weight cost more than unpacking
+it: the first line has glibc use huge pages.
 """
 
 import argparse
@@ -20,34 +23,71 @@ import jax.numpy as jnp
 
 import jaxquant as jq
 from benchmarks import common
-from jaxquant.ops import IMPLEMENTATIONS
 
 SHAPES = ((4096, 4096), (8192, 8192), (4096, 14336))
+CONVS = ((32, 16), (16, 32), (8, 64))  # height and width, channels: the stages of ResNet-20
+IMPLEMENTATIONS = {
+    "cpu": ("unpack", "lookup", "blocks"),
+    "gpu": ("unpack", "triton"),
+    "tpu": ("unpack", "mosaic"),
+}[jax.default_backend()]
 
 
-def programs(
-    shape: tuple[int, int], k: int, batch: int
-) -> tuple[dict[str, Callable[[], Any]], jq.PackedArray]:
-    """Return the products to time by name, and the packed weight."""
+class Program:
+    """A compiled product and its arguments."""
+
+    def __init__(self, function: Callable[..., jax.Array], *args: Any):
+        """Compile the function for these arguments."""
+        self.args = args
+        self.compiled = jax.jit(function).lower(*args).compile()
+
+    def __call__(self) -> jax.Array:
+        """Run it."""
+        return self.compiled(*self.args)
+
+    def extra_bytes(self) -> int:
+        """Return the bytes that it takes beside its arguments and its result."""
+        analysis = self.compiled.memory_analysis()
+        return analysis.temp_size_in_bytes if analysis else 0
+
+
+def packed_weight(shape: tuple[int, ...], k: int) -> jq.PackedArray:
+    """Return a normal weight on k levels."""
     weight = jax.random.normal(jax.random.key(0), shape)
-    codebook = jnp.linspace(-2.0, 2.0, k)
-    packed = jax.jit(jq.pack_array)(weight, codebook)
+    return jax.jit(jq.pack_array)(weight, jnp.linspace(-2.0, 2.0, k))
+
+
+def matmuls(shape: tuple[int, int], k: int, batch: int) -> tuple[dict[str, Program], Any]:
+    """Return the products to time by name, and the packed weight."""
+    packed = packed_weight(shape, k)
     weight = jax.jit(jq.unpack)(packed)
     x = jax.random.normal(jax.random.key(1), (batch, shape[0]))
-    half_x, half = x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16)
-    dense = jax.jit(jnp.matmul)
-    made: dict[str, Callable[[], Any]] = {
-        "float32": lambda: dense(x, weight),
-        "bfloat16": lambda: dense(half_x, half),
+    made = {
+        "float32": Program(jnp.matmul, x, weight),
+        "bfloat16": Program(jnp.matmul, x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16)),
     }
-    product = jax.jit(jq.matmul, static_argnames="implementation")
     for name in IMPLEMENTATIONS:
         try:
-            jax.eval_shape(lambda x, p, name=name: jq.matmul(x, p, implementation=name), x, packed)
+            made[name] = Program(
+                lambda x, p, name=name: jq.matmul(x, p, implementation=name), x, packed
+            )
         except ValueError:
             continue  # not for this codebook
-        made[name] = lambda name=name: product(x, packed, implementation=name)
     return made, packed
+
+
+def convs(size: int, channels: int, k: int, batch: int) -> tuple[dict[str, Program], Any]:
+    """Return the 3x3 convolutions to time by name, and the packed kernel."""
+    packed = packed_weight((3, 3, channels, channels), k)
+    kernel = jax.jit(jq.unpack)(packed)
+    x = jax.random.normal(jax.random.key(1), (batch, size, size, channels))
+
+    def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    return {"float32": Program(dense, x, kernel), "unpack": Program(jq.conv, x, packed)}, packed
 
 
 def bandwidth() -> float:
@@ -58,7 +98,17 @@ def bandwidth() -> float:
     return 2 * x.nbytes / min(common.seconds(lambda: copy(x), 10))
 
 
-def measure(
+def least(programs: dict[str, Program], turns: int) -> dict[str, float]:
+    """Return the least seconds of each program, all taking turns."""
+    times = {name: [] for name in programs}
+    for turn in range(turns + 1):
+        for name, program in programs.items():
+            spent = common.seconds(program, 1)
+            times[name] += spent if turn else []  # the first warms up
+    return {name: min(spent) for name, spent in times.items()}
+
+
+def matmul_rows(
     shapes: list[tuple[int, int]], ks: list[int], batches: list[int], turns: int
 ) -> Iterator[list[object]]:
     """Yield a row for each case."""
@@ -66,44 +116,67 @@ def measure(
     for shape in shapes:
         for k in ks:
             for batch in batches:
-                made, packed = programs(shape, k, batch)
-                times = {name: [] for name in made}
-                for turn in range(turns + 1):
-                    for name, program in made.items():
-                        spent = common.seconds(program, 1)
-                        times[name] += spent if turn else []  # the first compiles
-                best = {name: min(spent) for name, spent in times.items()}
-                packed_best = min(best[name] for name in IMPLEMENTATIONS if name in best)
+                made, packed = matmuls(shape, k, batch)
+                times = least(made, turns)
+                best = min(
+                    (name for name in IMPLEMENTATIONS if name in times), key=times.__getitem__
+                )
                 yield [
                     f"{shape[0]} x {shape[1]}",
                     k,
                     batch,
-                    *(f"{1e3 * best[n]:.2f}" if n in best else "" for n in header_names()),
-                    f"{best['float32'] / packed_best:.2f}",
+                    *(f"{1e3 * times[n]:.2f}" if n in times else "" for n in names()),
+                    f"{times['float32'] / times[best]:.2f}",
                     f"{packed.nbytes / (4 * packed.size):.3f}",
-                    f"{packed.nbytes / limit / packed_best:.0%}",
+                    f"{made[best].extra_bytes() / (4 * packed.size):.3f}",
+                    f"{packed.nbytes / limit / times[best]:.0%}",
                 ]
 
 
-def header_names() -> list[str]:
+def conv_rows(ks: list[int], batches: list[int], turns: int) -> Iterator[list[object]]:
+    """Yield a row for each case."""
+    for size, channels in CONVS:
+        for k in ks:
+            for batch in batches:
+                made, packed = convs(size, channels, k, batch)
+                times = least(made, turns)
+                yield [
+                    f"{size} x {size} x {channels}",
+                    k,
+                    batch,
+                    f"{1e3 * times['float32']:.3f}",
+                    f"{1e3 * times['unpack']:.3f}",
+                    f"{times['float32'] / times['unpack']:.2f}",
+                    f"{packed.nbytes / (4 * packed.size):.3f}",
+                ]
+
+
+def names() -> list[str]:
     """Return the names of the timed products."""
     return ["float32", "bfloat16", *IMPLEMENTATIONS]
 
 
 def main() -> None:
-    """Print a table."""
+    """Print a table, or two."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--shapes", nargs="+", default=["x".join(map(str, s)) for s in SHAPES])
+    parser.add_argument("--shapes", nargs="*", default=["x".join(map(str, s)) for s in SHAPES])
     parser.add_argument("--k", nargs="+", type=int, default=[3, 16, 17])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--conv", action="store_true", help="convolutions too")
     options = parser.parse_args()
     shapes = [(int(a), int(b)) for a, b in (text.split("x") for text in options.shapes)]
     print(common.machine())
-    header = ["rows x columns", "k", "vectors", *(f"{name}, ms" for name in header_names())]
-    header += ["float32 / best packed", "bytes / float32", "of bandwidth"]
-    rows = measure(shapes, options.k, options.batch, options.turns)
-    print(common.markdown(header, rows), flush=True)
+    if shapes:
+        header = ["rows x columns", "k", "vectors", *(f"{name}, ms" for name in names())]
+        header += ["float32 / best", "bytes / float32", "extra / float32", "of bandwidth"]
+        rows = matmul_rows(shapes, options.k, options.batch, options.turns)
+        print(common.markdown(header, rows), flush=True)
+    if options.conv:
+        header = ["image", "k", "images", "float32, ms", "unpack, ms"]
+        header += ["float32 / unpack", "bytes / float32"]
+        rows = conv_rows(options.k, options.batch, options.turns)
+        print(common.markdown(header, rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Products with packed weights against the products with unpacked ones."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -170,6 +172,42 @@ def test_sharded_codes_give_the_same_product(spec):
         codes=codes, codebook=packed.codebook, rows=packed.rows, columns=packed.columns
     )
     np.testing.assert_allclose(matmul(x, sharded), matmul(x, packed), rtol=1e-5, atol=1e-5)
+
+
+def test_columns_on_several_devices_multiply_where_they_are():
+    packed, x = packed_array(3, (400, 64)), normal(2, 400)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    by_column = NamedSharding(mesh, PartitionSpec(None, "x"))
+    sharded = jq.PackedArray(
+        codes=jax.device_put(packed.codes, by_column),
+        codebook=packed.codebook,
+        rows=packed.rows,
+        columns=packed.columns,
+    )
+    compiled = jax.jit(jq.matmul, out_shardings=by_column).lower(x, sharded).compile()
+    for collective in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
+        assert collective not in compiled.as_text()
+    np.testing.assert_allclose(compiled(x, sharded), matmul(x, packed), rtol=1e-5, atol=1e-5)
+
+
+def test_an_implementation_of_one_device_runs_under_shard_map():
+    packed, x = packed_array(3, (400, 64)), normal(2, 400)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(None, "x"), PartitionSpec()),
+        out_specs=PartitionSpec(None, "x"),
+        check_vma=False,
+    )
+    def product(x, codes, codebook):
+        part = jq.PackedArray(codes=codes, codebook=codebook, rows=(400,), columns=codes.shape[-1:])
+        return jq.matmul(x, part)
+
+    y = product(x, packed.codes, packed.codebook)
+    np.testing.assert_allclose(y, matmul(x, packed), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxquant.ops import blocks, lookup, mosaic, reference, triton
+from jaxquant.ops import blocks, lookup, mosaic, platform, reference, triton
 from jaxquant.packing import PackedArray
 
 _PARTIAL = {"lookup": lookup, "blocks": blocks, "triton": triton, "mosaic": mosaic}
@@ -154,19 +154,14 @@ def conv(
 
 def _fastest(x: jax.Array, packed: PackedArray) -> str:
     vectors = math.prod(x.shape[:-1])
-    if not _on_one_device() or not vectors:
+    if not platform.is_one_device() or not vectors:
         return "unpack"  # which XLA takes apart as the arrays are
     name = {
         "cpu": "lookup" if vectors == 1 else "blocks",
         "gpu": "triton" if vectors <= _FEW_VECTORS else "unpack",
         "tpu": "mosaic" if vectors <= _FEW_VECTORS else "unpack",
-    }.get(jax.default_backend(), "unpack")
+    }.get(platform.name(), "unpack")
     return name if name in _PARTIAL and _PARTIAL[name].supports(x, packed) else "unpack"
-
-
-def _on_one_device() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() == 1 or (not mesh.empty and mesh.are_all_axes_manual)
 
 
 def _check_implementation(implementation: str | None) -> None:

@@ -2,7 +2,7 @@
 
 The bytes of a block come from main memory once, become float weights in registers, and are
 multiplied by the matrix unit. So main memory moves packed bytes only, and no float weight exists
-outside of the block at hand. Elsewhere than on TPU the kernel is interpreted: exact and slow.
+outside of the block at hand. On CPU the kernel is interpreted: exact and slow.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxquant.ops import planes
+from jaxquant.ops import planes, platform
 from jaxquant.ops.reference import accumulator
 from jaxquant.packing import PackedArray, byte_planes, unpack_planes
 
@@ -58,7 +58,7 @@ def matmul(x: jax.Array, packed: PackedArray) -> jax.Array:
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
-        interpret=jax.default_backend() == "cpu",
+        interpret=platform.name() == "cpu",
     )(inputs, codes, table)
     return y[: len(x)]
 

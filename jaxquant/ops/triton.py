@@ -3,7 +3,7 @@
 A program takes a block of columns and a share of the rows, and walks down it: bytes from memory,
 shifts, centroids, products. A few vectors are multiplied weight by weight, as memory is the limit
 there; more go through the tensor cores. What the shares of the rows add up to is summed after, so
-the result is the same in every run. Elsewhere than on a GPU the kernel is interpreted: exact, slow.
+the result is the same in every run. On CPU the kernel is interpreted: exact and slow.
 """
 
 import functools
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxquant.ops import planes
+from jaxquant.ops import planes, platform
 from jaxquant.ops.reference import accumulator
 from jaxquant.packing import PackedArray, byte_planes, unpack_planes
 
@@ -48,8 +48,11 @@ def matmul(x: jax.Array, packed: PackedArray) -> jax.Array:
         ),
         out_shape=jax.ShapeDtypeStruct((shares, len(inputs), columns), jnp.float32),
         grid=(vectors, blocks, shares),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
-        interpret=jax.default_backend() == "cpu",
+        # Loads ahead of their use wait in shared memory, which those of many planes would exceed.
+        compiler_params=plgpu.CompilerParams(
+            num_warps=4, num_stages=3 if planes.count(packed.k) <= 8 else 1
+        ),
+        interpret=platform.name() == "cpu",
     )(inputs, codes, planes.centroids(packed).astype(jnp.float32))
     return jnp.sum(y, axis=0)[: len(x)]
 
