@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,16 @@ def seconds(function: Callable[[], Any], repeats: int) -> list[float]:
         jax.block_until_ready(function())
         times.append(time.perf_counter() - start)
     return times
+
+
+def least(functions: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, float]:
+    """Time functions in turns, so that a slow moment of the machine meets all; seconds by name."""
+    times = {name: [] for name in functions}
+    for turn in range(turns + 1):
+        for name, function in functions.items():
+            spent = seconds(function, 1)
+            times[name] += spent if turn else []  # the first warms up
+    return {name: min(spent) for name, spent in times.items()}
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -98,16 +98,6 @@ def bandwidth() -> float:
     return 2 * x.nbytes / min(common.seconds(lambda: copy(x), 10))
 
 
-def least(programs: dict[str, Program], turns: int) -> dict[str, float]:
-    """Return the least seconds of each program, all taking turns."""
-    times = {name: [] for name in programs}
-    for turn in range(turns + 1):
-        for name, program in programs.items():
-            spent = common.seconds(program, 1)
-            times[name] += spent if turn else []  # the first warms up
-    return {name: min(spent) for name, spent in times.items()}
-
-
 def matmul_rows(
     shapes: list[tuple[int, int]], ks: list[int], batches: list[int], turns: int
 ) -> Iterator[list[object]]:
@@ -117,7 +107,7 @@ def matmul_rows(
         for k in ks:
             for batch in batches:
                 made, packed = matmuls(shape, k, batch)
-                times = least(made, turns)
+                times = common.least(made, turns)
                 best = min(
                     (name for name in IMPLEMENTATIONS if name in times), key=times.__getitem__
                 )
@@ -139,7 +129,7 @@ def conv_rows(ks: list[int], batches: list[int], turns: int) -> Iterator[list[ob
         for k in ks:
             for batch in batches:
                 made, packed = convs(size, channels, k, batch)
-                times = least(made, turns)
+                times = common.least(made, turns)
                 yield [
                     f"{size} x {size} x {channels}",
                     k,

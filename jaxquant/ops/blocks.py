@@ -52,6 +52,7 @@ def _block(
     parts = unpack_planes(list(codes), k)
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     if k <= _MOST_SELECTS:  # which XLA does while it unpacks, if nothing else stands between
-        return sum(product(x[:, p], planes.select(c, centroids)) for p, c in enumerate(parts))
+        terms = [product(x[:, p], planes.select(c, centroids)) for p, c in enumerate(parts)]
+        return functools.reduce(jnp.add, terms)
     values = reconstruct(jnp.concatenate(parts), centroids[:, 0])
     return product(x.reshape(len(x), -1), values)

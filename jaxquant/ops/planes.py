@@ -7,7 +7,7 @@ be taken by itself.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -55,9 +55,9 @@ def inputs(x: jax.Array, packed: PackedArray, multiple: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, -rows % multiple)))
 
 
-def select(codes: jax.Array, centroids: Iterable[jax.Array]) -> jax.Array:
+def select(codes: jax.Array, centroids: Sequence[jax.Array] | jax.Array) -> jax.Array:
     """Return the centroid of each code, by comparing with every one: k - 1 selects."""
-    values = None
-    for i, centroid in enumerate(centroids):
-        values = centroid if values is None else jnp.where(codes == i, centroid, values)
+    values = centroids[0]
+    for i in range(1, len(centroids)):
+        values = jnp.where(codes == i, centroids[i], values)
     return jnp.broadcast_to(values, codes.shape)
