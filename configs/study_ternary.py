@@ -11,6 +11,7 @@ command once for each core. What came out: docs/results.md.
 
 from dataclasses import replace
 
+from jaxquant import LayerRule
 from train.config import Config, Data, Fit, Quantize, vary
 
 
@@ -25,6 +26,7 @@ def get_configs() -> dict[str, Config]:
         plots=False,
         tensorboard=False,
     )
+    soft_t4 = vary(base, retrain=dict(distill_weight=1.0, temperature=4.0))
     return {
         "base": base,
         "seed_1": replace(base, seed=1),
@@ -48,6 +50,17 @@ def get_configs() -> dict[str, Config]:
         "centroids_0.1": vary(base, retrain=dict(centroid_rate=0.1)),
         "rate_0.005": vary(base, retrain=dict(learning_rate=0.005)),
         "rate_0.05": vary(base, retrain=dict(learning_rate=0.05)),
+        "soft": vary(base, retrain=dict(distill_weight=1.0)),
+        "soft_t4": soft_t4,
+        "soft_t4_seed_1": replace(soft_t4, seed=1),
+        "soft_t8": vary(base, retrain=dict(distill_weight=1.0, temperature=8.0)),
+        "soft_t16": vary(base, retrain=dict(distill_weight=1.0, temperature=16.0)),
+        "soft_t8_rate_0.05": vary(
+            base, retrain=dict(distill_weight=1.0, temperature=8.0, learning_rate=0.05)
+        ),
+        "decay_0": vary(base, retrain=dict(weight_decay=0.0)),
+        "decay_0.0005": vary(base, retrain=dict(weight_decay=5e-4)),
+        "channels": vary(base, quantize=dict(rules=(LayerRule(".*kernel", axis=-1),))),
         "epochs_2": vary(base, retrain=dict(epochs=(2,))),
         "groups_6": vary(base, quantize=dict(groups=6)),
     }

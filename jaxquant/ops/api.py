@@ -12,6 +12,7 @@ from jaxquant.packing import PackedArray
 
 _PARTIAL = {"lookup": lookup, "blocks": blocks, "triton": triton, "mosaic": mosaic}
 IMPLEMENTATIONS = ("unpack", *_PARTIAL)
+_MOST_LOOKUPS = 16  # centroids; above, tables are made for too few codes each
 _FEW_VECTORS = 64  # more are bound by arithmetic, for which XLA's own product is the best
 
 
@@ -157,7 +158,7 @@ def _fastest(x: jax.Array, packed: PackedArray) -> str:
     if not platform.is_one_device() or not vectors:
         return "unpack"  # which XLA takes apart as the arrays are
     name = {
-        "cpu": "lookup" if vectors == 1 else "blocks",
+        "cpu": "lookup" if vectors == 1 and packed.k <= _MOST_LOOKUPS else "blocks",
         "gpu": "triton" if vectors <= _FEW_VECTORS else "unpack",
         "tpu": "mosaic" if vectors <= _FEW_VECTORS else "unpack",
     }.get(platform.name(), "unpack")
