@@ -36,7 +36,6 @@ def get_configs() -> dict[str, Config]:
         "authors_start": vary(base, quantize=dict(init="power_of_two", iterations=10, zero=True)),
         "all_at_once": vary(base, quantize=dict(rounds=(5,)), retrain=dict(epochs=(4,))),
         "fisher": vary(base, quantize=dict(sensitivity="fisher")),
-        "equalize": vary(base, quantize=dict(equalize=True)),
         "rate_0.002": vary(base, retrain=dict(learning_rate=0.002)),
         "rate_0.05": vary(base, retrain=dict(learning_rate=0.05)),
     }

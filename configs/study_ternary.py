@@ -43,7 +43,6 @@ def get_configs() -> dict[str, Config]:
         "slq": vary(base, quantize=dict(method="slq", rounds=(1, 2, 3)), retrain=dict(epochs=(2,))),
         "fisher": vary(base, quantize=dict(sensitivity="fisher")),
         "zero": vary(base, quantize=dict(zero=True)),
-        "equalize": vary(base, quantize=dict(equalize=True)),
         "no_recalibration": vary(base, quantize=dict(recalibrate_batches=0)),
         "labels_only": vary(base, retrain=dict(distill_weight=0.0)),
         "centroids_1": vary(base, retrain=dict(centroid_rate=1.0)),

@@ -53,7 +53,6 @@ class Quantize:
     zero: bool = False
     sensitivity: str = "none"  # none, or fisher: squared gradients weigh clusters and losses
     sensitivity_batches: int = 32
-    equalize: bool = False  # scale channels alike before the first round; see train.equalize
     recalibrate_batches: int = 0  # batch-norm statistics renewed after quantizing; 0: kept
     rules: tuple[LayerRule, ...] | None = None  # set in the config's file only
 

@@ -20,7 +20,6 @@ from train import config as configs
 from train import data, engine, models, pretrained, summary
 from train.checkpoints import Checkpoints
 from train.config import Config, Fit
-from train.equalize import equalize
 from train.logs import Log, progress, say, write_text
 
 _SAVE_SECONDS = 60  # between checkpoints within a stage; each stage ends in one
@@ -254,13 +253,8 @@ class _Worker:
         if unit.round < 0:
             self.log.add("float", number, **result)
             params, batch_stats = state.train.params, state.train.batch_stats
-            if self.job.config.quantize.equalize:
-                params, batch_stats = equalize(params, batch_stats)
             variables = {"params": params, "batch_stats": batch_stats}
-            state = state._replace(
-                train=state.train._replace(**variables),
-                reference=jax.tree.map(jnp.copy, variables),
-            )
+            state = state._replace(reference=jax.tree.map(jnp.copy, variables))
             say(f"float: accuracy {result['accuracy']:.2%}")
         else:
             self.log.add("retrained", number, round=unit.round + 1, **result)
