@@ -62,7 +62,7 @@ def matmul(
             f"expected a product that {implementation!r} supports, got k={packed.k}, codebooks of "
             f"shape {packed.codebook.shape} and {packed.dtype}, x of {x.dtype}; None chooses"
         )
-    if implementation == "unpack":
+    if implementation == "unpack" or not math.prod(batch):
         return _remade(reference.matmul)(x, packed).astype(dtype)
     flat = x.reshape(math.prod(batch), x.shape[-1])
     y = _partial_product(implementation, flat, packed)
@@ -155,7 +155,7 @@ def conv(
 
 def _fastest(x: jax.Array, packed: PackedArray) -> str:
     vectors = math.prod(x.shape[:-1])
-    if not platform.is_one_device() or not vectors:
+    if not platform.is_one_device():
         return "unpack"  # which XLA takes apart as the arrays are
     name = {
         "cpu": "lookup" if vectors == 1 and packed.k <= _MOST_LOOKUPS else "blocks",
