@@ -208,6 +208,8 @@ def test_an_implementation_of_one_device_runs_under_shard_map():
         part = jq.PackedArray(codes=codes, codebook=codebook, rows=(400,), columns=codes.shape[-1:])
         return jq.matmul(x, part)
 
+    traced = str(jax.make_jaxpr(product)(x, packed.codes, packed.codebook))
+    assert "custom_jvp_call" in traced  # which "unpack" has not
     y = product(x, packed.codes, packed.codebook)
     np.testing.assert_allclose(y, matmul(x, packed), rtol=1e-5, atol=1e-5)
 
