@@ -1,5 +1,7 @@
 """Codebooks of centroids: how many, where they start, which one a weight is nearest to."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -61,7 +63,7 @@ def assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
         rank = jnp.sum(above, axis=0, dtype=jnp.uint8)
     else:
         rank = jnp.searchsorted(middles, x.astype(dtype), method="scan_unrolled")
-    return table.at[rank].get(mode="promise_in_bounds")
+    return _look_up(table, rank, mode="promise_in_bounds")
 
 
 def reconstruct(codes: jax.Array, centroids: jax.Array) -> jax.Array:
@@ -77,7 +79,14 @@ def reconstruct(codes: jax.Array, centroids: jax.Array) -> jax.Array:
     >>> reconstruct(jnp.array([2, 0]), jnp.array([-1.0, 0.0, 1.0]))
     Array([ 1., -1.], dtype=float32)
     """
-    return jnp.asarray(centroids).at[codes].get(mode="fill", fill_value=jnp.nan)
+    return _look_up(jnp.asarray(centroids), jnp.asarray(codes), mode="fill", fill_value=jnp.nan)
+
+
+def _look_up(table: jax.Array, index: jax.Array, **options: Any) -> jax.Array:
+    """Return `table[index]`, sharded as the index: JAX asks where axes are explicit."""
+    sharding = jax.typeof(index).sharding
+    is_sharded = any(axes is not None for axes in sharding.spec)
+    return table.at[index].get(out_sharding=sharding if is_sharded else None, **options)
 
 
 def start_linear(histogram: Histogram, k: int) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxquant as jq
 from jaxquant.ops import IMPLEMENTATIONS, blocks, intercept_linen
@@ -165,10 +165,14 @@ def test_stacked_layers_multiply_under_scan_and_vmap():
     np.testing.assert_allclose(y, jnp.einsum("br,lrc->lbc", x, weights), rtol=1e-5, atol=1e-5)
 
 
+AXIS_TYPES = [AxisType.Auto, AxisType.Explicit]
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
 @pytest.mark.parametrize("spec", [PartitionSpec(None, "x"), PartitionSpec("x", None)])
-def test_sharded_codes_give_the_same_product(spec):
+def test_sharded_codes_give_the_same_product(spec, axis_type):
     packed, x = packed_array(3, (400, 16)), normal(2, 400)
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
     codes = jax.device_put(packed.codes, NamedSharding(mesh, spec))
     sharded = jq.PackedArray(
         codes=codes, codebook=packed.codebook, rows=packed.rows, columns=packed.columns
@@ -176,9 +180,10 @@ def test_sharded_codes_give_the_same_product(spec):
     np.testing.assert_allclose(matmul(x, sharded), matmul(x, packed), rtol=1e-5, atol=1e-5)
 
 
-def test_columns_on_several_devices_multiply_where_they_are():
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+def test_columns_on_several_devices_multiply_where_they_are(axis_type):
     packed, x = packed_array(3, (400, 64)), normal(2, 400)
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
     by_column = NamedSharding(mesh, PartitionSpec(None, "x"))
     sharded = jq.PackedArray(
         codes=jax.device_put(packed.codes, by_column),
@@ -194,7 +199,7 @@ def test_columns_on_several_devices_multiply_where_they_are():
 
 def test_an_implementation_of_one_device_runs_under_shard_map():
     packed, x = packed_array(3, (400, 64)), normal(2, 400)
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
 
     @jax.jit
     @functools.partial(
