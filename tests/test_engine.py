@@ -24,6 +24,7 @@ class Tiny(nn.Module):
     def __call__(self, x, *, train):
         x = x.reshape(len(x), -1)
         x = nn.BatchNorm(use_running_average=not train, momentum=self.momentum, name="bn")(x)
+        self.sow("intermediates", "features", x)
         return nn.Dense(3, name="dense")(x)
 
 
@@ -245,6 +246,57 @@ def test_distillation_at_weight_one_moves_a_network_towards_its_teacher():
     for _ in range(30):
         state, _, _ = train(functions, state, images, teacher, (), steps=4, distill=True)
     assert divergence(state) < 0.3 * divergence(start)
+
+
+def test_features_at_a_distance_are_pulled_towards_those_of_the_teacher():
+    config = Config(
+        retrain=Fit(distill_weight=1.0, feature_weight=4.0, temperature=8.0),
+        quantize=Quantize(recalibrate_batches=4),
+        batch_size=10,
+        steps_per_call=1,
+    )
+    functions, variables, images = make_engine(config, make_dataset())
+    start = engine.set_stage(functions.start(variables, ()), Fit(weight_decay=0.0))
+    teacher = jax.tree.map(jnp.copy, variables)
+    teacher["batch_stats"] = functions.recalibrate(
+        teacher["params"], teacher["batch_stats"], images, jax.random.key(0)
+    )
+    teacher["params"]["bn"]["scale"] = 2.0 * teacher["params"]["bn"]["scale"]
+    state = start
+    for _ in range(30):
+        state, _, _ = train(functions, state, images, teacher, (), steps=4, distill=True)
+    np.testing.assert_allclose(start.params["bn"]["scale"], 1.0)
+    # The logits alone cannot tell: half the scale and twice the kernel give the same.
+    assert np.abs(state.params["bn"]["scale"] - 2.0).mean() < 0.25
+
+
+def test_distillation_is_the_weighted_sum_of_labels_soft_targets_and_relative_feature_errors():
+    rng = np.random.default_rng(0)
+    ours, theirs = (
+        engine._Outputs(
+            jnp.asarray(rng.normal(size=(5, 3)), jnp.float32),
+            [jnp.asarray(rng.normal(size=(5, n)), jnp.float32) for n in (4, 7)],
+        )
+        for _ in range(2)
+    )
+    stage = Fit(distill_weight=0.7, temperature=3.0, feature_weight=2.0)
+    got = engine._distill(stage, jnp.float32(1.5), ours, theirs)
+    p, q = (np.exp(o.logits / 3.0) for o in (theirs, ours))
+    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+    soft = np.sum(p * np.log(p / q), axis=1).mean()
+    errors = [
+        np.square(a - b).sum() / np.square(b).sum()
+        for a, b in zip(ours.features, theirs.features, strict=True)
+    ]
+    assert float(got) == pytest.approx(0.3 * 1.5 + 0.7 * 9 * soft + 2 * np.mean(errors), rel=1e-5)
+    assert float(engine._distill(Fit(), jnp.float32(1.5), ours, theirs)) == 1.5
+
+
+def test_features_that_are_zero_in_the_teacher_give_a_finite_gradient():
+    ours = engine._Outputs(jnp.ones((2, 3)), [jnp.zeros((2, 4))])
+    stage = Fit(feature_weight=1.0)
+    gradient = jax.grad(lambda o: engine._distill(stage, jnp.float32(0.0), o, ours))(ours)
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(gradient))
 
 
 def test_recalibrated_statistics_are_means_over_batches():

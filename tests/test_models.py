@@ -69,6 +69,25 @@ def test_parameter_count(name, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract(name)["params"])) == count
 
 
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("resnet20", [(32, 32, 16)] * 3 + [(16, 16, 32)] * 3 + [(8, 8, 64)] * 3),
+        ("small_cnn", [(4, 4, 16), (2, 2, 32), (2, 2, 64)]),
+        ("lenet5", [(12, 12, 20), (4, 4, 50), (500,)]),
+    ],
+)
+def test_features_are_those_of_the_blocks_from_front_to_back(name, shapes):
+    module, variables = models.build(name, num_classes=10), abstract(name)
+    assert "intermediates" not in variables  # initial variables hold no features
+    _, new = jax.eval_shape(
+        lambda v, x: module.apply(v, x, mutable=["intermediates"]),
+        variables,
+        jnp.zeros(SHAPES[name]),
+    )
+    assert [x.shape[1:] for x in jax.tree.leaves(new)] == shapes
+
+
 def test_natural_sort_of_kernels_is_depth_order():
     blocks = [
         f"layer{stage}_{block}/conv{conv}/kernel"

@@ -33,7 +33,13 @@ class Fit:
     weight_decay: float = 1e-4  # added to the gradient
     distill_weight: float = 0.0  # of the float network's soft targets; 0: labels only
     temperature: float = 2.0
+    feature_weight: float = 0.0  # of the distance to the float network's features; 0: none
     centroid_rate: float = 0.0  # learning rate of frozen centroids, in learning rates; 0: fixed
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the float network is asked for its outputs."""
+        return self.distill_weight > 0 or self.feature_weight > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +199,7 @@ def validate(config: Config) -> None:
             "warmup_epochs",
             "momentum",
             "weight_decay",
+            "feature_weight",
             "centroid_rate",
         ):
             _at_least(f"{name}.{field}", getattr(stage, field), 0)
@@ -204,6 +211,8 @@ def validate(config: Config) -> None:
         raise ValueError(f"fit.epochs: expected one number, got {fit.epochs}")
     if fit.distill_weight:
         raise ValueError("fit.distill_weight: expected 0, the float network has no teacher")
+    if fit.feature_weight:
+        raise ValueError("fit.feature_weight: expected 0, the float network has no teacher")
     if fit.centroid_rate:
         raise ValueError("fit.centroid_rate: expected 0, the float network has no centroids")
 

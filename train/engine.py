@@ -17,6 +17,8 @@ import jaxquant as jq
 from train.config import Config, Fit
 from train.data import Dataset
 
+_TINY = 1e-12  # for features that are all zero
+
 
 class TrainState(NamedTuple):
     """What training changes."""
@@ -145,6 +147,23 @@ def _augment(key: jax.Array, images: jax.Array, *, dataset: Dataset) -> jax.Arra
 # Training ----------------------------------------------------------------------------------------
 
 
+class _Outputs(NamedTuple):
+    """What a network says of a batch."""
+
+    logits: jax.Array  # [N, num_classes]
+    features: list[jax.Array]  # from front to back, see `train.models`
+
+
+def _outputs(
+    model: nn.Module, variables: Any, images: jax.Array, *, train: bool
+) -> tuple[_Outputs, Any]:
+    """Return the outputs and, when training, the new running statistics."""
+    mutable = ["batch_stats", "intermediates"] if train else ["intermediates"]
+    logits, new = model.apply(variables, images, train=train, mutable=mutable)
+    features = jax.tree.leaves(new.get("intermediates", {}))
+    return _Outputs(logits, features), new.get("batch_stats", {})
+
+
 def _loss(
     config: Config,
     model: nn.Module,
@@ -152,19 +171,38 @@ def _loss(
     batch_stats: Any,
     images: jax.Array,
     labels: jax.Array,
-    teacher_logits: jax.Array | None,
+    teacher: _Outputs | None,
 ) -> tuple[jax.Array, tuple[Any, jax.Array]]:
     variables = {"params": params, "batch_stats": batch_stats}
-    logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    if teacher_logits is not None:
-        weight, temperature = config.retrain.distill_weight, config.retrain.temperature
+    ours, batch_stats = _outputs(model, variables, images, train=True)
+    loss = optax.softmax_cross_entropy_with_integer_labels(ours.logits, labels).mean()
+    if teacher is not None:
+        loss = _distill(config.retrain, loss, ours, teacher)
+    correct = jnp.sum(jnp.argmax(ours.logits, axis=-1) == labels)
+    return loss, (batch_stats, correct)
+
+
+def _distill(stage: Fit, label_loss: jax.Array, ours: _Outputs, teacher: _Outputs) -> jax.Array:
+    """Return the loss that also asks for the teacher's soft targets and features.
+
+    Soft targets as in Hinton et al. (2015): `(1 - w) label_loss + w T**2 KL(teacher || ours)` at
+    temperature T. Features as in Romero et al. (FitNets, ICLR 2015), of every block, and relative:
+    the squared distance over the teacher's squares, averaged over the blocks.
+    """
+    loss, temperature = label_loss, stage.temperature
+    if stage.distill_weight:
         soft = optax.losses.kl_divergence(
-            jax.nn.log_softmax(logits / temperature), jax.nn.softmax(teacher_logits / temperature)
+            jax.nn.log_softmax(ours.logits / temperature),
+            jax.nn.softmax(teacher.logits / temperature),
         ).mean()
-        loss = (1 - weight) * loss + weight * temperature**2 * soft
-    correct = jnp.sum(jnp.argmax(logits, axis=-1) == labels)
-    return loss, (new.get("batch_stats", {}), correct)
+        loss = (1 - stage.distill_weight) * loss + stage.distill_weight * temperature**2 * soft
+    if stage.feature_weight:
+        errors = [
+            jnp.mean(jnp.square(s - t)) / jnp.maximum(jnp.mean(jnp.square(t)), _TINY)
+            for s, t in zip(ours.features, teacher.features, strict=True)
+        ]
+        loss += stage.feature_weight * sum(errors) / len(errors)
+    return loss
 
 
 def _train_step(
@@ -183,10 +221,10 @@ def _train_step(
     move_centroids: bool,
 ) -> tuple[TrainState, Any, dict[str, jax.Array]]:
     images, labels = prepare(key, data.images[index]), data.labels[index]
-    teacher_logits = None if teacher is None else model.apply(teacher, images, train=False)
+    taught = None if teacher is None else _outputs(model, teacher, images, train=False)[0]
     grad = jax.value_and_grad(_loss, argnums=2, has_aux=True)
     (loss, (batch_stats, correct)), gradient = grad(
-        config, model, state.params, state.batch_stats, images, labels, teacher_logits
+        config, model, state.params, state.batch_stats, images, labels, taught
     )
     weights_state, centroids_state = state.opt_state
     weights_state = optax.tree.set(weights_state, learning_rate=learning_rate)

@@ -330,7 +330,7 @@ class _Worker:
                 jnp.int32(start),
                 self._key(number, 5),
                 rates[start : start + size],
-                distill=unit.round >= 0 and config.retrain.distill_weight > 0,
+                distill=unit.round >= 0 and config.retrain.has_teacher,
                 move_centroids=unit.round >= 0 and config.retrain.centroid_rate > 0,
             )
             sums.append(jax.block_until_ready(metrics))

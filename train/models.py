@@ -7,6 +7,9 @@ the batch's statistics, and `mutable=["batch_stats"]` returns the running ones.
 Modules carry the names of the public PyTorch code, so that checkpoints map one to one
 (`train.pretrained`) and the natural sort of the kernels' paths (digits compared as numbers) is the
 order of depth.
+
+With `mutable=["intermediates"]` a network also returns its features: what its residual blocks, or
+its layers before the last one, put out, from front to back.
 """
 
 import functools
@@ -47,6 +50,11 @@ def _relu(x: jax.Array) -> jax.Array:
     """ReLU. XLA on CPU would compute a chain of residual blocks anew for each of its readers."""
     x = nn.relu(x)
     return _materialize(x) if jax.default_backend() == "cpu" else x
+
+
+def _feature(module: nn.Module, x: jax.Array) -> jax.Array:
+    module.sow("intermediates", "features", x)
+    return x
 
 
 def _batch_norm(name: str, *, train: bool, momentum: float) -> nn.BatchNorm:
@@ -128,6 +136,7 @@ class CifarResNet(nn.Module):
                 stride = 2 if stage > 1 and block == 0 else 1
                 name = f"layer{stage}_{block}"
                 x = BasicBlock(features, stride, self.bn_momentum, name=name)(x, train)
+                x = _feature(self, x)
         x = jnp.mean(x, axis=(1, 2))
         x = nn.Dense(self.num_classes, kernel_init=_HE_NORMAL, name="linear")(x)
         return x.astype(jnp.float32)
@@ -149,9 +158,9 @@ class SmallCNN(nn.Module):
         """Map images [N, H, W, C], H and W at least 4, to logits float32 [N, num_classes]."""
         _check_size("small_cnn", x, 4)
         norm = functools.partial(_batch_norm, train=train, momentum=self.bn_momentum)
-        x = _max_pool(_relu(norm("bn1")(_conv3x3(16, "conv1")(x))))
-        x = _relu(norm("bn2")(_conv3x3(32, "conv2", stride=2)(x)))
-        x = _relu(norm("bn3")(_conv3x3(64, "conv3")(x)))
+        x = _feature(self, _max_pool(_relu(norm("bn1")(_conv3x3(16, "conv1")(x)))))
+        x = _feature(self, _relu(norm("bn2")(_conv3x3(32, "conv2", stride=2)(x))))
+        x = _feature(self, _relu(norm("bn3")(_conv3x3(64, "conv3")(x))))
         x = jnp.mean(x, axis=(1, 2))
         x = nn.Dense(self.num_classes, kernel_init=_HE_NORMAL, name="linear")(x)
         return x.astype(jnp.float32)
@@ -180,9 +189,9 @@ class LeNet5(nn.Module):
             x = nn.Conv(
                 features, (5, 5), padding="VALID", kernel_init=_HE_NORMAL, name=f"conv{layer}"
             )(x)
-            x = _max_pool(x)
+            x = _feature(self, _max_pool(x))
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
-        x = _relu(nn.Dense(500, kernel_init=_HE_NORMAL, name="fc1")(x))
+        x = _feature(self, _relu(nn.Dense(500, kernel_init=_HE_NORMAL, name="fc1")(x)))
         x = nn.Dense(self.num_classes, kernel_init=_HE_NORMAL, name="fc2")(x)
         return x.astype(jnp.float32)
 
