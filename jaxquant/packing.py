@@ -203,6 +203,21 @@ def unpack_planes(planes: Sequence[jax.Array], k: int) -> list[jax.Array]:
       Planes of codes, of the shape and dtype of those of bytes.
     """
     digits, bits = symbol(k)
+    symbols = unpack_symbols(planes, k)
+    codes = []
+    for digit in range(digits if bits else 0):
+        rest = [jax.lax.div(s, jnp.full_like(s, k)) for s in symbols] if digit < digits - 1 else []
+        codes += [s - r * k for s, r in zip(symbols, rest, strict=True)] if rest else symbols
+        symbols = rest
+    return codes
+
+
+def unpack_symbols(planes: Sequence[jax.Array], k: int) -> list[jax.Array]:
+    """Return the planes of symbols in the planes of bytes; see `unpack_planes`.
+
+    Row j of symbol plane p, of B rows each, is symbol p * B + j of the column.
+    """
+    _, bits = symbol(k)
     together = symbols_together(k)
     symbols: list[Any] = [None] * together
     start, low = 0, 0
@@ -213,12 +228,7 @@ def unpack_planes(planes: Sequence[jax.Array], k: int) -> list[jax.Array]:
             field = (plane >> (i // step * width)) & (2**width - 1)
             symbols[i] = field if symbols[i] is None else symbols[i] | (field << low)
         start, low = start + step, low + width
-    codes = []
-    for digit in range(digits if bits else 0):
-        rest = [jax.lax.div(s, jnp.full_like(s, k)) for s in symbols] if digit < digits - 1 else []
-        codes += [s - r * k for s, r in zip(symbols, rest, strict=True)] if rest else symbols
-        symbols = rest
-    return codes
+    return symbols
 
 
 def _planes(x: jax.Array, count: int, length: int) -> list[jax.Array]:

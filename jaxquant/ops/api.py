@@ -157,12 +157,13 @@ def _fastest(x: jax.Array, packed: PackedArray) -> str:
     vectors = math.prod(x.shape[:-1])
     if not platform.is_one_device():
         return "unpack"  # which XLA takes apart as the arrays are
-    name = {
-        "cpu": "lookup" if vectors == 1 and packed.k <= _MOST_LOOKUPS else "blocks",
-        "gpu": "triton" if vectors <= _FEW_VECTORS else "unpack",
-        "tpu": "mosaic" if vectors <= _FEW_VECTORS else "unpack",
-    }.get(platform.name(), "unpack")
-    return name if name in _PARTIAL and _PARTIAL[name].supports(x, packed) else "unpack"
+    few = vectors <= _FEW_VECTORS
+    names = {
+        "cpu": ("lookup", "blocks") if vectors == 1 and packed.k <= _MOST_LOOKUPS else ("blocks",),
+        "gpu": ("triton",) if few else (),
+        "tpu": ("mosaic",) if few else (),
+    }.get(platform.name(), ())
+    return next((name for name in names if _PARTIAL[name].supports(x, packed)), "unpack")
 
 
 def _check_implementation(implementation: str | None) -> None:

@@ -3,7 +3,8 @@
 A byte holds the codes of up to eight rows. For one input vector, what these rows add to a column is
 a function of the byte alone; so for each row of bytes a table of 256 sums is made, once for all
 columns, and a column is the sum of one entry from each. At k = 3 that is one read for five
-products (compare product quantization; Wu et al., CVPR 2016).
+products (compare product quantization; Wu et al., CVPR 2016). Where codes share a symbol that lies
+in several bytes, the symbol takes the place of the byte: at k = 5 it is one read for three.
 """
 
 import functools
@@ -14,23 +15,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.ops.reference import accumulator
-from jaxquant.packing import PackedArray, field_widths, num_symbols, symbol
+from jaxquant.packing import (
+    PackedArray,
+    byte_planes,
+    field_widths,
+    num_symbols,
+    symbol,
+    symbols_together,
+    unpack_symbols,
+)
 
 
 def supports(x: jax.Array, packed: PackedArray) -> bool:
-    """Return whether there are tables for the codebook: one for all weights, whole bytes of codes.
-
-    k = 17 is the one of several fields that has: its fifth bit is set only in the code 16.
-    """
+    """Return whether there are tables: for one codebook of whole bytes or several codes a read."""
     del x
-    single = len(field_widths(symbol(packed.k)[1])) == 1
-    return packed.codebook.size == packed.k and (single or packed.k == 17)
+    digits, bits = symbol(packed.k)
+    tables = bits > 0 and (digits > 1 or 8 % bits == 0)
+    return packed.codebook.size == packed.k and tables
 
 
 def matmul(x: jax.Array, packed: PackedArray) -> jax.Array:
     """Return [vectors, columns] from x [vectors, prod(rows)], in float32 or wider.
 
-    Costs, for each vector, 256 sums and as many reads as columns for each row of bytes.
+    Costs, for each vector, 256 sums and as many reads as columns for each row of bytes (or 128, for
+    each row of symbols of seven bits).
     """
     dtype = accumulator(x, packed)
     centroids = packed.codebook.reshape(-1).astype(dtype)
@@ -44,33 +52,35 @@ def _vector(x: jax.Array, *, packed: PackedArray, centroids: jax.Array) -> jax.A
     digits, bits = symbol(k)
     count = num_symbols(rows, k)
     x = jnp.pad(x, (0, digits * count - rows)).reshape(digits, count)
-    if k != 17:
-        return _sum(packed.codes, _by_byte(x, 8 // bits), centroids[_digits(k, digits, bits)])
-    # Four low bits a code, two codes a byte: all but the code 16, which looks like a 0.
-    low = count // 2
-    most = _sum(packed.codes[:low], _by_byte(x, 2), centroids[_digits(16, 1, 4)])
-    extra = jnp.stack([jnp.zeros_like(centroids[0]), centroids[16] - centroids[0]])
-    return most + _sum(packed.codes[low:], _by_byte(x, 8), extra[_digits(2, 1, 1)])
+    if len(field_widths(bits)) == 1:
+        x = x.reshape(digits * (8 // bits), -1)  # the codes of a byte, one below the other
+        return _sum(packed.codes, x, centroids[_codes(k, 8)])
+    symbols = unpack_symbols(list(byte_planes(packed.codes, k)), k)
+    x = x.reshape(digits, symbols_together(k), -1)
+    values = centroids[_codes(k, bits)]
+    sums = [_sum(plane, x[:, p], values) for p, plane in enumerate(symbols)]
+    return functools.reduce(jnp.add, sums)
 
 
-def _digits(k: int, digits: int, bits: int) -> np.ndarray:
-    """Return the codes in each byte, [digits * symbols, 256], as `packing` lays them out."""
-    symbols = [np.arange(256) >> (bits * i) & (2**bits - 1) for i in range(8 // bits)]
+def _codes(k: int, bits: int) -> np.ndarray:
+    """Return the codes in each number of `bits` bits, [codes, 2**bits], as `packing` lays them out.
+
+    The number is a symbol, or a byte of symbols.
+    """
+    digits, width = symbol(k)
+    numbers = np.arange(2**bits)
+    symbols = [numbers >> (width * i) & (2**width - 1) for i in range(bits // width)]
     # A symbol that no codes make does not occur: any code will do for it.
     return np.stack([s // k**d % k for d in range(digits) for s in symbols])
 
 
-def _by_byte(x: jax.Array, symbols: int) -> jax.Array:
-    """Sort inputs [digits, count] by the byte that holds their code: [bytes, digits * symbols]."""
-    digits, count = x.shape
-    return x.reshape(digits * symbols, count // symbols).T
+def _sum(numbers: jax.Array, x: jax.Array, values: jax.Array) -> jax.Array:
+    """Return the sums [columns] over the rows of numbers, each standing for some codes.
 
-
-def _sum(codes: jax.Array, x: jax.Array, values: jax.Array) -> jax.Array:
-    """Sum over the rows of bytes: table[row, byte], table = x [rows, codes] @ values [codes, 256].
-
-    Returns [columns].
+    Row r of the table is what each number adds there: x[:, r] @ values, [codes] @ [codes, numbers].
     """
-    table = jnp.matmul(x, values, precision=jax.lax.Precision.HIGHEST)
-    entries = jnp.take_along_axis(table, codes.astype(jnp.int32), axis=1, mode="promise_in_bounds")
+    table = jnp.matmul(x.T, values, precision=jax.lax.Precision.HIGHEST)
+    entries = jnp.take_along_axis(
+        table, numbers.astype(jnp.int32), axis=1, mode="promise_in_bounds"
+    )
     return jnp.sum(entries, axis=0)
