@@ -27,6 +27,7 @@ def get_configs() -> dict[str, Config]:
         tensorboard=False,
     )
     soft_t4 = vary(base, retrain=dict(distill_weight=1.0, temperature=4.0))
+    soft_t16 = vary(base, retrain=dict(distill_weight=1.0, temperature=16.0))
     return {
         "base": base,
         "seed_1": replace(base, seed=1),
@@ -53,10 +54,13 @@ def get_configs() -> dict[str, Config]:
         "soft_t4": soft_t4,
         "soft_t4_seed_1": replace(soft_t4, seed=1),
         "soft_t8": vary(base, retrain=dict(distill_weight=1.0, temperature=8.0)),
-        "soft_t16": vary(base, retrain=dict(distill_weight=1.0, temperature=16.0)),
+        "soft_t16": soft_t16,
         "soft_t8_rate_0.05": vary(
             base, retrain=dict(distill_weight=1.0, temperature=8.0, learning_rate=0.05)
         ),
+        "features_10": vary(soft_t16, retrain=dict(feature_weight=10.0)),
+        "features_100": vary(soft_t16, retrain=dict(feature_weight=100.0)),
+        "features_400": vary(soft_t16, retrain=dict(feature_weight=400.0)),
         "decay_0": vary(base, retrain=dict(weight_decay=0.0)),
         "decay_0.0005": vary(base, retrain=dict(weight_decay=5e-4)),
         "channels": vary(base, quantize=dict(rules=(LayerRule(".*kernel", axis=-1),))),

@@ -10,11 +10,12 @@ from jaxquant.quantize import QuantState, RoundInfo, init, is_on_codebook, quant
 from jaxquant.schedules import Plan, mlq, slq
 from jaxquant.selection import LayerRule, Selection, select
 from jaxquant.storage import load, read_metadata, save
-from jaxquant.transforms import freeze_quantized
+from jaxquant.transforms import IncrementalState, freeze_quantized, incremental, quant_state
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "IncrementalState",
     "KMeansResult",
     "LayerReport",
     "LayerRule",
@@ -28,6 +29,7 @@ __all__ = [
     "centroid_gradients",
     "conv",
     "freeze_quantized",
+    "incremental",
     "init",
     "intercept_linen",
     "is_on_codebook",
@@ -38,6 +40,7 @@ __all__ = [
     "num_centroids",
     "pack",
     "pack_array",
+    "quant_state",
     "quantize_round",
     "read_metadata",
     "reconstruct",

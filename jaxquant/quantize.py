@@ -1,5 +1,6 @@
 """One round of quantization: what happens to one layer, and then to a tree of them."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from jaxquant.clusters import Clusters, settle, weight_scale
 from jaxquant.codebooks import assign, reconstruct
 from jaxquant.histogram import Histogram, bin_width, histogram
 from jaxquant.kmeans import check_finite, is_finite, lloyd, named_start, pin
+from jaxquant.meshes import with_auto_axes
 from jaxquant.partition import choose, priority
 from jaxquant.schedules import Plan
 from jaxquant.selection import Layer, leaves_with_paths
@@ -201,6 +203,17 @@ def quantize_round(
     """
     if plan.partition == "random" and key is None:
         raise ValueError("expected a key for partition='random', got None")
+    _check(plan, params, state, sensitivity)
+    return with_auto_axes(
+        functools.partial(_round, plan),
+        (params, state, sensitivity, key),
+        like=(params, state, None),
+    )
+
+
+def _round(
+    plan: Plan, params: Any, state: QuantState, sensitivity: Any, key: jax.Array | None
+) -> tuple[Any, QuantState, RoundInfo]:
     work = _gather(plan, params, state, sensitivity)
     share, growing = _row(plan, state.round)
     # 1. Cluster every layer.
@@ -424,37 +437,37 @@ def _describe(
     return RoundInfo(**rows)
 
 
+def _check(plan: Plan, params: Any, state: QuantState, sensitivity: Any) -> None:
+    """Raise a ValueError that names the first leaf that does not fit the plan."""
+    trees = {"params": params} | ({} if sensitivity is None else {"sensitivity": sensitivity})
+    for name, tree in trees.items():
+        pairs = zip(plan.selection.layers, _check_tree(plan, tree, name), strict=True)
+        prefix = "" if name == "params" else f"{name}: "
+        check_finite({prefix + x.path: leaf for x, leaf in pairs if x.reason is None})
+    for name in ("frozen", "codebooks", "frozen_centroids"):
+        leaves = _check_tree(plan, getattr(state, name), f"state.{name}", shapes=False)
+        for layer, leaf in zip(plan.selection.layers, leaves, strict=True):
+            if layer.reason is None:
+                shape = layer.shape if name == "frozen" else _codebook_shape(layer)
+                _check_shape(f"state.{name}: {layer.path}", leaf, shape)
+
+
 def _gather(plan: Plan, params: Any, state: QuantState, sensitivity: Any) -> list[_Work]:
-    """Check the trees against the plan and return the selected leaves."""
-    leaves = _check_tree(plan, params, "params")
-    masks = _check_tree(plan, state.frozen, "state.frozen", shapes=False)
-    if sensitivity is None:
-        sensitivities: list[Any] = [None] * len(leaves)
-    else:
-        sensitivities = _check_tree(plan, sensitivity, "sensitivity")
-    codebooks = _check_tree(plan, state.codebooks, "state.codebooks", shapes=False)
-    frozen_centroids = _check_tree(
-        plan, state.frozen_centroids, "state.frozen_centroids", shapes=False
+    """Return the selected leaves."""
+    leaves = jax.tree.leaves(params)
+    unweighted = [None] * len(leaves)
+    columns = (
+        leaves,
+        unweighted if sensitivity is None else jax.tree.leaves(sensitivity),
+        *map(jax.tree.leaves, (state.frozen, state.codebooks, state.frozen_centroids)),
     )
     work = []
-    for layer, *columns in zip(
-        plan.selection.layers,
-        leaves,
-        sensitivities,
-        masks,
-        codebooks,
-        frozen_centroids,
-        strict=True,
+    for layer, weights, importance, mask, *tables in zip(
+        plan.selection.layers, *columns, strict=True
     ):
         if layer.reason is None:
-            weights, importance, mask, centroids, flags = columns
-            _check_shape(f"state.frozen: {layer.path}", mask, layer.shape)
-            _check_shape(f"state.codebooks: {layer.path}", centroids, _codebook_shape(layer))
-            tables = (x.reshape(layer.slices, layer.k) for x in (centroids, flags))
+            tables = (x.reshape(layer.slices, layer.k) for x in tables)
             work.append(_Work(layer, weights, importance, mask, *tables))
-    check_finite({w.layer.path: w.weights for w in work})
-    if sensitivity is not None:
-        check_finite({f"sensitivity: {w.layer.path}": w.sensitivity for w in work})
     return work
 
 

@@ -1,0 +1,39 @@
+"""Arrays on meshes of explicit axes, whose shardings JAX tracks by type and asks for.
+
+What is computed of weights here, histograms above all, has no sharding that could be told from its
+operands, and is nobody's business outside: XLA is left to choose it, as with automatic axes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+
+def with_auto_axes(function: Callable[..., Any], args: tuple[Any, ...], *, like: Any) -> Any:
+    """Return `function(*args)`, computed with automatic axes if the arguments have explicit ones.
+
+    Args:
+      function: of trees of arrays.
+      args: its arguments.
+      like: tree of arrays that is a prefix of the result, whose shardings the result gets; None
+        stands for arrays that all devices hold.
+    """
+    meshes = [_explicit_mesh(leaf) for leaf in jax.tree.leaves(args)]
+    mesh = next((mesh for mesh in meshes if mesh is not None), None)
+    if mesh is None:
+        return function(*args)
+    specs = jax.tree.map(
+        lambda x: PartitionSpec() if x is None else jax.typeof(x).sharding.spec,
+        like,
+        is_leaf=lambda x: x is None,
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(function, out_sharding=specs)(*args)
+
+
+def _explicit_mesh(x: jax.Array) -> Any:
+    """Return the mesh that an array is spread over by its type, or None."""
+    sharding = jax.typeof(x).sharding
+    return sharding.mesh if any(axes is not None for axes in sharding.spec) else None

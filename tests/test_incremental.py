@@ -1,0 +1,294 @@
+"""A whole plan inside an optimizer: the loop does not change, and frozen means frozen."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from optax import contrib
+
+import jaxquant as jq
+
+QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
+SHAPES = {"a": {"kernel": (12, 8), "bias": (8,)}, "b": {"kernel": (8, 6)}}
+ABSTRACT = jax.tree.map(
+    lambda shape: jax.ShapeDtypeStruct(shape, "float32"),
+    SHAPES,
+    is_leaf=lambda x: isinstance(x, tuple),
+)
+PLAN = jq.mlq(ABSTRACT, groups=2)  # four rounds of ternary
+STEPS = (3, 1, 4, 10)
+TOTAL = sum(STEPS)
+STARTS = [0, 3, 4, 8]
+
+
+def tree(seed, dtype="float32"):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), dtype), ABSTRACT)
+
+
+def loss(params, target):
+    errors = jax.tree.map(
+        lambda p, t: jnp.sum(jnp.square((p - t).astype(jnp.float32))), params, target
+    )
+    return jax.tree.reduce(jnp.add, errors)
+
+
+def make_step(tx, *, gradient_dtype=None, traces=None):
+    @functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
+    def step(params, state, target):
+        if traces is not None:
+            traces.append(None)
+        grads = jax.grad(loss)(params, target)
+        if gradient_dtype:
+            grads = jax.tree.map(lambda g: g.astype(gradient_dtype), grads)
+        updates, state = tx.update(grads, state, params)
+        chex.assert_trees_all_equal_dtypes(updates, grads)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def run(tx, *, dtype="float32", steps=TOTAL, **options):
+    """Return the parameters and states after each step, those at the start first."""
+    step, params = make_step(tx, **options), tree(0, dtype)
+    history = [(params, tx.init(params))]
+    for i in range(steps):
+        history.append(step(*history[-1], tree(1 + i, dtype)))
+    return history
+
+
+def assert_quantized(history, landed):
+    """Check the last parameters, and that nothing frozen moved in the steps from `landed` on."""
+    params, state = history[-1]
+    quant = jq.quant_state(state)
+    assert int(quant.round) == PLAN.num_rounds
+    assert all(map(bool, jax.tree.leaves(jq.is_on_codebook(params, quant))))
+    for name in ("a", "b"):
+        assert len(np.unique(np.asarray(params[name]["kernel"], np.float64))) <= 3
+        assert bool(jnp.all(quant.frozen[name]["kernel"]))
+    kernels = [{n: p[n]["kernel"] for n in p} for p, _ in history[landed:]]
+    for kernel in kernels:
+        chex.assert_trees_all_equal(kernel, kernels[-1])
+    before, after = (p["a"]["bias"] for p, _ in (history[-3], history[-1]))
+    assert bool(jnp.any(before != after)), "free weights have to move on"
+
+
+OPTIMIZERS = {
+    "adamw": lambda: optax.adamw(0.05, weight_decay=0.1),
+    "sgd": lambda: optax.sgd(0.01, momentum=0.9, nesterov=True),
+    "lion": lambda: optax.lion(0.01, weight_decay=0.1),
+    "adafactor": lambda: optax.adafactor(0.05, min_dim_size_to_factor=4),
+    "muon": lambda: contrib.muon(0.05),
+    "schedule_free": lambda: contrib.schedule_free(optax.sgd(0.05), 0.05),
+}
+incremental = functools.partial(jq.incremental, plan=PLAN, steps_per_round=STEPS)
+
+
+@pytest.mark.default_promotion
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_weight_ends_on_its_codebook_and_stays(name, dtype):
+    assert_quantized(run(incremental(OPTIMIZERS[name]()), dtype=dtype), STARTS[-1] + 4)
+
+
+def inject(make):
+    @optax.inject_hyperparams
+    def factory(learning_rate):
+        return incremental(make(learning_rate))
+
+    return factory(learning_rate=0.05)
+
+
+@pytest.mark.default_promotion
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.apply_if_finite(incremental(optax.adamw(0.05)), max_consecutive_errors=3),
+        inject(optax.adamw),
+        incremental(optax.MultiSteps(optax.adamw(0.05), 2)),
+        incremental(optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(0.05))),
+    ],
+    ids=["apply_if_finite", "inject_hyperparams", "multi_steps_inside", "clipped"],
+)
+def test_every_weight_ends_on_its_codebook_inside_wrappers(tx, dtype):
+    history = run(tx, dtype=dtype)
+    assert_quantized(history, STARTS[-1] + 4)
+
+
+@pytest.mark.default_promotion
+def test_multi_steps_outside_counts_the_updates_that_it_makes():
+    steps = optax.MultiSteps(incremental(optax.adamw(0.05)), 2)
+    tx = optax.GradientTransformationExtraArgs(steps.init, steps.update)
+    history = run(tx, steps=2 * TOTAL)
+    rounds = [int(jq.quant_state(state).round) for _, state in history]
+    assert [rounds.index(r) for r in (1, 2, 3, 4)] == [2 * (start + 1) for start in STARTS]
+    assert_quantized(history, 2 * (STARTS[-1] + 4))
+
+
+def test_updates_narrower_than_the_weights_land_too():
+    history = run(incremental(optax.sgd(0.01, momentum=0.9)), gradient_dtype="bfloat16")
+    assert_quantized(history, STARTS[-1] + 6)
+    with pytest.raises(ValueError, match="of float32 or bfloat16 at 'a/kernel', got float16"):
+        run(incremental(optax.sgd(0.01)), gradient_dtype="float16", steps=1)
+
+
+def test_it_is_the_loop_of_rounds_and_frozen_updates():
+    inner = optax.sgd(0.01, momentum=0.9)
+    history = run(incremental(inner))
+    tx = optax.chain(inner, jq.freeze_quantized())
+    params = tree(0)
+    quant, state = jq.init(PLAN, params), tx.init(params)
+    quantize = jax.jit(jq.quantize_round, static_argnums=0)
+    for i in range(TOTAL):
+        if i in STARTS:
+            params, quant, _ = quantize(PLAN, params, quant)
+        else:
+            grads = jax.grad(loss)(params, tree(1 + i))
+            updates, state = tx.update(grads, state, params, frozen=quant.frozen)
+            params = optax.apply_updates(params, updates)
+        got, got_state = history[i + 1]
+        got_quant = jq.quant_state(got_state)
+        chex.assert_trees_all_equal(got_quant.frozen, quant.frozen)
+        assert int(got_quant.round) == int(quant.round)
+        chex.assert_trees_all_close(got, params, rtol=1e-5, atol=1e-6)
+
+
+def test_the_whole_run_is_traced_once():
+    traces = []
+    run(incremental(optax.adamw(0.05)), traces=traces)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_restart_starts_the_inner_schedule_anew_in_each_round(restart):
+    rates = optax.linear_schedule(1.0, 0.0, 100)
+    history = run(incremental(optax.sgd(rates), restart=restart))
+    counts = [int(optax.tree.get(state, "count")) for _, state in history]
+    if restart:
+        expected = [0] + [i for n in STEPS for i in range(n)]
+    else:
+        expected = [0, *np.cumsum([i not in STARTS for i in range(TOTAL)])]
+    assert counts == expected
+
+
+def test_a_number_of_steps_serves_for_all_rounds():
+    tx = jq.incremental(optax.sgd(0.01), PLAN, 2)
+    rounds = [int(state.quant.round) for _, state in run(tx, steps=9)]
+    assert rounds == [0, 1, 1, 2, 2, 3, 3, 4, 4, 4]
+
+
+def test_a_run_goes_on_from_its_state_bit_for_bit():
+    tx = incremental(optax.adamw(0.05))
+    history = run(tx)
+    for cut in (4, 9):
+        params, state = jax.tree.map(np.asarray, history[cut])  # as from a checkpoint
+        step = make_step(tx)
+        for i in range(cut, TOTAL):
+            params, state = step(params, state, tree(1 + i))
+        chex.assert_trees_all_equal((params, state), history[-1])
+
+
+def test_scan_over_steps_and_vmap_over_networks_give_the_same():
+    tx = incremental(optax.sgd(0.01, momentum=0.9))
+    targets = jax.tree.map(lambda *x: jnp.stack(x), *(tree(1 + i) for i in range(TOTAL)))
+
+    def whole(params):
+        def body(carry, target):
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params, target), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(body, (params, tx.init(params)), targets)[0]
+
+    expected, _ = run(tx)[-1]
+    both = jax.tree.map(lambda *x: jnp.stack(x), tree(0), tree(50))
+    params, state = jax.jit(jax.vmap(whole), compiler_options=QUICK_TO_COMPILE)(both)
+    first = jax.tree.map(lambda x: x[0], params)
+    chex.assert_trees_all_close(first, expected, rtol=1e-4, atol=1e-5)
+    assert bool(
+        jnp.all(jax.vmap(lambda p, s: jq.is_on_codebook(p, s.quant)["b"]["kernel"])(params, state))
+    )
+
+
+def test_sensitivity_weighs_the_rounds():
+    tx = incremental(optax.sgd(0.0))
+    params, sensitivity = tree(0), jax.tree.map(jnp.square, tree(7))
+    update = jax.jit(tx.update)
+    _, state = update(tree(1), tx.init(params), params, sensitivity=sensitivity)
+    quantize = jax.jit(jq.quantize_round, static_argnums=0)
+    _, expected, _ = quantize(PLAN, params, jq.init(PLAN, params), sensitivity=sensitivity)
+    chex.assert_trees_all_equal(state.quant.frozen, expected.frozen)
+    chex.assert_trees_all_equal(state.quant.codebooks, expected.codebooks)
+    _, plain = update(tree(1), tx.init(params), params)
+    found, weighted = (q.codebooks["a"]["kernel"] for q in (plain.quant, expected))
+    assert not bool(jnp.allclose(found, weighted))
+
+
+def test_random_partitions_differ_from_key_to_key():
+    plan = jq.mlq(ABSTRACT, groups=1, partition="random")
+    masks = []
+    for seed in range(4):
+        tx = jq.incremental(optax.sgd(0.1), plan, 2, key=jax.random.key(seed))
+        _, state = jax.jit(tx.update)(tree(1), tx.init(tree(0)), tree(0))
+        masks.append(np.asarray(state.quant.frozen["a"]["kernel"]))
+    assert any((mask != masks[0]).any() for mask in masks)
+    with pytest.raises(ValueError, match="expected a key for partition='random'"):
+        jq.incremental(optax.sgd(0.1), plan, 2)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_masks_and_moments_are_sharded_as_the_weights(axis_type):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(axis_type,))
+    spec = {"a": {"kernel": PartitionSpec("x"), "bias": PartitionSpec()}}
+    spec["b"] = {"kernel": PartitionSpec(None, "x")}
+    shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), spec)
+    tx = incremental(optax.adamw(0.05))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(tree(0), shardings)
+        state, step = tx.init(params), make_step(tx)
+        for i in range(TOTAL):
+            params, state = step(params, state, jax.device_put(tree(1 + i), shardings))
+            for made in (params, state.quant.frozen, optax.tree.get(state, "mu")):
+                for name in ("a", "b"):
+                    kernel, wanted = made[name]["kernel"], shardings[name]["kernel"]
+                    assert kernel.sharding.is_equivalent_to(wanted, 2)
+    expected, _ = run(tx)[-1]
+    chex.assert_trees_all_close(jax.device_get(params), expected, rtol=1e-4, atol=1e-5)
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, -1, (1, 2, 3), (1, 2, 3, 0), (1, 2, 3, 4.5), 2.5])
+def test_steps_that_no_plan_could_take_are_refused(steps):
+    with pytest.raises(ValueError, match="expected steps_per_round to be a number from 1, or 4"):
+        jq.incremental(optax.sgd(0.1), PLAN, steps)
+
+
+def test_missing_and_foreign_parameters_are_refused_by_name():
+    tx = incremental(optax.sgd(0.1))
+    state = tx.init(tree(0))
+    with pytest.raises(ValueError, match=r"expected tx\.update\(updates, state, params\)"):
+        tx.update(tree(1), state)
+    with pytest.raises(ValueError, match="params: expected the leaf a/kernel, got a/weight"):
+        tx.init({**tree(0), "a": {"bias": jnp.ones(8), "weight": jnp.ones((12, 8))}})
+    bad = tree(0)
+    bad["b"]["kernel"] = bad["b"]["kernel"].at[0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match="b/kernel"):
+        tx.init(bad)
+
+
+def test_quant_state_is_found_once_or_refused():
+    params = tree(0)
+    tx = optax.chain(optax.identity(), incremental(optax.sgd(0.1)))
+    assert int(jq.quant_state(tx.init(params)).round) == 0
+    with pytest.raises(ValueError, match=r"one jq.incremental, got 0 of them \(restored without"):
+        jq.quant_state(optax.adam(0.1).init(params))
+    with pytest.raises(ValueError, match="got 2 of them"):
+        jq.quant_state((tx.init(params), tx.init(params)))
