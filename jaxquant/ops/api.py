@@ -12,7 +12,7 @@ from jaxquant.packing import PackedArray
 
 _PARTIAL = {"lookup": lookup, "blocks": blocks, "triton": triton, "mosaic": mosaic}
 IMPLEMENTATIONS = ("unpack", *_PARTIAL)
-_MOST_LOOKUPS = 16  # centroids; above, tables are made for too few codes each
+_MOST_LOOKUPS = 11  # centroids; above, a read from a table stands for two codes only
 _FEW_VECTORS = 64  # more are bound by arithmetic, for which XLA's own product is the best
 
 
