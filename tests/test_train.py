@@ -1,7 +1,9 @@
 """The program from end to end on real digits: reports, resuming, one clear line for mistakes."""
 
+import itertools
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,7 +157,7 @@ def test_report_holds_what_was_promised(finished):
 
 def test_final_weights_lie_on_their_codebooks(finished):
     state, progress = final_params(finished)
-    assert progress["done"] == 4
+    assert progress["progress"]["units"] == 4
     for name in ("conv1", "conv2", "linear"):
         values = np.unique(state.train.params[name]["kernel"])
         codebook = state.quant.codebooks[name]["kernel"]
@@ -168,24 +170,109 @@ def test_a_stopped_run_ends_as_if_it_had_not_stopped(finished, tmp_path, monkeyp
     workdir = tmp_path / "run"
     work = loop._Worker.work
 
-    def interrupted(self, number, unit, state):
+    def interrupted(self, number, *rest):
         if number == stop:
             raise KeyboardInterrupt
-        return work(self, number, unit, state)
+        return work(self, number, *rest)
 
     monkeypatch.setattr(loop._Worker, "work", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cli.main([*SLQ, "--workdir", str(workdir)])
     monkeypatch.setattr(loop._Worker, "work", work)
     assert cli.main([*SLQ, "--workdir", str(workdir)]) == 0
+    assert_same_run(workdir, finished)
+
+
+def assert_same_run(workdir, finished):
+    """Check the files, and the arrays of the last checkpoint bit for bit."""
     for name in ("report.json", "metrics.jsonl"):
         assert (workdir / name).read_text() == (finished / name).read_text()
-    for a, b in zip(
-        jax.tree.leaves(final_params(workdir)[0]),
-        jax.tree.leaves(final_params(finished)[0]),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(final_params(workdir)[0], final_params(finished)[0])
+
+
+def after_steps(monkeypatch, count, action):
+    """Call a function once, in the middle of an epoch, after so many training steps."""
+    show_progress, taken = loop.show_progress, itertools.count(1)
+
+    def counting(items, **options):
+        for item in show_progress(items, **options):
+            yield item
+            if next(taken) == count:
+                action()
+
+    monkeypatch.setattr(loop, "show_progress", counting)
+
+
+def test_sigterm_saves_in_the_middle_of_an_epoch(finished, tmp_path, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    arguments = [*SLQ, "--workdir", str(tmp_path / "run")]
+    for count in (4, 16, 16):  # of 11 steps an epoch: in the first, the third and the last one
+        with monkeypatch.context() as patch:
+            after_steps(patch, count, lambda: signal.raise_signal(signal.SIGTERM))
+            with pytest.raises(SystemExit) as stopped:
+                cli.main(arguments)
+        assert stopped.value.code == 143
+        assert "stopped by SIGTERM, all is saved" in capsys.readouterr().out
+        assert signal.getsignal(signal.SIGTERM) is before
+    assert cli.main(arguments) == 0
+    assert "continuing after 3 of its steps and" in capsys.readouterr().out
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_a_run_killed_in_an_epoch_goes_on_from_its_last_save(finished, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill():
+        raise Killed
+
+    arguments = [*SLQ, "--workdir", str(tmp_path / "run")]
+    monkeypatch.setattr(loop, "_SAVE_SECONDS", -1.0)  # after each step
+    with monkeypatch.context() as patch:
+        after_steps(patch, 18, kill)
+        with pytest.raises(Killed):
+            cli.main(arguments)
+    monkeypatch.undo()
+    assert cli.main(arguments) == 0
+    assert_same_run(tmp_path / "run", finished)
+
+
+shows_warnings = pytest.mark.filterwarnings("always:.*cannot be read")
+
+
+@shows_warnings
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    finished, tmp_path, monkeypatch, capsys, damage
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    folders = sorted((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    assert len(folders) == 2
+    files = [path for path in folders[-1].rglob("*") if path.is_file()]
+    for path in files:
+        if damage == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert cli.main([*SLQ, "--workdir", str(workdir)]) == 0
+    captured = capsys.readouterr()
+    assert f"checkpoints/{folders[-1].name}: this checkpoint cannot be read" in captured.err
+    assert "continuing after 3 of its steps" in captured.out
+    assert_same_run(workdir, finished)
+    assert len(list((workdir / "checkpoints.damaged").iterdir())) == 1
+
+
+@shows_warnings
+def test_no_readable_checkpoint_is_said_and_never_overwritten(finished, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    for path in (workdir / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    assert cli.main([*SLQ, "--workdir", str(workdir)]) == 2
+    assert "expected a checkpoint that can be read, got none of 2" in capsys.readouterr().err
+    assert len(list((workdir / "checkpoints.damaged").iterdir())) == 2
 
 
 def test_a_finished_run_reports_again_without_training(finished, capsys):
@@ -331,11 +418,46 @@ def test_diverging_training_stops_and_says_where(tmp_path, capsys):
 def test_checkpoints_round_trip_and_keep_the_type(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.restore({"a": jnp.zeros(3)}) is None
-    checkpoints.save(0, {"a": jnp.arange(3.0), "b": jnp.bool_(True)}, {"done": 1, "events": []})
+    checkpoints.save({"a": jnp.arange(3.0), "b": jnp.bool_(True)}, {"done": 1, "events": []})
     arrays, progress = checkpoints.restore({"a": jnp.zeros(3), "b": jnp.bool_(False)}) or ({}, {})
     checkpoints.close()
     np.testing.assert_array_equal(arrays["a"], np.arange(3.0))
     assert bool(arrays["b"]) and progress == {"done": 1, "events": []}
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    def no_space(*_, **__):
+        raise ValueError(
+            "RESOURCE_EXHAUSTED: Failed to write 8 bytes: No space left on device [28]"
+        )
+
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoints._manager, "save", no_space)
+    message = "could not be written \\(no space left on device\\); those before it are whole"
+    with pytest.raises(OSError, match=message):
+        checkpoints.save({"a": jnp.zeros(3)}, {})
+    checkpoints.close()
+
+
+@pytest.mark.slow
+def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_space(tmp_path):
+    """Half a minute; needs the right to mount a file system in memory."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount")
+    try:
+        command = [sys.executable, "-m", "train", *SLQ, "--workdir", str(disk / "run")]
+        full = subprocess.run(command, capture_output=True, text=True)
+        assert full.returncode == 2
+        (error,) = [line for line in full.stderr.splitlines() if not line.startswith("note: ")]
+        assert error.startswith("error: ") and "space left on device" in error.lower()
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        more = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "continuing after" in more.stdout
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.slow

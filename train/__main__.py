@@ -15,6 +15,7 @@ report: print the reports of finished workdirs.
 import argparse
 import fnmatch
 import sys
+import threading
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -28,12 +29,16 @@ _OVERRIDE = "--config."
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code: 0, or 2 for what the user can mend."""
-    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: _note(message)
     try:
         return _dispatch(arguments)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def _note(message: object) -> None:
+    print(f"note: {message}", file=sys.stderr)
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
@@ -163,4 +168,7 @@ def _report(workdir: Path | None) -> int:
 
 
 if __name__ == "__main__":
+    # What happens in threads, such as TensorBoard's on a full disk, is said in one line too.
+    threading.excepthook = lambda thread: _note(thread.exc_value)
+    sys.unraisablehook = lambda callback: _note(callback.exc_value)
     sys.exit(main(sys.argv[1:]))

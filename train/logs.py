@@ -71,7 +71,7 @@ def say(message: str) -> None:
     sys.stdout.flush()
 
 
-def progress(
+def show_progress(
     items: Iterable[Any], *, title: str, unit: str, size: int, total: int
 ) -> Iterator[Any]:
     """Yield the items; on a terminal with a bar and the time left, else a line now and then.

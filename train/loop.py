@@ -5,6 +5,8 @@ import dataclasses
 import fcntl
 import functools
 import itertools
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from train import config as configs
 from train import data, engine, models, pretrained, summary
 from train.checkpoints import Checkpoints
 from train.config import Config, Fit
-from train.logs import Log, progress, say, write_text
+from train.logs import Log, say, show_progress, write_text
 
 _SAVE_SECONDS = 60  # between checkpoints within a stage; each stage ends in one
 
@@ -63,6 +65,15 @@ class RunState(NamedTuple):
     train: engine.TrainState
     quant: Any  # QuantState, or () without a plan
     reference: Any  # float variables: teacher, and what errors are measured against
+
+
+class Progress(NamedTuple):
+    """How far a run has come."""
+
+    units: int = 0  # done
+    steps: int = 0  # done of the epoch of the next unit
+    loss: float = 0.0  # sums over these steps
+    correct: float = 0.0
 
 
 def prepare(config: Config, workdir: Path) -> Job:
@@ -184,18 +195,58 @@ def run(job: Job) -> dict[str, Any]:
     test_data = engine.Images(jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels))
     # Closing waits for the save that is under way, after an interrupt too.
     with contextlib.closing(Checkpoints(job.workdir / "checkpoints")) as checkpoints:
-        state, done, events = _start(job, functions, checkpoints)
-        log = Log(job.workdir, events, step=done, tensorboard=config.tensorboard)
-        with contextlib.closing(log):
-            worker = _Worker(job, functions, train_data, test_data, log)
-            saved = time.monotonic()
+        state, progress, events = _start(job, functions, checkpoints)
+        log = Log(job.workdir, events, step=progress.units, tensorboard=config.tensorboard)
+        with contextlib.closing(log), _keeper(checkpoints, log) as keeper:
+            worker = _Worker(job, functions, train_data, test_data, log, keeper)
             run_units = enumerate(units(config, job.plan))
-            for number, unit in itertools.islice(run_units, done, None):
-                state = worker.work(number, unit, state)
-                if unit.last or time.monotonic() - saved > _SAVE_SECONDS:
-                    checkpoints.save(number, state, {"done": number + 1, "events": log.events})
-                    saved = time.monotonic()
+            for number, unit in itertools.islice(run_units, progress.units, None):
+                state = worker.work(number, unit, state, progress)
+                progress = Progress(units=number + 1)
+                if unit.last or keeper.due():
+                    keeper.save(state, progress)
     return summary.write(job, state, log.events)
+
+
+@dataclasses.dataclass
+class _Keeper:
+    """Saves the run, and ends it if the process is told to stop."""
+
+    checkpoints: Checkpoints
+    log: Log
+    saved: float = dataclasses.field(default_factory=time.monotonic)
+    stopping: bool = False
+
+    def due(self) -> bool:
+        """Return whether it is time to save."""
+        return self.stopping or time.monotonic() - self.saved > _SAVE_SECONDS
+
+    def save(self, state: RunState, progress: Progress) -> None:
+        """Save, and end the process if it was told to: the exit code says by what, as shells do."""
+        record = {"progress": progress._asdict(), "events": self.log.events}
+        self.checkpoints.save(state, record)
+        self.saved = time.monotonic()
+        if self.stopping:
+            say("stopped by SIGTERM, all is saved: the same command continues")
+            raise SystemExit(128 + signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _keeper(checkpoints: Checkpoints, log: Log) -> Iterator[_Keeper]:
+    """Give a keeper that SIGTERM, by which schedulers take machines away, tells to stop."""
+    keeper = _Keeper(checkpoints, log)
+
+    def stop(*_: Any) -> None:
+        keeper.stopping = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield keeper  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield keeper
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _functions(job: Job) -> engine.Engine:
@@ -220,15 +271,17 @@ def _fresh(job: Job, functions: engine.Engine) -> RunState:
 
 def _start(
     job: Job, functions: engine.Engine, checkpoints: Checkpoints
-) -> tuple[RunState, int, list[dict[str, Any]]]:
-    """Return the state to go on from, the number of units done, and the log so far."""
+) -> tuple[RunState, Progress, list[dict[str, Any]]]:
+    """Return the state to go on from, how far it has come, and the log so far."""
     fresh = _fresh(job, functions)
     restored = checkpoints.restore(fresh)
     if restored is None:
-        return fresh, 0, []
+        return fresh, Progress(), []
     state, record = restored
-    say(f"{job.workdir}: continuing after {record['done']} of its steps")
-    return state, record["done"], record["events"]
+    progress = Progress(**record["progress"])
+    steps = f" and {progress.steps} of the next epoch" if progress.steps else ""
+    say(f"{job.workdir}: continuing after {progress.units} of its steps{steps}")
+    return state, progress, record["events"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,13 +293,14 @@ class _Worker:
     train_data: engine.Images
     test_data: engine.Images
     log: Log
+    keeper: _Keeper
 
-    def work(self, number: int, unit: Unit, state: RunState) -> RunState:
+    def work(self, number: int, unit: Unit, state: RunState, progress: Progress) -> RunState:
         """Do one unit: quantize if a round starts, train an epoch, measure if a stage ends."""
-        if unit.first:
+        if unit.first and not progress.steps:
             state = self._begin_stage(number, unit, state)
         if unit.epochs:
-            state = self._train_epoch(number, unit, state)
+            state = self._train_epoch(number, unit, state, progress)
         if not unit.last:
             return state
         result = self._evaluate(state)
@@ -301,7 +355,9 @@ class _Worker:
         )
         return state
 
-    def _train_epoch(self, number: int, unit: Unit, state: RunState) -> RunState:
+    def _train_epoch(
+        self, number: int, unit: Unit, state: RunState, progress: Progress
+    ) -> RunState:
         config = self.job.config
         stage: Fit = config.fit if unit.round < 0 else config.retrain
         order = engine.epoch_order(
@@ -312,18 +368,17 @@ class _Worker:
         rates = rates[unit.epoch * steps : (unit.epoch + 1) * steps]
         size = self.functions.steps_per_call
         title = "float" if unit.round < 0 else f"round {unit.round + 1}"
-        train, quant, sums = state.train, state.quant, []
-        starts = progress(
-            range(0, steps, size),
+        starts = show_progress(
+            range(progress.steps, steps, size),
             title=f"{title}, epoch {unit.epoch + 1}/{unit.epochs}",
             unit="img",
             size=size * config.batch_size,
-            total=-(-steps // size),
+            total=-(-(steps - progress.steps) // size),
         )
         for start in starts:
             train, quant, metrics = self.functions.train(
-                train,
-                quant,
+                state.train,
+                state.quant,
                 state.reference,
                 self.train_data,
                 order[start : start + size],
@@ -333,13 +388,21 @@ class _Worker:
                 distill=unit.round >= 0 and config.retrain.has_teacher,
                 move_centroids=unit.round >= 0 and config.retrain.centroid_rate > 0,
             )
-            sums.append(jax.block_until_ready(metrics))
-        loss = sum(float(x["loss"]) for x in sums) / steps
-        correct = sum(float(x["correct"]) for x in sums) / (steps * config.batch_size)
+            state = state._replace(train=train, quant=quant)
+            progress = Progress(
+                units=number,
+                steps=min(start + size, steps),
+                loss=progress.loss + float(metrics["loss"]),
+                correct=progress.correct + float(metrics["correct"]),
+            )
+            if progress.steps < steps and self.keeper.due():
+                self.keeper.save(state, progress)
+        loss = progress.loss / steps
+        correct = progress.correct / (steps * config.batch_size)
         if not loss < float("inf"):
             raise FloatingPointError(f"{title}, epoch {unit.epoch + 1}: training diverged")
         self.log.add("epoch", number, round=unit.round + 1, loss=loss, train_accuracy=correct)
-        return state._replace(train=train, quant=quant)
+        return state
 
     def _evaluate(self, state: RunState) -> dict[str, float]:
         return self.functions.evaluate(state.train.params, state.train.batch_stats, self.test_data)
