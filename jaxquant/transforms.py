@@ -191,7 +191,7 @@ def incremental(
 
     def update(
         updates: optax.Updates,
-        state: optax.OptState,
+        state: Any,
         params: optax.Params | None = None,
         *,
         sensitivity: Any = None,
@@ -232,7 +232,8 @@ def incremental(
         change, quant, inner = jax.lax.cond(
             is_start, start_round, train, updates, params, quant, inner, sensitivity
         )
-        return change, IncrementalState(optax.safe_increment(step), quant, inner)
+        after: Any = optax.safe_increment(step)
+        return change, IncrementalState(after, quant, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
