@@ -36,6 +36,9 @@ def get_configs() -> dict[str, Config]:
         "authors_start": vary(base, quantize=dict(init="power_of_two", iterations=10, zero=True)),
         "all_at_once": vary(base, quantize=dict(rounds=(5,)), retrain=dict(epochs=(4,))),
         "fisher": vary(base, quantize=dict(sensitivity="fisher")),
+        "features_100": vary(
+            base, retrain=dict(distill_weight=1.0, temperature=16.0, feature_weight=100.0)
+        ),
         "rate_0.002": vary(base, retrain=dict(learning_rate=0.002)),
         "rate_0.05": vary(base, retrain=dict(learning_rate=0.05)),
     }

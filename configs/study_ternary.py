@@ -60,7 +60,6 @@ def get_configs() -> dict[str, Config]:
         ),
         "features_10": vary(soft_t16, retrain=dict(feature_weight=10.0)),
         "features_100": vary(soft_t16, retrain=dict(feature_weight=100.0)),
-        "features_400": vary(soft_t16, retrain=dict(feature_weight=400.0)),
         "decay_0": vary(base, retrain=dict(weight_decay=0.0)),
         "decay_0.0005": vary(base, retrain=dict(weight_decay=5e-4)),
         "channels": vary(base, quantize=dict(rules=(LayerRule(".*kernel", axis=-1),))),

@@ -87,7 +87,7 @@ class Checkpoints:
             stacklevel=2,
         )
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Wait for saves that are under way.
 
         Raises:
@@ -95,7 +95,11 @@ class Checkpoints:
         """
         with self._writing():
             self._manager.wait_until_finished()
-            self._manager.close()
+
+    def close(self) -> None:
+        """Wait for saves that are under way, as `wait` does, and end."""
+        self.wait()
+        self._manager.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -227,6 +227,7 @@ class _Keeper:
         self.checkpoints.save(state, record)
         self.saved = time.monotonic()
         if self.stopping:
+            self.checkpoints.wait()
             say("stopped by SIGTERM, all is saved: the same command continues")
             raise SystemExit(128 + signal.SIGTERM)
 
