@@ -36,6 +36,7 @@ def get_configs() -> dict[str, Config]:
         "authors_start": vary(base, quantize=dict(init="power_of_two", iterations=10, zero=True)),
         "all_at_once": vary(base, quantize=dict(rounds=(5,)), retrain=dict(epochs=(4,))),
         "fisher": vary(base, quantize=dict(sensitivity="fisher")),
+        "soft_t16": vary(base, retrain=dict(distill_weight=1.0, temperature=16.0)),
         "features_100": vary(
             base, retrain=dict(distill_weight=1.0, temperature=16.0, feature_weight=100.0)
         ),
