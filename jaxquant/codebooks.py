@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.histogram import Histogram, to_value
+from jaxquant.meshes import is_explicit
 
 _COMPARES = 32  # a longer reduction XLA splits in two on CPU, and writes the compares to memory
 
@@ -84,9 +85,8 @@ def reconstruct(codes: jax.Array, centroids: jax.Array) -> jax.Array:
 
 def _look_up(table: jax.Array, index: jax.Array, **options: Any) -> jax.Array:
     """Return `table[index]`, sharded as the index: JAX asks where axes are explicit."""
-    sharding = jax.typeof(index).sharding
-    is_sharded = any(axes is not None for axes in sharding.spec)
-    return table.at[index].get(out_sharding=sharding if is_sharded else None, **options)
+    sharding = jax.typeof(index).sharding if is_explicit(index) else None
+    return table.at[index].get(out_sharding=sharding, **options)
 
 
 def start_linear(histogram: Histogram, k: int) -> jax.Array:

@@ -20,20 +20,18 @@ def with_auto_axes(function: Callable[..., Any], args: tuple[Any, ...], *, like:
       like: tree of arrays that is a prefix of the result, whose shardings the result gets; None
         stands for arrays that all devices hold.
     """
-    meshes = [_explicit_mesh(leaf) for leaf in jax.tree.leaves(args)]
-    mesh = next((mesh for mesh in meshes if mesh is not None), None)
-    if mesh is None:
+    sharded = next((leaf for leaf in jax.tree.leaves(args) if is_explicit(leaf)), None)
+    if sharded is None:
         return function(*args)
     specs = jax.tree.map(
         lambda x: PartitionSpec() if x is None else jax.typeof(x).sharding.spec,
         like,
         is_leaf=lambda x: x is None,
     )
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(jax.typeof(sharded).sharding.mesh):
         return jax.sharding.auto_axes(function, out_sharding=specs)(*args)
 
 
-def _explicit_mesh(x: jax.Array) -> Any:
-    """Return the mesh that an array is spread over by its type, or None."""
-    sharding = jax.typeof(x).sharding
-    return sharding.mesh if any(axes is not None for axes in sharding.spec) else None
+def is_explicit(x: jax.Array) -> bool:
+    """Return whether an array is spread over explicit axes: its type says so."""
+    return any(axes is not None for axes in jax.typeof(x).sharding.spec)
