@@ -1,6 +1,7 @@
 """Plans: tables of cumulative shares, rounds by layer groups, for SLQ and MLQ."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxquant.partition import PARTITIONS
 from jaxquant.selection import Layer, LayerRule, Selection, select
 
 ORDERS = ("boundaries_first", "boundaries_together", "layer_by_layer", "network")
+EQUALS = ("layers", "weights")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,6 +138,7 @@ def mlq(
     params: Any,
     *,
     groups: int = 3,
+    equal: str = "layers",
     order: str = "boundaries_first",
     reverse: bool = False,
     rounds: Sequence[float] = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0),
@@ -159,9 +162,11 @@ def mlq(
 
     Args:
       params: tree of arrays, or of shape and dtype structs; only shapes are read.
-      groups: number of layer groups, contiguous in depth (natural order of the paths) and of
-        equal numbers of layers; layers stacked along axis 0 spread over the groups by slice; a
-        rule's `group` says otherwise.
+      groups: number of layer groups, contiguous in depth (natural order of the paths); layers
+        stacked along axis 0 spread over the groups by slice; a rule's `group` says otherwise.
+      equal: what the groups have equal numbers of, "layers" or "weights". Networks that widen
+        with depth keep most of their weights in few layers; by weights these are not all frozen
+        at once. A layer too large for one group takes the place of several: fewer groups.
       order: see above.
       reverse: from output to input.
       rounds: for "network" only.
@@ -184,15 +189,17 @@ def mlq(
         raise ValueError(f"expected order to be one of {ORDERS}, got {order!r}")
     if not isinstance(groups, int) or groups < 1:
         raise ValueError(f"expected groups to be at least 1, got {groups!r}")
+    if equal not in EQUALS:
+        raise ValueError(f"expected equal to be one of {EQUALS}, got {equal!r}")
     k = num_centroids(bits)
     network = order == "network"
     selection = select(params, rules, k=k)
-    selection = _assign_groups(selection, 1 if network else groups, spread=not network)
-    columns = 1 + max((max(layer.groups or (0,)) for layer in selection.selected), default=0)
+    selection = _assign_groups(selection, 1 if network else groups, spread=not network, equal=equal)
     if network:
         table = tuple((float(share),) for share in rounds)
     else:
-        table = _incremental_table(columns, (k - 1) / k, order, reverse)
+        used = {group for layer in selection.selected for group in layer.groups or ()}
+        table = _incremental_table(sorted(used or {0}), (k - 1) / k, order, reverse)
     plan = Plan(
         selection=selection,
         method="mlq",
@@ -216,17 +223,18 @@ def _without_idle_rounds(shares: list[float], ks: set[int]) -> tuple[tuple[float
 
 
 def _incremental_table(
-    groups: int, boundary: float, order: str, reverse: bool
+    groups: list[int], boundary: float, order: str, reverse: bool
 ) -> tuple[tuple[float, ...], ...]:
-    """Return the rows that raise the groups to the boundary share and then to one."""
-    depth = list(reversed(range(groups))) if reverse else list(range(groups))
+    """Return the rows that raise these groups to the boundary share and then to one."""
+    depth = list(reversed(groups)) if reverse else groups
     each, together = [[group] for group in depth], [depth]
     steps = {
         "boundaries_first": [(g, boundary) for g in each] + [(g, 1.0) for g in each],
         "boundaries_together": [(g, boundary) for g in together] + [(g, 1.0) for g in each],
         "layer_by_layer": [(g, share) for g in each for share in (boundary, 1.0)],
     }[order]
-    shares, rows = [0.0] * groups, []
+    unused = set(range(groups[-1])) - set(groups)  # nothing waits for them: no rows
+    shares, rows = [float(group in unused) for group in range(groups[-1] + 1)], []
     for raised, share in steps:
         for group in raised:
             shares[group] = share
@@ -234,7 +242,9 @@ def _incremental_table(
     return tuple(rows)
 
 
-def _assign_groups(selection: Selection, groups: int, *, spread: bool) -> Selection:
+def _assign_groups(
+    selection: Selection, groups: int, *, spread: bool, equal: str = "layers"
+) -> Selection:
     """Give every selected layer without a group one by depth; without `spread`, all are 0."""
     layers = selection.by_depth()
     positions = max((layer.slices for layer in layers if layer.axis == 0), default=1)
@@ -243,9 +253,10 @@ def _assign_groups(selection: Selection, groups: int, *, spread: bool) -> Select
         raise ValueError(
             f"expected at most as many groups as layers, {len(layers)}, got groups={groups}"
         )
+    by_depth = _groups_by_depth(layers, groups, equal)
     resolved = {
-        layer.path: _groups_of(layer, index, len(layers), groups) if spread else (0,) * layer.slices
-        for index, layer in enumerate(layers)
+        layer.path: _groups_of(layer, group, groups) if spread else (0,) * layer.slices
+        for layer, group in zip(layers, by_depth, strict=True)
     }
 
     def resolve(layer: Layer) -> Layer:
@@ -256,8 +267,17 @@ def _assign_groups(selection: Selection, groups: int, *, spread: bool) -> Select
     return Selection(tuple(resolve(layer) for layer in selection.layers))
 
 
-def _groups_of(layer: Layer, index: int, depth: int, groups: int) -> tuple[int, ...]:
+def _groups_by_depth(layers: Sequence[Layer], groups: int, equal: str) -> list[int]:
+    """Return the group of each layer; by weights, that in which the middle of its weights lies."""
+    if equal == "layers":
+        return [index * groups // len(layers) for index in range(len(layers))]
+    sizes = np.array([math.prod(layer.shape) for layer in layers])
+    middles = np.cumsum(sizes) - sizes / 2
+    return [int(middle * groups // sizes.sum()) for middle in middles]
+
+
+def _groups_of(layer: Layer, group: int, groups: int) -> tuple[int, ...]:
     """Slices of layers stacked along axis 0 lie at depths of their own; else the path decides."""
     if layer.axis == 0 and layer.slices > 1:
         return tuple(i * groups // layer.slices for i in range(layer.slices))
-    return (index * groups // depth,) * layer.slices
+    return (group,) * layer.slices

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxquant as jq
-from jaxquant.schedules import ORDERS, validate_plan
+from jaxquant.schedules import EQUALS, ORDERS, validate_plan
 
 DEEP = {f"layer_{i}": jax.ShapeDtypeStruct((8, 8), jnp.float32) for i in range(12)}
 THREE = {name: DEEP[name] for name in ("layer_0", "layer_1", "layer_2")}
@@ -63,15 +63,17 @@ def test_groups_are_contiguous_in_natural_depth():
     count=st.integers(1, 12),
     reverse=st.booleans(),
     layers=st.integers(1, 12),
+    equal=st.sampled_from(EQUALS),
 )
-def test_every_plan_keeps_its_invariants(order, bits, count, reverse, layers):
+def test_every_plan_keeps_its_invariants(order, bits, count, reverse, layers, equal):
     params = {name: DEEP[name] for name in list(DEEP)[:layers]}
-    plan = jq.mlq(params, groups=min(count, layers), order=order, reverse=reverse, bits=bits)
+    count = min(count, layers)
+    plan = jq.mlq(params, groups=count, equal=equal, order=order, reverse=reverse, bits=bits)
     validate_plan(plan)
     assert (np.diff(plan.schedule, axis=0) >= 0).all() and (plan.schedule[-1] == 1).all()
-    used = {g for layer in plan.selection.selected for g in layer.groups}
-    assert used == set(range(plan.schedule.shape[1]))
-    grows = np.diff(np.pad(plan.schedule, ((1, 0), (0, 0))), axis=0) > 0
+    used = sorted({g for layer in plan.selection.selected for g in layer.groups})
+    assert equal == "weights" or used == list(range(plan.schedule.shape[1]))
+    grows = np.diff(np.pad(plan.schedule[:, used], ((1, 0), (0, 0))), axis=0) > 0
     assert grows.any(axis=1).all()  # no idle round
 
 
@@ -94,6 +96,32 @@ def test_groups_of_the_rules_win_and_need_no_more():
     assert groups(plan) == {"layer_0": (1,), "layer_1": (0,)} and plan.schedule.shape == (4, 2)
     mixed = jq.mlq(THREE, rules=[*rules, jq.LayerRule(".*")], groups=3)
     assert groups(mixed)["layer_2"] == (2,)
+
+
+def test_groups_of_equal_weights_split_the_wide_layers():
+    widths = [16] * 6 + [64] * 3  # 256 weights each, then 4096: an eighth of a group, then three
+    params = {f"layer_{i}": jax.ShapeDtypeStruct((n, n), jnp.float32) for i, n in enumerate(widths)}
+    plan = jq.mlq(params, groups=3, equal="weights")
+    assert [g for (g,) in groups(plan).values()] == [0] * 6 + [0, 1, 2]
+    by_layers = jq.mlq(params, groups=3)
+    assert [g for (g,) in groups(by_layers).values()] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_a_layer_that_fills_several_groups_leaves_no_idle_round():
+    params = {
+        name: jax.ShapeDtypeStruct((n, 8), jnp.float32)
+        for name, n in zip("abc", (8, 80, 8), strict=True)
+    }
+    plan = jq.mlq(params, groups=3, equal="weights", order="layer_by_layer")
+    assert groups(plan) == {"a": (0,), "b": (1,), "c": (2,)}
+    plan = jq.mlq({"a": params["a"], "b": params["b"]}, groups=2, equal="weights")
+    assert groups(plan) == {"a": (0,), "b": (1,)}
+    first = {"a": params["b"], "b": params["c"], "c": params["a"]}  # "a" fills both first groups
+    plan = jq.mlq(first, groups=3, equal="weights")
+    assert groups(plan) == {"a": (1,), "b": (2,), "c": (2,)}
+    np.testing.assert_allclose(
+        plan.schedule, [[1, 2 / 3, 0], [1, 2 / 3, 2 / 3], [1, 1, 2 / 3], [1, 1, 1]], rtol=1e-6
+    )
 
 
 def test_slq_has_one_group_whatever_the_rules_say():
@@ -123,6 +151,7 @@ def test_options_of_the_clustering_are_kept():
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
+        (jq.mlq, {"equal": "bytes"}, "expected equal to be one of .* got 'bytes'"),
         (jq.slq, {"rounds": ()}, r"expected rounds that grow from 1, got \(\)"),
         (jq.slq, {"rounds": (5, 5, 17)}, "expected rounds that grow from 1"),
         (jq.slq, {"rounds": (0, 17)}, "expected rounds that grow from 1"),

@@ -50,6 +50,7 @@ class Quantize:
     bits: int = 5
     rounds: tuple[int, ...] = (5, 9, 13, 15, 17)  # slq: clusters frozen after each round
     groups: int = 3  # mlq
+    equal: str = "layers"  # mlq: layers or weights, of which groups have equal numbers
     order: str = "boundaries_first"  # mlq
     reverse: bool = False  # mlq
     shares: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)  # mlq, order network

@@ -173,7 +173,13 @@ def make_plan(config: Config, params: Any) -> jq.Plan | None:
     if q.method == "slq":
         return jq.slq(params, rounds=q.rounds, **clustering)
     return jq.mlq(
-        params, groups=q.groups, order=q.order, reverse=q.reverse, rounds=q.shares, **clustering
+        params,
+        groups=q.groups,
+        equal=q.equal,
+        order=q.order,
+        reverse=q.reverse,
+        rounds=q.shares,
+        **clustering,
     )
 
 
