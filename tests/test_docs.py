@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxquant as jq
 from train import summary
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +41,7 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
         "module": nn.Dense(24, use_bias=False),
         "jnp": jnp,
     }
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    blocks = _blocks(README.read_text())
     for block in blocks:
         if "intercept_linen" in block:  # of a network that is this layer alone
             names["packed"] = names["packed"]["dense"]
@@ -50,6 +51,60 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "model.safetensors").is_file()
     expected = names["images"] @ names["params"]["dense"]["kernel"]
     np.testing.assert_allclose(names["logits"], expected, rtol=1e-4)
+
+
+SELECTED = {
+    "Linen": ["Dense_0/kernel", "Dense_1/kernel"],
+    "NNX": ["hidden/kernel/value", "out/kernel/value"],
+    "Equinox": ["layers/0/weight", "layers/1/weight"],
+    "Haiku and other dictionaries": ["mlp/~/linear_0/w", "mlp/~/linear_1/w"],
+    "Tuples and lists": ["0/0", "1/0"],
+    "Tied weights": ["code"],
+    "Stacked layers": ["Dense_0/kernel"],
+    "A decoder-only transformer": [
+        *(f"blocks/attention/{name}/kernel" for name in ("key", "out", "query", "value")),
+        "blocks/down/kernel",
+        "blocks/up/kernel",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def trees():
+    """Return the sections of docs/trees.md by title, and the names that the first one defines."""
+    first, *sections = (ROOT / "docs" / "trees.md").read_text().split("\n## ")
+    names: dict = {}
+    exec("".join(_blocks(first)), names)
+    return {text.partition("\n")[0]: "".join(_blocks(text)) for text in sections}, names
+
+
+def test_there_is_an_example_for_each_make_of_tree(trees):
+    assert list(trees[0]) == list(SELECTED)
+
+
+@pytest.mark.default_promotion
+@pytest.mark.parametrize("title", SELECTED)
+def test_trees_of_every_make_are_trained_and_quantized(title, trees):
+    sections, names = trees
+    exec(sections[title], names)
+    plan, params, state = names["plan"], names["params"], names["state"]
+    assert [layer.path for layer in plan.selection.selected] == SELECTED[title]
+    assert int(state.round) == plan.num_rounds
+    assert jax.tree.structure(params) == jax.tree.structure(state.frozen)
+    assert all(map(bool, jax.tree.leaves(jq.is_on_codebook(params, state))))
+    leaves = dict(
+        zip((x.path for x in plan.selection.layers), jax.tree.leaves(params), strict=True)
+    )
+    for layer in plan.selection.layers:
+        values = np.unique(np.asarray(leaves[layer.path]))
+        if layer.reason is None:
+            assert len(values) <= layer.k * layer.slices, layer.path
+        else:
+            assert len(values) > 3, layer.path  # left alone, and trained
+
+
+def _blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def test_published_tables_are_those_of_the_published_reports():
