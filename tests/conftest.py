@@ -47,3 +47,22 @@ def strict_promotion(request):
         return
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory):
+    """Compiled programs of experiments, for all workers of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
+
+
+@pytest.fixture(scope="module")
+def compilation_cache(cache_folder):
+    """Runs of the same experiment share their compiled programs."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    old = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], str(cache_folder))
+    jax.config.update(names[1], 0.0)
+    yield
+    for name, value in old.items():
+        jax.config.update(name, value)

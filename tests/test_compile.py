@@ -13,11 +13,15 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.experimental import topologies
 
 import jaxquant as jq
 from jaxquant.packing import packed_rows
+from train import engine, loop, models, program
+from train.config import Config, Data, Fit, Quantize
+from train.layout import Layout
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,8 +46,8 @@ runtime_version { major: 12 minor: 8 } dnn_version_info { major: 9 minor: 7 }
 """
 
 
-def absent(target):
-    """Return a mesh of one device of the target."""
+def absent(target, count=1):
+    """Return a mesh of so many devices of the target; there is but one GPU."""
     if target == "tpu":
         if importlib.util.find_spec("libtpu") is None:
             pytest.skip('needs pip install "jax[tpu]"')
@@ -54,7 +58,7 @@ def absent(target):
         topology = topologies.get_topology_desc(
             platform="cuda", topology_name="", topology="1x1x1", target_config=HOPPER
         )
-    return jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
+    return jax.sharding.Mesh(np.array(topology.devices[:count]), ("data",))
 
 
 @pytest.fixture(params=["tpu", "cuda"])
@@ -88,3 +92,71 @@ def test_the_product_compiles_and_never_holds_the_weight(mesh, k, per_column, dt
     compiled = jax.jit(jq.matmul).lower(x, packed).compile()
     assert "custom-call" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < rows * columns
+
+
+def compiled_text(function, layout, *args):
+    """Compile for arguments that lie as weights do; return the program."""
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.of(x.shape)), args
+    )
+    return jax.jit(function).lower(*placed).compile().as_text()
+
+
+SHAPES = {
+    "dense": jax.ShapeDtypeStruct((512, 2048), "float32"),
+    "conv": jax.ShapeDtypeStruct((3, 3, 64, 128), "bfloat16"),
+    "stack": jax.ShapeDtypeStruct((4, 128, 128), "float32"),
+    "bias": jax.ShapeDtypeStruct((2048,), "float32"),
+}
+RULES = [jq.LayerRule("stack", axis=0), jq.LayerRule(".*")]
+PLAN = jq.mlq(SHAPES, groups=2, rules=RULES)
+
+
+@pytest.mark.parametrize("target", ["tpu", "cuda"])
+@pytest.mark.parametrize("job", ["quantize_round", "incremental"])
+def test_rounds_compile_for_split_weights_and_never_gather_them(target, job):
+    layout = Layout(absent(target, 4), fsdp=True)
+    if job == "quantize_round":
+        state = jax.eval_shape(lambda p: jq.init(PLAN, p), SHAPES)
+        text = compiled_text(lambda p, s: jq.quantize_round(PLAN, p, s), layout, SHAPES, state)
+    else:
+        tx = jq.incremental(optax.adamw(1e-3), PLAN, 10)
+        state = jax.eval_shape(tx.init, SHAPES)
+        text = compiled_text(tx.update, layout, SHAPES, state, SHAPES)
+    assert (layout.size > 1) == ("all-reduce" in text)
+    gathered = [line for line in text.splitlines() if " all-gather(" in line]
+    assert not [line for line in gathered if any(x in line for x in ("512,2048", "64,128]"))]
+
+
+@pytest.mark.parametrize("target", ["tpu", "cuda"])
+def test_one_program_compiles(target):
+    layout = Layout(absent(target, 4), fsdp=True)
+    config = Config(
+        data=Data(name="digits"),
+        quantize=Quantize(method="mlq", bits=2, groups=2, recalibrate_batches=2),
+        retrain=Fit(epochs=(1,), distill_weight=0.5, feature_weight=1.0),
+        batch_size=128,
+    )
+    job = loop.check(config)
+    batch_model = models.build(config.model, num_classes=10, bn_momentum=0.0)
+    parts = engine.build(config, job.dataset, job.model, batch_model, layout).parts
+    quant = jax.eval_shape(lambda p: jq.init(job.plan, p), job.shapes["params"])
+    number = jax.ShapeDtypeStruct((), "float32")
+    state = jax.eval_shape(parts.start, job.shapes, quant, number, number)
+    steps = program.make_steps(
+        [
+            program.Epoch(r, True, True, np.zeros((11, 128), int), np.zeros(11, np.float32), key)
+            for r, key in enumerate(np.zeros((4, 2), np.uint32))
+        ]
+    )
+    data = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+        (
+            engine.Images(job.dataset.train_images, job.dataset.train_labels),
+            engine.Images(np.zeros((4, 100, 8, 8, 1), np.uint8), np.zeros((4, 100), np.int32)),
+            np.zeros((4, 3, 2), np.uint32),
+        ),
+    )
+    run = program.build(config, job.plan, parts)
+    text = compiled_text(run, layout, state, quant, job.shapes, *data, number, number, steps)
+    assert " while(" in text and " conditional(" in text

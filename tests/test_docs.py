@@ -103,6 +103,31 @@ def test_trees_of_every_make_are_trained_and_quantized(title, trees):
             assert len(values) > 3, layer.path  # left alone, and trained
 
 
+@pytest.mark.default_promotion
+def test_a_training_job_changes_three_lines_and_moves_to_another_mesh():
+    text = (ROOT / "docs" / "scale.md").read_text()
+    names: dict = {}
+    job, restored = _blocks(text)
+    assert [line.split("  # +")[0] for line in job.splitlines() if line.endswith("# +")] == [
+        "import jaxquant as jq",
+        "plan = jq.slq(params, bits=5)",
+        "tx = jq.incremental(tx, plan, steps_per_round=10)",
+    ]
+    exec(job, names)
+    frozen = jq.quant_state(names["opt_state"]).frozen
+    for name, parts in (("up", (64, 128)), ("down", (128, 64))):
+        for array in (frozen[name], names["params"][name], names["opt_state"].inner[1][0].mu[name]):
+            assert {shard.data.shape for shard in array.addressable_shards} == {parts}
+            assert len(array.sharding.device_set) == 8
+    assert int(jq.quant_state(names["opt_state"]).round) == 3
+    exec(restored, names)
+    assert int(names["state"].round) == names["plan"].num_rounds == 5
+    for name in ("up", "down"):
+        assert len(names["params"][name].sharding.device_set) == 2
+        assert len(np.unique(names["params"][name])) <= 17
+    assert names["train_step"]._cache_size() == 2  # one program for each mesh
+
+
 def _blocks(text):
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import jaxquant as jq
-from train import engine
+from train import engine, layout
 from train.config import Config, Fit, Quantize
 from train.data import Dataset
 
@@ -38,10 +38,16 @@ def make_dataset(size=40, pad=0, flip=False):
 
 
 def make_engine(config, dataset):
-    functions = engine.build(config, dataset, Tiny(), Tiny(momentum=0.0))
+    functions = engine.build(config, dataset, Tiny(), Tiny(momentum=0.0), layout.make(config))
     variables = Tiny().init(jax.random.key(0), jnp.zeros((1, 4, 4, 2)), train=False)
-    images = engine.Images(jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels))
-    return functions, variables, images
+    return functions, variables, engine.Images(dataset.train_images, dataset.train_labels)
+
+
+KEY = engine.key_data(jax.random.key(3))
+
+
+def begin(functions, variables, quant=(), *, momentum=0.9, weight_decay=0.0):
+    return functions.start(variables, quant, np.float32(momentum), np.float32(weight_decay))
 
 
 def normalized(dataset, images):
@@ -116,15 +122,14 @@ def quant_state(params, frozen=None, codebooks=None, frozen_centroids=None):
 
 def train(functions, state, images, variables, quant, *, steps, distill=False, move=False):
     order = engine.epoch_order(jax.random.key(2), 40, 10)[:steps]
-    rates = jnp.full(steps, 0.1)
+    rates = np.full(steps, 0.1, np.float32)
     return functions.train(
         jax.tree.map(jnp.copy, state),
         quant,
         variables,
-        images,
-        order,
-        jnp.int32(0),
-        jax.random.key(3),
+        functions.parts.layout.feed(images, order),
+        np.int32(0),
+        KEY,
         rates,
         distill=distill,
         move_centroids=move,
@@ -135,7 +140,7 @@ def train(functions, state, images, variables, quant, *, steps, distill=False, m
 def test_steps_in_one_call_equal_steps_one_by_one(size):
     config = Config(steps_per_call=size)
     functions, variables, images = make_engine(config, make_dataset(pad=1))
-    start = engine.set_stage(functions.start(variables, ()), Fit(momentum=0.9, weight_decay=0.1))
+    start = begin(functions, variables, weight_decay=0.1)
     together, _, sums = train(functions, start, images, variables, (), steps=4)
     order = engine.epoch_order(jax.random.key(2), 40, 10)
     state, total = jax.tree.map(jnp.copy, start), 0.0
@@ -144,11 +149,10 @@ def test_steps_in_one_call_equal_steps_one_by_one(size):
             state,
             (),
             variables,
-            images,
-            order[i : i + 1],
-            jnp.int32(i),
-            jax.random.key(3),
-            jnp.full(1, 0.1),
+            functions.parts.layout.feed(images, order[i : i + 1]),
+            np.int32(i),
+            KEY,
+            np.full(1, 0.1, np.float32),
             distill=False,
             move_centroids=False,
         )
@@ -162,7 +166,7 @@ def test_a_step_is_sgd_with_momentum_and_decay_on_the_free_weights():
     config = Config(steps_per_call=1)
     dataset = make_dataset()
     functions, variables, images = make_engine(config, dataset)
-    start = engine.set_stage(functions.start(variables, ()), Fit(momentum=0.9, weight_decay=0.5))
+    start = begin(functions, variables, weight_decay=0.5)
     params = variables["params"]
     frozen = jax.tree.map(lambda p: jnp.zeros(p.shape, bool), params)
     frozen["dense"]["kernel"] = frozen["dense"]["kernel"].at[0].set(True)
@@ -194,9 +198,7 @@ def test_centroids_take_the_step_of_all_their_members_and_stay_shared(steps):
     params = variables["params"]
     plan = jq.slq(params, bits=2, rounds=(2, 3))
     params, quant, _ = jq.quantize_round(plan, params, jq.init(plan, params))
-    start = engine.set_stage(
-        functions.start({**variables, "params": params}, quant), Fit(weight_decay=0.0)
-    )
+    start = begin(functions, {**variables, "params": params}, quant)
     state, moved, _ = train(functions, start, images, variables, quant, steps=steps, move=True)
     kernel, before = state.params["dense"]["kernel"], params["dense"]["kernel"]
     mask = np.asarray(quant.frozen["dense"]["kernel"])
@@ -230,7 +232,7 @@ def test_centroids_take_the_step_of_all_their_members_and_stay_shared(steps):
 def test_distillation_at_weight_one_moves_a_network_towards_its_teacher():
     config = Config(retrain=Fit(distill_weight=1.0), steps_per_call=1)
     functions, variables, images = make_engine(config, make_dataset())
-    start = engine.set_stage(functions.start(variables, ()), Fit(weight_decay=0.0))
+    start = begin(functions, variables)
     x = normalized(make_dataset(), make_dataset().train_images).astype(np.float32)
     # A teacher with statistics of the training batch's kind: its own logits as a fixed point.
     teacher = jax.tree.map(lambda p: 2.0 * p, variables["params"])
@@ -256,7 +258,7 @@ def test_features_at_a_distance_are_pulled_towards_those_of_the_teacher():
         steps_per_call=1,
     )
     functions, variables, images = make_engine(config, make_dataset())
-    start = engine.set_stage(functions.start(variables, ()), Fit(weight_decay=0.0))
+    start = begin(functions, variables)
     teacher = jax.tree.map(jnp.copy, variables)
     teacher["batch_stats"] = functions.recalibrate(
         teacher["params"], teacher["batch_stats"], images, jax.random.key(0)

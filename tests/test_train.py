@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 import shutil
 import signal
@@ -32,21 +33,12 @@ SHORT = [
 SLQ = ["--config", "configs/digits_slq.py", *SHORT]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compilation_cache(tmp_path_factory):
-    """Runs of the same experiment share their compiled programs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    old = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("cache")))
-    jax.config.update(names[1], 0.0)
-    yield
-    for name, value in old.items():
-        jax.config.update(name, value)
+pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 
-def final_params(workdir):
+def final_params(workdir, *more):
     """Return what the latest checkpoint of a SHORT run holds: arrays and progress."""
-    overrides = [a.removeprefix("--config.") for a in SHORT]
+    overrides = [a.removeprefix("--config.") for a in (*SHORT, *more)]
     job = loop.check(configs.load("configs/digits_slq.py", overrides)["digits_slq"])
     checkpoints = Checkpoints(workdir / "checkpoints")
     restored = checkpoints.restore(loop._fresh(job, loop._functions(job)))
@@ -226,8 +218,7 @@ def test_a_run_killed_in_an_epoch_goes_on_from_its_last_save(finished, tmp_path,
     def kill():
         raise Killed
 
-    arguments = [*SLQ, "--workdir", str(tmp_path / "run")]
-    monkeypatch.setattr(loop, "_SAVE_SECONDS", -1.0)  # after each step
+    arguments = [*SLQ, "--workdir", str(tmp_path / "run"), "--config.save_seconds=0"]
     with monkeypatch.context() as patch:
         after_steps(patch, 18, kill)
         with pytest.raises(Killed):
@@ -235,6 +226,35 @@ def test_a_run_killed_in_an_epoch_goes_on_from_its_last_save(finished, tmp_path,
     monkeypatch.undo()
     assert cli.main(arguments) == 0
     assert_same_run(tmp_path / "run", finished)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_ends_with_the_same_bits(tmp_path, cache_folder):
+    """Five minutes; in checkpoint writes too, of which there is one a step."""
+    rng = random.Random(0)
+    command = [sys.executable, "-m", "train", *SLQ, "--config.fit.epochs=40", "--workdir"]
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(cache_folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
+    subprocess.run([*command, str(whole)], check=True, env=environment)
+    often = [*command, str(killed), "--config.save_seconds=0"]
+    for kill in range(20):
+        process = subprocess.Popen(often, env=environment, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.readline()  # "== digits_slq ...": it has begun
+        time.sleep(rng.uniform(0, 4))
+        assert process.poll() is None, f"finished before kill {kill + 1}"
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    subprocess.run(often, check=True, env=environment)
+    for name in ("report.json", "metrics.jsonl", "model.safetensors"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    chex.assert_trees_all_equal(
+        *(final_params(x, "--config.fit.epochs=40")[0] for x in (killed, whole))
+    )
 
 
 shows_warnings = pytest.mark.filterwarnings("always:.*cannot be read")
@@ -458,26 +478,3 @@ def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_space(t
         assert "continuing after" in more.stdout
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
-    """A minute or two; kills the process, in checkpoint writes too, until a run gets through."""
-    rng = random.Random(0)
-    command = [sys.executable, "-m", "train", *SLQ, "--config.fit.epochs=40", "--workdir"]
-    whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
-    subprocess.run([*command, str(whole)], check=True)
-    kills = 0
-    while True:
-        process = subprocess.Popen([*command, str(killed)])
-        try:
-            assert process.wait(rng.uniform(6, 6 + 2 * (kills + 1))) == 0
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-            time.sleep(0.2)
-    assert kills >= 2
-    for name in ("report.json", "metrics.jsonl"):
-        assert (killed / name).read_text() == (whole / name).read_text()

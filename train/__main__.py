@@ -6,6 +6,11 @@ one table, summary.md; --only runs those whose names match. What is finished is 
 the same command in a second process (with a GPU or a processor core of its own) takes what no other
 process is at.
 
+--distributed runs the same command in several processes, of one machine or many that share the
+workdir's file system, as one: --config.mesh.devices=0 splits batches over all their devices. On
+TPU pods, Slurm and Kubernetes the flag is enough; elsewhere each process says where the first one
+is, how many there are, and which it is: --distributed=HOST:PORT,PROCESSES,INDEX.
+
 eval: accuracy of --config.init=FILE, packed or PyTorch's, or of the workdir's latest checkpoint.
 export: write that checkpoint's network to --output FILE.safetensors, packed as in the workdir's
 model.safetensors, or with --format pytorch as plain float tensors under PyTorch's names.
@@ -13,11 +18,13 @@ report: print the reports of finished workdirs.
 """
 
 import argparse
+import contextlib
 import fnmatch
+import os
 import sys
 import threading
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +38,9 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code: 0, or 2 for what the user can mend."""
     warnings.showwarning = lambda message, *_, **__: _note(message)
     try:
-        return _dispatch(arguments)
+        options, overrides = _parse(arguments)
+        with _joined(options.distributed):
+            return _dispatch(options, overrides)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -41,8 +50,35 @@ def _note(message: object) -> None:
     print(f"note: {message}", file=sys.stderr)
 
 
-def _dispatch(arguments: Sequence[str]) -> int:
-    options, overrides = _parse(arguments)
+@contextlib.contextmanager
+def _joined(processes: str | None) -> Iterator[None]:
+    """Join the other processes; only the first one prints.
+
+    Raises:
+      ValueError: if the flag is not as the help says, or they cannot be joined.
+    """
+    if processes is None:
+        yield
+        return
+    import jax
+
+    host, *numbers = processes.split(",")
+    if processes and not (len(numbers) == 2 and all(n.isdecimal() for n in numbers)):
+        raise ValueError(f"--distributed: expected HOST:PORT,PROCESSES,INDEX, got {processes!r}")
+    try:
+        jax.distributed.initialize(*([host, *map(int, numbers)] if processes else []))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"--distributed: {error}") from error
+    with contextlib.ExitStack() as stack:
+        if jax.process_index():
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield
+
+
+def _dispatch(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    if options.distributed is not None and options.verb != "train":
+        raise ValueError(f"--distributed: expected to train, got {options.verb}")
     if options.verb == "report":
         return _report(options.workdir)
     from train import config
@@ -88,6 +124,9 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--workdir", metavar="DIR", type=Path)
     parser.add_argument("--output", metavar="FILE", type=Path, help="for export")
     parser.add_argument("--format", choices=("packed", "pytorch"), default="packed")
+    parser.add_argument(
+        "--distributed", nargs="?", const="", metavar="HOST:PORT,PROCESSES,INDEX", help="see above"
+    )
     parser.add_argument("--only", metavar="PATTERN", default="*", help="rows of a study, as 'a*'")
     return parser.parse_args(rest), overrides
 

@@ -49,7 +49,7 @@ class Checkpoints:
         """Return the latest arrays, placed like `like`, and progress; None if there are none.
 
         One that cannot be read is moved out of the folder, with a warning, and the one before it
-        is taken.
+        is taken. (Not if several processes read it together, of which each may see another damage.)
 
         Raises:
           ValueError: if there are checkpoints, but none can be read.
@@ -65,6 +65,11 @@ class Checkpoints:
                     ),
                 )
             except Exception as error:  # whatever comes of reading damaged files
+                if jax.process_count() > 1:
+                    raise ValueError(
+                        f"{self._folder / str(number)}: expected a checkpoint that can be read; "
+                        f"move it away to take the one before it ({_first_line(error)})"
+                    ) from error
                 self._move_away(number, error)
             else:
                 return restored["arrays"], restored["progress"]

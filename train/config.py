@@ -23,6 +23,14 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mesh:
+    """The devices that train; see `train.layout`."""
+
+    devices: int = 1  # over which batches are split; 0: all, of all processes
+    fsdp: bool = False  # weights, masks and optimizer state split over them too
+
+
+@dataclasses.dataclass(frozen=True)
 class Fit:
     """One stage of training: SGD with momentum, linear warm-up, cosine to zero."""
 
@@ -74,10 +82,13 @@ class Config:
     fit: Fit = Fit(epochs=(20,))  # of the float network
     quantize: Quantize = Quantize()
     retrain: Fit = Fit(epochs=(2,), learning_rate=0.01)  # of each round
+    mesh: Mesh = Mesh()
     seed: int = 0
     batch_size: int = 128
     eval_batch_size: int = 500
     steps_per_call: int = 0  # training steps in one XLA program; 0: 1 on CPU, else 50
+    save_seconds: float = 60.0  # between checkpoints within a stage; each stage ends in one
+    one_program: bool = False  # all rounds in one XLA program; nothing is saved before its end
     plots: bool = True
     tensorboard: bool = True
 
@@ -188,6 +199,8 @@ def validate(config: Config) -> None:
     _at_least("eval_batch_size", config.eval_batch_size, 1)
     _at_least("steps_per_call", config.steps_per_call, 0)
     _at_least("seed", config.seed, 0)
+    _at_least("mesh.devices", config.mesh.devices, 0)
+    _at_least("save_seconds", config.save_seconds, 0)
     _at_least("data.train_limit", config.data.train_limit, 0)
     _at_least("quantize.iterations", quantize.iterations, -1)
     _at_least("quantize.sensitivity_batches", quantize.sensitivity_batches, 1)
@@ -228,16 +241,24 @@ def _at_least(name: str, value: float, least: float) -> None:
         raise ValueError(f"{name}: expected at least {least}, got {value!r}")
 
 
+_CHANGEABLE = ("mesh.", "save_seconds")  # fields, in a run that has begun
+
+
 def to_json(config: Config) -> str:
     """Return the config as JSON, for the workdir."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
 def difference(old: str, new: str) -> str:
-    """Return the fields in which two configs in JSON differ, on one line; empty if none."""
+    """Return the fields in which two configs in JSON differ, on one line; empty if none.
+
+    What does not change the result does not count: a run may continue on other devices.
+    """
     flat_old, flat_new = (_flatten(json.loads(text)) for text in (old, new))
     names = sorted(
-        name for name in {*flat_old, *flat_new} if flat_old.get(name) != flat_new.get(name)
+        name
+        for name in {*flat_old, *flat_new}
+        if flat_old.get(name) != flat_new.get(name) and not name.startswith(_CHANGEABLE)
     )
     return ", ".join(f"{name}: {flat_old.get(name)!r} -> {flat_new.get(name)!r}" for name in names)
 

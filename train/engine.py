@@ -1,7 +1,7 @@
 """The compiled parts of an experiment: train, evaluate, recalibrate, weigh, quantize.
 
-Images stay on the device as bytes; shuffling, augmentation and normalization are part of the
-compiled step, so that an accelerator does not wait for the host.
+Images come to the devices as bytes; augmentation and normalization are part of the compiled step.
+Where the arrays lie is the layout's business: each function settles its results there.
 """
 
 import functools
@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import jaxquant as jq
 from train.config import Config, Fit
 from train.data import Dataset
+from train.layout import Layout
 
 _TINY = 1e-12  # for features that are all zero
 
@@ -29,24 +31,41 @@ class TrainState(NamedTuple):
 
 
 class Images(NamedTuple):
-    """A split on the device."""
+    """Images and labels: a split on the host, or batches on the devices, with axes in front."""
 
-    images: jax.Array  # uint8 [N, H, W, C]
-    labels: jax.Array  # int32 [N]
+    images: Any  # uint8 [N, H, W, C]
+    labels: Any  # int32 [N]
+
+
+class Parts(NamedTuple):
+    """What is compiled: alone for the loop, together for the one program."""
+
+    start: Callable[..., TrainState]
+    step: Callable[..., tuple[TrainState, Any, dict[str, jax.Array]]]
+    count_correct: Callable[..., tuple[jax.Array, jax.Array]]
+    batch_statistics: Callable[..., Any]
+    squared_gradient: Callable[..., Any]
+    quantize: Callable[..., tuple[Any, jq.QuantState, jq.RoundInfo]]
+    eval_batch: int
+    layout: Layout
 
 
 class Engine(NamedTuple):
-    """Jitted functions that share shapes: each compiles once for a whole run."""
+    """Functions that compile once for a whole run. Splits are the host's; keys as in `key_data`."""
 
     start: Callable[..., TrainState]  # variables, QuantState or () -> with a fresh optimizer
     train: Callable[..., tuple[TrainState, Any, dict[str, jax.Array]]]
     evaluate: Callable[[Any, Any, Images], dict[str, float]]
     recalibrate: Callable[..., Any]
     sensitivity: Callable[..., Any]
+    quantize: Callable[..., tuple[Any, jq.QuantState, jq.RoundInfo]]
     steps_per_call: int
+    parts: Parts
 
 
-def build(config: Config, dataset: Dataset, model: nn.Module, batch_model: nn.Module) -> Engine:
+def build(
+    config: Config, dataset: Dataset, model: nn.Module, batch_model: nn.Module, layout: Layout
+) -> Engine:
     """Return the compiled functions for one network on one dataset.
 
     Args:
@@ -54,51 +73,74 @@ def build(config: Config, dataset: Dataset, model: nn.Module, batch_model: nn.Mo
       dataset: its normalization and augmentation.
       model: the network.
       batch_model: the same with `bn_momentum=0`: its new statistics are those of the batch.
+      layout: where arrays lie.
     """
     prepare = functools.partial(_augment, dataset=dataset)
     tx = _optimizer()
     eval_batch = min(config.eval_batch_size, len(dataset.test_labels))
-    count_correct = functools.partial(_count_correct, model, dataset, eval_batch)
+    parts = Parts(
+        start=functools.partial(_start, tx, layout),
+        step=functools.partial(_train_step, config, model, tx, prepare, layout),
+        count_correct=functools.partial(_count_correct, model, dataset, layout),
+        batch_statistics=functools.partial(_batch_statistics, batch_model, prepare, layout),
+        squared_gradient=functools.partial(_squared_gradient, model, prepare, layout),
+        quantize=functools.partial(_quantize, layout),
+        eval_batch=eval_batch + -eval_batch % layout.size,  # the devices divide a batch
+        layout=layout,
+    )
     on_cpu = jax.default_backend() == "cpu"
     # XLA on CPU runs convolutions inside a loop about 50 times slower than outside of one.
     steps_per_call = config.steps_per_call or (1 if on_cpu else 50)
-    step = functools.partial(_train_step, config, model, tx, prepare)
+    statistics = jax.jit(parts.batch_statistics)
+    gradient = jax.jit(parts.squared_gradient)
     return Engine(
-        start=functools.partial(_start, tx),
+        start=jax.jit(parts.start),
         train=jax.jit(
-            functools.partial(_train_steps, step),
+            functools.partial(_train_steps, parts.step, layout),
             static_argnames=("distill", "move_centroids"),
             donate_argnums=0,
         ),
-        evaluate=functools.partial(_evaluate, eval_batch, jax.jit(count_correct)),
-        recalibrate=functools.partial(
-            _recalibrate,
-            config,
-            jax.jit(functools.partial(_batch_statistics, batch_model, prepare)),
+        evaluate=functools.partial(
+            _evaluate, parts.eval_batch, layout, jax.jit(parts.count_correct)
         ),
-        sensitivity=functools.partial(
-            _sensitivity, config, jax.jit(functools.partial(_squared_gradient, model, prepare))
-        ),
+        recalibrate=functools.partial(_recalibrate, config, layout, statistics),
+        sensitivity=functools.partial(_sensitivity, config, layout, gradient),
+        quantize=jax.jit(parts.quantize, static_argnums=0),
         steps_per_call=steps_per_call,
+        parts=parts,
     )
 
 
+def key_data(key: jax.Array) -> np.ndarray:
+    """Return a key as numbers of the host, which programs of several processes take."""
+    return np.asarray(jax.random.key_data(key))
+
+
 @functools.cache
-def learning_rates(stage: Fit, epochs: int, steps_per_epoch: int) -> jax.Array:
+def learning_rates(stage: Fit, epochs: int, steps_per_epoch: int) -> np.ndarray:
     """Return the learning rate of every step of a stage: linear warm-up, then cosine to zero."""
     total = max(1, epochs * steps_per_epoch)
     warmup = min(int(stage.warmup_epochs * steps_per_epoch), total - 1)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0 if warmup else stage.learning_rate, stage.learning_rate, warmup, total
     )
-    return jax.jit(schedule)(jnp.arange(total)).astype(jnp.float32)
+    return np.asarray(jax.jit(schedule)(jnp.arange(total)), np.float32)
 
 
-def _start(tx: optax.GradientTransformationExtraArgs, variables: Any, quant: Any) -> TrainState:
+def _start(
+    tx: optax.GradientTransformationExtraArgs,
+    layout: Layout,
+    variables: Any,
+    quant: Any,
+    momentum: jax.Array,
+    weight_decay: jax.Array,
+) -> TrainState:
     params = variables["params"]
     codebooks = quant.codebooks if quant else ()
-    opt_state = (tx.init(params), _centroid_optimizer().init(codebooks))
-    return TrainState(params, variables.get("batch_stats", {}), opt_state)
+    weights = optax.tree.set(tx.init(params), momentum=momentum, weight_decay=weight_decay)
+    centroids = optax.tree.set(_centroid_optimizer().init(codebooks), momentum=momentum)
+    state = TrainState(params, variables.get("batch_stats", {}), (weights, centroids))
+    return layout.settle(state)
 
 
 def _optimizer() -> optax.GradientTransformationExtraArgs:
@@ -210,22 +252,27 @@ def _train_step(
     model: nn.Module,
     tx: optax.GradientTransformationExtraArgs,
     prepare: Callable[..., jax.Array],
+    layout: Layout,
     state: TrainState,
     quant: Any,
     teacher: Any,
-    data: Images,
-    index: jax.Array,
+    batch: Images,
     key: jax.Array,
     learning_rate: jax.Array,
     *,
     move_centroids: bool,
 ) -> tuple[TrainState, Any, dict[str, jax.Array]]:
-    images, labels = prepare(key, data.images[index]), data.labels[index]
+    images, labels = prepare(key, batch.images), batch.labels
+    # Each layer's weights come together where they are used; their gradients part again.
+    teacher, stats = layout.whole((teacher, state.batch_stats))
     taught = None if teacher is None else _outputs(model, teacher, images, train=False)[0]
-    grad = jax.value_and_grad(_loss, argnums=2, has_aux=True)
-    (loss, (batch_stats, correct)), gradient = grad(
-        config, model, state.params, state.batch_stats, images, labels, taught
-    )
+
+    def loss_of(params: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+        return _loss(config, model, layout.whole(params), stats, images, labels, taught)
+
+    grad = jax.value_and_grad(loss_of, has_aux=True)
+    (loss, (batch_stats, correct)), gradient = grad(state.params)
+    gradient = layout.settle(gradient)
     weights_state, centroids_state = state.opt_state
     weights_state = optax.tree.set(weights_state, learning_rate=learning_rate)
     frozen = quant.frozen if quant else jax.tree.map(lambda _: jnp.bool_(False), state.params)
@@ -258,11 +305,11 @@ def _move_centroids(
 
 def _train_steps(
     step: Callable[..., tuple[TrainState, Any, dict[str, jax.Array]]],
+    layout: Layout,
     state: TrainState,
     quant: Any,
     teacher: Any,
-    data: Images,
-    order: jax.Array,
+    batches: Images,
     first_step: jax.Array,
     key: jax.Array,
     learning_rates: jax.Array,
@@ -270,72 +317,75 @@ def _train_steps(
     distill: bool,
     move_centroids: bool,
 ) -> tuple[TrainState, Any, dict[str, jax.Array]]:
-    """Run a step for each learning rate [steps], on rows of `order` [steps, batch].
+    """Run a step for each learning rate [steps], on batches [steps, batch, ...].
 
     `quant` is a QuantState, or () if nothing is to be frozen; only its codebooks may change.
     Returns the new state, the new `quant`, and the sums of loss and correct answers.
     """
     teacher = teacher if distill else None
+    key = jax.random.wrap_key_data(key)
 
-    def one(carry: tuple[TrainState, Any], inputs: tuple[jax.Array, ...]):
-        index, number, learning_rate = inputs
+    def one(carry: tuple[TrainState, Any], inputs: tuple[Images, jax.Array, jax.Array]):
+        batch, number, learning_rate = inputs
         own_key = jax.random.fold_in(key, number)
         state, quant, metrics = step(
-            *carry, teacher, data, index, own_key, learning_rate, move_centroids=move_centroids
+            *carry, teacher, batch, own_key, learning_rate, move_centroids=move_centroids
         )
-        return (state, quant), metrics
+        return layout.settle((state, quant)), metrics
 
-    numbers = first_step + jnp.arange(len(learning_rates))
+    steps = (batches, first_step + jnp.arange(len(learning_rates)), learning_rates)
     if len(learning_rates) == 1:
-        carry, metrics = one((state, quant), (order[0], numbers[0], learning_rates[0]))
-        return *carry, metrics
-    carry, metrics = jax.lax.scan(one, (state, quant), (order, numbers, learning_rates))
-    return *carry, jax.tree.map(jnp.sum, metrics)
+        carry, metrics = one((state, quant), jax.tree.map(lambda x: x[0], steps))
+    else:
+        carry, metrics = jax.lax.scan(one, (state, quant), steps)
+    return *carry, layout.whole(jax.tree.map(jnp.sum, metrics))
 
 
-def set_stage(state: TrainState, stage: Fit) -> TrainState:
-    """Return the state with this stage's momentum and weight decay."""
-    weights, centroids = state.opt_state
-    weights = optax.tree.set(
-        weights,
-        momentum=jnp.float32(stage.momentum),
-        weight_decay=jnp.float32(stage.weight_decay),
-    )
-    # An array of its own: the training step takes over the memory of each.
-    centroids = optax.tree.set(centroids, momentum=jnp.float32(stage.momentum))
-    return state._replace(opt_state=(weights, centroids))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def epoch_order(key: jax.Array, size: int, batch_size: int) -> jax.Array:
+def epoch_order(key: jax.Array, size: int, batch_size: int) -> np.ndarray:
     """Return a random order of all examples, [steps, batch_size]; the remainder sits out."""
     steps = max(1, size // batch_size)
-    return jax.random.permutation(key, size)[: steps * batch_size].reshape(steps, -1)
+    order = np.asarray(_permutation(key, size))
+    return order[: steps * batch_size].reshape(steps, -1)
+
+
+_permutation = jax.jit(jax.random.permutation, static_argnums=1)
+
+
+def _quantize(
+    layout: Layout, plan: jq.Plan, params: Any, quant: jq.QuantState, sensitivity: Any, key: Any
+) -> tuple[Any, jq.QuantState, jq.RoundInfo]:
+    key = jax.random.wrap_key_data(key)
+    params, quant, info = jq.quantize_round(plan, params, quant, sensitivity=sensitivity, key=key)
+    return *layout.settle((params, quant)), layout.whole(info)
 
 
 # Measuring ---------------------------------------------------------------------------------------
 
 
 def _count_correct(
-    model: nn.Module,
-    dataset: Dataset,
-    batch_size: int,
-    variables: Any,
-    data: Images,
-    start: jax.Array,
+    model: nn.Module, dataset: Dataset, layout: Layout, variables: Any, batch: Images
 ) -> tuple[jax.Array, jax.Array]:
     """Return correct answers and summed cross-entropy of a batch; labels below 0 do not count."""
-    batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, batch_size), data)
     with nn.intercept_methods(jq.intercept_linen):  # kernels may be packed
         logits: Any = model.apply(variables, _normalize(batch.images, dataset), train=False)
     known, labels = batch.labels >= 0, jnp.maximum(batch.labels, 0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = (jnp.argmax(logits, axis=-1) == labels) & known
-    return jnp.sum(correct), jnp.sum(jnp.where(known, losses, 0.0))
+    return layout.whole((jnp.sum(correct), jnp.sum(jnp.where(known, losses, 0.0))))
+
+
+def fill_up(data: Images, batch_size: int) -> Images:
+    """Return a split with images that do not count, labelled -1, in its last batch."""
+    missing = -len(data.labels) % batch_size
+    return Images(
+        np.pad(data.images, ((0, missing), (0, 0), (0, 0), (0, 0))),
+        np.pad(data.labels, (0, missing), constant_values=-1),
+    )
 
 
 def _evaluate(
     batch_size: int,
+    layout: Layout,
     count_correct: Callable[..., tuple[jax.Array, jax.Array]],
     params: Any,
     batch_stats: Any,
@@ -343,13 +393,9 @@ def _evaluate(
 ) -> dict[str, float]:
     """Return accuracy (share) and mean cross-entropy on a split."""
     variables = {"params": params, "batch_stats": batch_stats}
-    size = len(data.labels)
-    missing = -size % batch_size  # the last batch is filled up
-    padded = Images(
-        jnp.pad(data.images, ((0, missing), (0, 0), (0, 0), (0, 0))),
-        jnp.pad(data.labels, (0, missing), constant_values=-1),
-    )
-    sums = [count_correct(variables, padded, start) for start in range(0, size, batch_size)]
+    size, padded = len(data.labels), fill_up(data, batch_size)
+    rows = np.arange(len(padded.labels)).reshape(-1, batch_size)
+    sums = [count_correct(variables, layout.feed(padded, batch)) for batch in rows]
     correct, loss = (sum(float(x) for x in column) for column in zip(*sums, strict=True))
     return {"accuracy": correct / size, "loss": loss / size}
 
@@ -358,6 +404,7 @@ def _mean_over_batches(
     function: Callable[..., Any],
     batches: int,
     config: Config,
+    layout: Layout,
     params: Any,
     batch_stats: Any,
     data: Images,
@@ -368,7 +415,8 @@ def _mean_over_batches(
     variables = {"params": params, "batch_stats": batch_stats}
     total = None
     for i in range(batches):
-        row = function(variables, data, order[i % len(order)], jax.random.fold_in(key, i))
+        batch = layout.feed(data, order[i % len(order)])
+        row = function(variables, batch, key_data(jax.random.fold_in(key, i)))
         total = row if total is None else jax.tree.map(jnp.add, total, row)
     return jax.tree.map(lambda x: x / batches, total)
 
@@ -376,18 +424,19 @@ def _mean_over_batches(
 def _batch_statistics(
     batch_model: nn.Module,
     prepare: Callable[..., jax.Array],
+    layout: Layout,
     variables: Any,
-    data: Images,
-    index: jax.Array,
+    batch: Images,
     key: jax.Array,
 ) -> Any:
-    images = prepare(key, data.images[index])
+    images = prepare(jax.random.wrap_key_data(key), batch.images)
     _, new = batch_model.apply(variables, images, train=True, mutable=["batch_stats"])
-    return new["batch_stats"]
+    return layout.settle(new["batch_stats"])
 
 
 def _recalibrate(
     config: Config,
+    layout: Layout,
     statistics: Callable[..., Any],
     params: Any,
     batch_stats: Any,
@@ -398,28 +447,30 @@ def _recalibrate(
     batches = config.quantize.recalibrate_batches
     if not batches or not jax.tree.leaves(batch_stats):
         return batch_stats
-    return _mean_over_batches(statistics, batches, config, params, batch_stats, data, key)
+    return _mean_over_batches(statistics, batches, config, layout, params, batch_stats, data, key)
 
 
 def _squared_gradient(
     model: nn.Module,
     prepare: Callable[..., jax.Array],
+    layout: Layout,
     variables: Any,
-    data: Images,
-    index: jax.Array,
+    batch: Images,
     key: jax.Array,
 ) -> Any:
-    images, labels = prepare(key, data.images[index]), data.labels[index]
+    images = prepare(jax.random.wrap_key_data(key), batch.images)
 
     def loss(params: Any) -> jax.Array:
-        logits: Any = model.apply({**variables, "params": params}, images, train=False)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        whole = layout.whole({**variables, "params": params})
+        logits: Any = model.apply(whole, images, train=False)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
 
-    return jax.tree.map(jnp.square, jax.grad(loss)(variables["params"]))
+    return layout.settle(jax.tree.map(jnp.square, jax.grad(loss)(variables["params"])))
 
 
 def _sensitivity(
     config: Config,
+    layout: Layout,
     squared_gradient: Callable[..., Any],
     params: Any,
     batch_stats: Any,
@@ -434,4 +485,6 @@ def _sensitivity(
     if config.quantize.sensitivity == "none":
         return None
     batches = config.quantize.sensitivity_batches
-    return _mean_over_batches(squared_gradient, batches, config, params, batch_stats, data, key)
+    return _mean_over_batches(
+        squared_gradient, batches, config, layout, params, batch_stats, data, key
+    )

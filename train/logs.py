@@ -30,18 +30,25 @@ class Log:
     """Events of a run, in memory, in metrics.jsonl and, for numbers, in TensorBoard.
 
     `events` holds everything up to the last checkpoint, so that a resumed run writes the same file
-    as one that was never stopped.
+    as one that was never stopped. Of several processes one writes.
     """
 
     def __init__(
-        self, workdir: Path, events: list[dict[str, Any]], *, step: int, tensorboard: bool
+        self,
+        workdir: Path,
+        events: list[dict[str, Any]],
+        *,
+        step: int,
+        tensorboard: bool,
+        write: bool = True,
     ):
         """Write the events so far, all from before `step`, and go on after them."""
         self.events = list(events)
-        self._path = workdir / "metrics.jsonl"
-        write_text(self._path, "".join(json.dumps(event) + "\n" for event in self.events))
+        self._path = workdir / "metrics.jsonl" if write else None
+        if self._path is not None:
+            write_text(self._path, "".join(json.dumps(event) + "\n" for event in self.events))
         self._writer = None
-        if tensorboard:
+        if tensorboard and write:
             from tensorboardX import SummaryWriter
 
             self._writer = SummaryWriter(
@@ -52,8 +59,9 @@ class Log:
         """Record one event; `step` counts epochs from the start of the run."""
         event = {"kind": kind, "step": step, **values}
         self.events.append(event)
-        with self._path.open("a") as file:
-            file.write(json.dumps(event) + "\n")
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps(event) + "\n")
         if self._writer is not None:
             for name, value in values.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):

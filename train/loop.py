@@ -4,33 +4,29 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import itertools
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jaxquant as jq
 from jaxquant.packing import MOST_CENTROIDS
 from train import config as configs
-from train import data, engine, models, pretrained, summary
+from train import data, engine, layout, models, pretrained, program, summary
 from train.checkpoints import Checkpoints
 from train.config import Config, Fit
 from train.logs import Log, say, show_progress, write_text
 
-_SAVE_SECONDS = 60  # between checkpoints within a stage; each stage ends in one
-
-_quantize_round = jax.jit(jq.quantize_round, static_argnums=0)
-
 
 class Job(NamedTuple):
-    """A checked experiment: nothing in it has touched a device yet."""
+    """A checked experiment: nothing in it lies on a device yet."""
 
     config: Config
     workdir: Path
@@ -39,6 +35,7 @@ class Job(NamedTuple):
     shapes: Any  # variables as shape and dtype structs
     initial: Any  # variables from config.init, maybe packed, or None
     plan: jq.Plan | None
+    layout: layout.Layout
 
 
 class Unit(NamedTuple):
@@ -114,13 +111,18 @@ def check(config: Config) -> Job:
             f"retrain.epochs: expected 1 or {plan.num_rounds} numbers, one a round, "
             f"got {len(config.retrain.epochs)}"
         )
+    if config.one_program and (plan is None or 0 in config.retrain.epochs):
+        raise ValueError(
+            "one_program: expected rounds of at least one epoch each, got "
+            + ("no plan" if plan is None else f"retrain.epochs {config.retrain.epochs}")
+        )
     for layer in () if plan is None else plan.selection.selected:
         if layer.k > MOST_CENTROIDS:
             raise ValueError(
                 f"{layer.path}: expected at most {MOST_CENTROIDS} centroids, as many as can be "
                 f"packed, got {layer.k}"
             )
-    return Job(config, Path(), dataset, model, shapes, initial, plan)
+    return Job(config, Path(), dataset, model, shapes, initial, plan, layout.make(config))
 
 
 @functools.lru_cache(maxsize=1)  # the experiments of a study share it
@@ -135,6 +137,8 @@ def _init(model: nn.Module, dataset: data.Dataset, key: jax.Array) -> Any:
 
 def _claim(config: Config, workdir: Path) -> None:
     """Create the workdir, or refuse one that another config has been run in."""
+    if not layout.is_primary():
+        return  # the first process does it for all
     path, text = workdir / "config.json", configs.to_json(config)
     if path.is_file():
         changed = configs.difference(path.read_text(), text)
@@ -147,7 +151,13 @@ def _claim(config: Config, workdir: Path) -> None:
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[bool]:
-    """Hold a workdir; gives whether no other process does. A killed process holds nothing."""
+    """Hold a workdir; gives whether no other process does. A killed process holds nothing.
+
+    Of several processes that run together, the first one holds it for all.
+    """
+    if not layout.is_primary():
+        yield True
+        return
     with (workdir / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -197,35 +207,54 @@ def run(job: Job) -> dict[str, Any]:
     """Run, or continue, an experiment; returns the content of report.json."""
     config, dataset = job.config, job.dataset
     functions = _functions(job)
-    train_data = engine.Images(jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels))
-    test_data = engine.Images(jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels))
+    train_data = engine.Images(dataset.train_images, dataset.train_labels)
+    test_data = engine.Images(dataset.test_images, dataset.test_labels)
     # Closing waits for the save that is under way, after an interrupt too.
     with contextlib.closing(Checkpoints(job.workdir / "checkpoints")) as checkpoints:
         state, progress, events = _start(job, functions, checkpoints)
-        log = Log(job.workdir, events, step=progress.units, tensorboard=config.tensorboard)
-        with contextlib.closing(log), _keeper(checkpoints, log) as keeper:
+        log = Log(
+            job.workdir,
+            events,
+            step=progress.units,
+            tensorboard=config.tensorboard,
+            write=layout.is_primary(),
+        )
+        with contextlib.closing(log), _keeper(config, checkpoints, log) as keeper:
             worker = _Worker(job, functions, train_data, test_data, log, keeper)
-            run_units = enumerate(units(config, job.plan))
-            for number, unit in itertools.islice(run_units, progress.units, None):
-                state = worker.work(number, unit, state, progress)
-                progress = Progress(units=number + 1)
-                if unit.last or keeper.due():
+            run_units = units(config, job.plan)
+            while progress.units < len(run_units):
+                number, unit = progress.units, run_units[progress.units]
+                if config.one_program and unit.round >= 0:
+                    state = worker.work_through(number, run_units[number:], state)
+                    progress = Progress(units=len(run_units))
+                else:
+                    state = worker.work(number, unit, state, progress)
+                    progress = Progress(units=number + 1)
+                if keeper.due() or run_units[progress.units - 1].last:
                     keeper.save(state, progress)
-    return summary.write(job, state, log.events)
+    state = layout.gather(state)
+    if layout.is_primary():
+        summary.write(job, state, log.events)
+    layout.wait_for_all(f"{job.workdir}: report")
+    return summary.read(job.workdir)
 
 
 @dataclasses.dataclass
 class _Keeper:
     """Saves the run, and ends it if the process is told to stop."""
 
+    save_seconds: float
     checkpoints: Checkpoints
     log: Log
     saved: float = dataclasses.field(default_factory=time.monotonic)
     stopping: bool = False
 
     def due(self) -> bool:
-        """Return whether it is time to save."""
-        return self.stopping or time.monotonic() - self.saved > _SAVE_SECONDS
+        """Return whether it is time to save, all processes at the same step."""
+        late = time.monotonic() - self.saved > self.save_seconds
+        urgency = layout.highest(2 if self.stopping else int(late))
+        self.stopping = urgency == 2
+        return urgency > 0
 
     def save(self, state: RunState, progress: Progress) -> None:
         """Save, and end the process if it was told to: the exit code says by what, as shells do."""
@@ -239,9 +268,9 @@ class _Keeper:
 
 
 @contextlib.contextmanager
-def _keeper(checkpoints: Checkpoints, log: Log) -> Iterator[_Keeper]:
+def _keeper(config: Config, checkpoints: Checkpoints, log: Log) -> Iterator[_Keeper]:
     """Give a keeper that SIGTERM, by which schedulers take machines away, tells to stop."""
-    keeper = _Keeper(checkpoints, log)
+    keeper = _Keeper(config.save_seconds, checkpoints, log)
 
     def stop(*_: Any) -> None:
         keeper.stopping = True
@@ -260,7 +289,7 @@ def _functions(job: Job) -> engine.Engine:
     batch_model = models.build(
         job.config.model, num_classes=job.dataset.num_classes, bn_momentum=0.0
     )
-    return engine.build(job.config, job.dataset, job.model, batch_model)
+    return engine.build(job.config, job.dataset, job.model, batch_model, job.layout)
 
 
 def _fresh(job: Job, functions: engine.Engine) -> RunState:
@@ -272,8 +301,16 @@ def _fresh(job: Job, functions: engine.Engine) -> RunState:
         variables = init(jax.random.key(job.config.seed))
     variables = jq.unpack(jax.tree.map(jnp.asarray, dict(variables)))
     quant: Any = () if job.plan is None else jq.init(job.plan, variables["params"])
-    # A copy: the training step gives its arguments' memory to its results.
-    return RunState(functions.start(variables, quant), quant, jax.tree.map(jnp.copy, variables))
+    variables, quant = job.layout.place((variables, quant))
+    return RunState(_start_stage(functions, variables, quant, job.config.fit), quant, variables)
+
+
+def _start_stage(
+    functions: engine.Engine, variables: Any, quant: Any, stage: Fit
+) -> engine.TrainState:
+    # As arrays of the host: Python's numbers would have a type of their own, and a compilation.
+    numbers = (np.float32(stage.momentum), np.float32(stage.weight_decay))
+    return functions.start(variables, quant, *numbers)
 
 
 def _start(
@@ -315,12 +352,11 @@ class _Worker:
             self.log.add("float", number, **result)
             params, batch_stats = state.train.params, state.train.batch_stats
             variables = {"params": params, "batch_stats": batch_stats}
+            # A copy: the training step gives its arguments' memory to its results.
             state = state._replace(reference=jax.tree.map(jnp.copy, variables))
             say(f"float: accuracy {result['accuracy']:.2%}")
         else:
-            self.log.add("retrained", number, round=unit.round + 1, **result)
-            count = "1 epoch" if unit.epochs == 1 else f"{unit.epochs} epochs"
-            say(f"round {unit.round + 1}: {result['accuracy']:.2%} after {count} of re-training")
+            self._log_retrained(number, unit, result)
         return state
 
     def _begin_stage(self, number: int, unit: Unit, state: RunState) -> RunState:
@@ -329,8 +365,7 @@ class _Worker:
             state = self._quantize(number, unit, state)
         stage = config.fit if unit.round < 0 else config.retrain
         variables = {"params": state.train.params, "batch_stats": state.train.batch_stats}
-        train = self.functions.start(variables, state.quant)
-        return state._replace(train=engine.set_stage(train, stage))
+        return state._replace(train=_start_stage(self.functions, variables, state.quant, stage))
 
     def _quantize(self, number: int, unit: Unit, state: RunState) -> RunState:
         plan = self.job.plan
@@ -338,41 +373,24 @@ class _Worker:
         params, batch_stats = state.train.params, state.train.batch_stats
         key = self._key(number, 1)
         sensitivity = self.functions.sensitivity(params, batch_stats, self.train_data, key)
-        params, quant, info = _quantize_round(
-            plan, params, state.quant, sensitivity=sensitivity, key=self._key(number, 2)
+        params, quant, info = self.functions.quantize(
+            plan, params, state.quant, sensitivity, engine.key_data(self._key(number, 2))
         )
-        diverged = [path for path, finite in info.finite.items() if not bool(jnp.all(finite))]
-        if diverged:
-            raise FloatingPointError(
-                f"round {unit.round + 1}: training diverged, NaN or infinite weights in "
-                f"{', '.join(diverged)}; the last checkpoint is from before this round"
-            )
+        self._check_finite(unit, info)
         batch_stats = self.functions.recalibrate(
             params, batch_stats, self.train_data, self._key(number, 3)
         )
         state = state._replace(
             quant=quant, train=state.train._replace(params=params, batch_stats=batch_stats)
         )
-        result = self._evaluate(state)
-        record = summary.round_record(plan, info)
-        self.log.add("quantized", number, round=unit.round + 1, **result, **record)
-        say(
-            f"round {unit.round + 1}/{plan.num_rounds}: {record['weights_frozen']:.1%} frozen, "
-            f"{result['accuracy']:.2%} after quantizing"
-        )
+        self._log_quantized(number, unit, info, self._evaluate(state))
         return state
 
     def _train_epoch(
         self, number: int, unit: Unit, state: RunState, progress: Progress
     ) -> RunState:
-        config = self.job.config
-        stage: Fit = config.fit if unit.round < 0 else config.retrain
-        order = engine.epoch_order(
-            self._key(number, 4), len(self.train_data.labels), config.batch_size
-        )
-        steps = len(order)
-        rates = engine.learning_rates(stage, unit.epochs, steps)
-        rates = rates[unit.epoch * steps : (unit.epoch + 1) * steps]
+        config, epoch = self.job.config, self._epoch(number, unit)
+        steps = len(epoch.order)
         size = self.functions.steps_per_call
         title = "float" if unit.round < 0 else f"round {unit.round + 1}"
         starts = show_progress(
@@ -382,19 +400,22 @@ class _Worker:
             size=size * config.batch_size,
             total=-(-(steps - progress.steps) // size),
         )
+        feed = functools.partial(self.job.layout.feed, self.train_data)
+        batches = feed(epoch.order[progress.steps : progress.steps + size])
         for start in starts:
             train, quant, metrics = self.functions.train(
                 state.train,
                 state.quant,
                 state.reference,
-                self.train_data,
-                order[start : start + size],
-                jnp.int32(start),
-                self._key(number, 5),
-                rates[start : start + size],
+                batches,
+                np.int32(start),
+                epoch.key,
+                epoch.rates[start : start + size],
                 distill=unit.round >= 0 and config.retrain.has_teacher,
                 move_centroids=unit.round >= 0 and config.retrain.centroid_rate > 0,
             )
+            if start + size < steps:  # while the devices are at work
+                batches = feed(epoch.order[start + size : start + 2 * size])
             state = state._replace(train=train, quant=quant)
             progress = Progress(
                 units=number,
@@ -402,14 +423,101 @@ class _Worker:
                 loss=progress.loss + float(metrics["loss"]),
                 correct=progress.correct + float(metrics["correct"]),
             )
-            if progress.steps < steps and self.keeper.due():
+            if self.keeper.due() and progress.steps < steps:
                 self.keeper.save(state, progress)
-        loss = progress.loss / steps
-        correct = progress.correct / (steps * config.batch_size)
-        if not loss < float("inf"):
-            raise FloatingPointError(f"{title}, epoch {unit.epoch + 1}: training diverged")
-        self.log.add("epoch", number, round=unit.round + 1, loss=loss, train_accuracy=correct)
+        self._log_epoch(number, unit, progress.loss / steps, progress.correct / steps)
         return state
+
+    def _epoch(self, number: int, unit: Unit) -> program.Epoch:
+        """Return what an epoch trains on: the images of each step, its rate, the key."""
+        config = self.job.config
+        stage: Fit = config.fit if unit.round < 0 else config.retrain
+        order = engine.epoch_order(
+            self._key(number, 4), len(self.train_data.labels), config.batch_size
+        )
+        rates = engine.learning_rates(stage, unit.epochs, len(order))
+        return program.Epoch(
+            round=unit.round,
+            first=unit.first,
+            last=unit.last,
+            order=order,
+            rates=rates[unit.epoch * len(order) : (unit.epoch + 1) * len(order)],
+            key=engine.key_data(self._key(number, 5)),
+        )
+
+    def work_through(self, first: int, run_units: Sequence[Unit], state: RunState) -> RunState:
+        """Do all rounds in one program, and log what the loop would have logged."""
+        config, plan = self.job.config, self.job.plan
+        assert plan is not None
+        numbered = list(enumerate(run_units, first))
+        epochs = [self._epoch(*item) for item in numbered]
+        keys = [
+            [engine.key_data(self._key(number, purpose)) for purpose in (1, 2, 3)]
+            for number, unit in numbered
+            if unit.first
+        ]
+        run_program = program.build(config, plan, self.functions.parts)
+        say(f"rounds 1 to {plan.num_rounds} in one program")
+        train, quant, records = jax.jit(run_program, donate_argnums=(0, 1))(
+            state.train,
+            state.quant,
+            state.reference,
+            *program.put_data(self.functions.parts, self.train_data, self.test_data),
+            np.array(keys),
+            np.float32(config.retrain.momentum),
+            np.float32(config.retrain.weight_decay),
+            program.make_steps(epochs),
+        )
+        records = jax.tree.map(np.asarray, records)
+        size = len(self.test_data.labels)
+        for index, (number, unit) in enumerate(numbered):
+            steps = len(epochs[index].order)
+            if unit.first:
+                info = jax.tree.map(lambda rows, at=unit.round: rows[at], records.info)
+                self._check_finite(unit, info)
+                self._log_quantized(
+                    number, unit, info, program.result(records.quantized, unit.round, size)
+                )
+            loss, correct = records.epoch_loss[index], records.epoch_correct[index]
+            self._log_epoch(number, unit, float(loss) / steps, int(correct) / steps)
+            if unit.last:
+                self._log_retrained(
+                    number, unit, program.result(records.retrained, unit.round, size)
+                )
+        return state._replace(train=train, quant=quant)
+
+    def _check_finite(self, unit: Unit, info: jq.RoundInfo) -> None:
+        diverged = [path for path, finite in info.finite.items() if not bool(jnp.all(finite))]
+        if diverged:
+            raise FloatingPointError(
+                f"round {unit.round + 1}: training diverged, NaN or infinite weights in "
+                f"{', '.join(diverged)}; the last checkpoint is from before this round"
+            )
+
+    def _log_epoch(self, number: int, unit: Unit, loss: float, correct: float) -> None:
+        """Log an epoch's mean loss and mean correct answers a step."""
+        if not loss < float("inf"):
+            title = "float" if unit.round < 0 else f"round {unit.round + 1}"
+            raise FloatingPointError(f"{title}, epoch {unit.epoch + 1}: training diverged")
+        accuracy = correct / self.job.config.batch_size
+        self.log.add("epoch", number, round=unit.round + 1, loss=loss, train_accuracy=accuracy)
+
+    def _log_quantized(
+        self, number: int, unit: Unit, info: jq.RoundInfo, result: dict[str, float]
+    ) -> None:
+        plan = self.job.plan
+        assert plan is not None
+        record = summary.round_record(plan, info)
+        self.log.add("quantized", number, round=unit.round + 1, **result, **record)
+        say(
+            f"round {unit.round + 1}/{plan.num_rounds}: {record['weights_frozen']:.1%} frozen, "
+            f"{result['accuracy']:.2%} after quantizing"
+        )
+
+    def _log_retrained(self, number: int, unit: Unit, result: dict[str, float]) -> None:
+        self.log.add("retrained", number, round=unit.round + 1, **result)
+        count = "1 epoch" if unit.epochs == 1 else f"{unit.epochs} epochs"
+        say(f"round {unit.round + 1}: {result['accuracy']:.2%} after {count} of re-training")
 
     def _evaluate(self, state: RunState) -> dict[str, float]:
         return self.functions.evaluate(state.train.params, state.train.batch_stats, self.test_data)
@@ -433,9 +541,7 @@ def evaluate(config: Config, workdir: Path | None) -> dict[str, float]:
         assert workdir is not None
         job, functions, state = _restore(config, workdir)
         variables = {"params": state.train.params, "batch_stats": state.train.batch_stats}
-    test_data = engine.Images(
-        jnp.asarray(job.dataset.test_images), jnp.asarray(job.dataset.test_labels)
-    )
+    test_data = engine.Images(job.dataset.test_images, job.dataset.test_labels)
     return functions.evaluate(variables["params"], variables.get("batch_stats", {}), test_data)
 
 

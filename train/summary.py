@@ -64,8 +64,8 @@ def rounds_of(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def write(job: "Job", state: "RunState", events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Write report.json, report.md, plots/, the packed network; returns report.json's content."""
+def write(job: "Job", state: "RunState", events: Sequence[Mapping[str, Any]]) -> None:
+    """Write report.json, report.md, plots/, the packed network."""
     float_event = next(event for event in events if event["kind"] == "float")
     result: dict[str, Any] = {
         "config": str(job.workdir.name),
@@ -97,7 +97,6 @@ def write(job: "Job", state: "RunState", events: Sequence[Mapping[str, Any]]) ->
             _plot(job, state, rounds, float_event["accuracy"])
     write_text(job.workdir / "report.json", json.dumps(result) + "\n")
     write_text(job.workdir / "report.md", "\n".join(lines))
-    return result
 
 
 def write_packed(path: Path, job: "Job", state: "RunState") -> int:
