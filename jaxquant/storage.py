@@ -109,7 +109,17 @@ def save(
     from safetensors.numpy import save as serialize
 
     arrays = {name: np.ascontiguousarray(tensor) for name, tensor in sorted(tensors.items())}
-    _write(Path(path), serialize(arrays, {"format": _FORMAT, _FORMAT: text}))
+    _write(Path(path), _in_order(serialize(arrays, {"format": _FORMAT, _FORMAT: text})))
+
+
+def _in_order(data: bytes) -> bytes:
+    """Sort the header's fields, which safetensors writes as they hash: same tree, same file."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # what follows stays aligned
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def _library_version() -> str:

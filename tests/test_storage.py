@@ -111,6 +111,18 @@ def entropy_bytes(packed):
     return -np.sum(counts * np.log2(counts / weights.size)) / 8
 
 
+def test_the_order_in_which_safetensors_hashes_does_not_show(file):
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    assert size % 8 == 0
+    header = json.loads(data[8 : 8 + size])
+    fields = header.pop("__metadata__")
+    assert list(fields) == ["format", "jaxquant"]
+    other = {**header, "__metadata__": dict(reversed(fields.items()))}
+    text = json.dumps(other).encode()
+    assert storage._in_order(struct.pack("<Q", len(text)) + text + data[8 + size :]) == data
+
+
 @pytest.mark.parametrize(("k", "skew"), [(3, 1.0), (3, 30.0), (5, 1.0), (17, 3.0), (256, 1.0)])
 def test_codes_take_their_entropy(tmp_path, k, skew):
     packed = packed_array(k, (500, 400), skew=skew)
