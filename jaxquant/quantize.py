@@ -149,7 +149,8 @@ def init(plan: Plan, params: Any) -> QuantState:
         return jnp.zeros(_codebook_shape(layer), dtype)
 
     def frozen(layer: Layer, leaf: jax.Array) -> jax.Array:
-        return jnp.zeros_like(leaf, bool) if layer.reason is None else jnp.bool_(False)
+        # Computed from the leaf: its shape alone would not say, under jit, on which devices.
+        return jnp.isnan(leaf) & False if layer.reason is None else jnp.bool_(False)
 
     return QuantState(
         codebooks=tree_of(codebook),
@@ -299,14 +300,19 @@ def per_slice(
     result is shaped like the leaf, or without `leaf_shaped` like the codebook.
     """
     axis = slice_axis(codebook)
-    rows = [table.reshape(-1, codebook.shape[-1]) for table in tables]
-    if axis is None:
-        result = function(*arrays, *(row[0] for row in rows))
-    else:
-        in_axes = (axis,) * len(arrays) + (0,) * len(rows)
-        out_axes = axis if leaf_shaped else 0
-        result = jax.vmap(function, in_axes=in_axes, out_axes=out_axes)(*arrays, *rows)
-    return result if leaf_shaped else result.reshape(codebook.shape)
+
+    def call(arrays: tuple[jax.Array, ...], tables: tuple[jax.Array, ...]) -> jax.Array:
+        rows = [table.reshape(-1, codebook.shape[-1]) for table in tables]
+        if axis is None:
+            result = function(*arrays, *(row[0] for row in rows))
+        else:
+            in_axes = (axis,) * len(arrays) + (0,) * len(rows)
+            out_axes = axis if leaf_shaped else 0
+            result = jax.vmap(function, in_axes=in_axes, out_axes=out_axes)(*arrays, *rows)
+        return result if leaf_shaped else result.reshape(codebook.shape)
+
+    like = arrays[0] if leaf_shaped else None
+    return with_auto_axes(call, (tuple(arrays), tuple(tables)), like=like)
 
 
 def _codebook_shape(layer: Layer) -> tuple[int, ...]:
