@@ -1,12 +1,13 @@
 """Codebooks of centroids: how many, where they start, which one a weight is nearest to."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant.histogram import Histogram, to_value
-from jaxquant.meshes import is_explicit
+from jaxquant.meshes import is_explicit, with_auto_axes
 
 _COMPARES = 32  # a longer reduction XLA splits in two on CPU, and writes the compares to memory
 
@@ -63,7 +64,8 @@ def assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
         above = x[None].astype(dtype) > jnp.expand_dims(middles, range(1, x.ndim + 1))
         rank = jnp.sum(above, axis=0, dtype=jnp.uint8)
     else:
-        rank = jnp.searchsorted(middles, x.astype(dtype), method="scan_unrolled")
+        search = functools.partial(jnp.searchsorted, method="scan_unrolled")
+        rank = with_auto_axes(search, (middles, x.astype(dtype)), like=x)
     return _look_up(table, rank, mode="promise_in_bounds")
 
 

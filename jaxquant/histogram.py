@@ -6,7 +6,7 @@ device, eight devices and a GPU's atomic additions give the same bits.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -66,12 +66,10 @@ def fold(step: Callable[..., Any], carry: Any, *arrays: jax.Array) -> Any:
     size = math.prod(shape)
     if size <= 2 * _CHUNK:
         return step(carry, *arrays)
-    axis = shape.index(max(shape))
-    rows, contiguous = shape[axis], math.prod(shape[axis + 1 :]) >= 64
-    run = 1 if contiguous else math.gcd(rows, 1024)  # rows that stay together
-    pieces = _divisor_at_least(rows // run, math.ceil(size / _CHUNK))
+    axis, pieces, split = _split(shape)
     if size // pieces < _CHUNK // 16:  # no good divisor: cut a tail off
-        unit = (1 if contiguous else 1024) * math.ceil(size / _CHUNK)
+        rows = shape[axis]
+        unit = (1 if _contiguous(shape, axis) else 1024) * math.ceil(size / _CHUNK)
         main = rows - rows % unit
         if main in (0, rows):
             return step(carry, *arrays)
@@ -79,8 +77,6 @@ def fold(step: Callable[..., Any], carry: Any, *arrays: jax.Array) -> Any:
             parts = (jax.lax.slice_in_dim(a, start, end, axis=axis) for a in arrays)
             carry = fold(step, carry, *parts)
         return carry
-    inner = (run,) if run > 1 else ()
-    split = (*shape[:axis], rows // (run * pieces), pieces, *inner, *shape[axis + 1 :])
     views = [a.reshape(split) for a in arrays]
 
     def body(i: jax.Array, carry: Any) -> Any:
@@ -88,6 +84,49 @@ def fold(step: Callable[..., Any], carry: Any, *arrays: jax.Array) -> Any:
         return step(carry, *(cut(view, keepdims=False) for view in views))
 
     return jax.lax.fori_loop(0, pieces, body, carry)
+
+
+def rewrite(steps: Sequence[Callable[..., jax.Array]], *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Replace `arrays[i] = steps[i](*arrays)`, one after the other, each reading the ones before.
+
+    Steps are elementwise. Long arrays go through in pieces as in `fold`, in place: under jit, those
+    that are donated take no memory but for a piece. (What else reads them must come before, by
+    dependency, or XLA keeps a copy for it.)
+    """
+    shape = arrays[0].shape
+    size = math.prod(shape)
+    axis, pieces, split = _split(shape)
+    if size <= 2 * _CHUNK or size // pieces < _CHUNK // 16:
+        new = list(arrays)
+        for i, step in enumerate(steps):
+            new[i] = step(*new)
+        return tuple(new)
+
+    def body(piece: jax.Array, views: list[jax.Array]) -> list[jax.Array]:
+        cut = functools.partial(
+            jax.lax.dynamic_index_in_dim, index=piece, axis=axis + 1, keepdims=False
+        )
+        for i, step in enumerate(steps):
+            new = step(*map(cut, views))
+            views[i] = jax.lax.dynamic_update_index_in_dim(views[i], new, piece, axis + 1)
+        return views
+
+    views = jax.lax.fori_loop(0, pieces, body, [a.reshape(split) for a in arrays])
+    return tuple(view.reshape(shape) for view in views)
+
+
+def _split(shape: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
+    """Return the longest axis, into how many pieces to cut it, and the shape with it cut so."""
+    axis = shape.index(max(shape))
+    rows = shape[axis]
+    run = 1 if _contiguous(shape, axis) else math.gcd(rows, 1024)  # rows that stay together
+    pieces = _divisor_at_least(rows // run, math.ceil(math.prod(shape) / _CHUNK))
+    inner = (run,) if run > 1 else ()
+    return axis, pieces, (*shape[:axis], rows // (run * pieces), pieces, *inner, *shape[axis + 1 :])
+
+
+def _contiguous(shape: tuple[int, ...], axis: int) -> bool:
+    return math.prod(shape[axis + 1 :]) >= 64
 
 
 def _divisor_at_least(number: int, least: int) -> int:

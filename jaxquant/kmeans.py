@@ -1,5 +1,6 @@
 """One-dimensional k-means on a histogram: optimal start, Lloyd passes, certificate."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jaxquant import codebooks
 from jaxquant.clusters import settle, weight_scale
 from jaxquant.histogram import BINS, Histogram, bin_width, histogram, to_position, to_value
+from jaxquant.meshes import with_auto_axes
 from jaxquant.optimum import Optimum, optimum
 
 STARTS = ("optimal", "quantile", "linear", "power_of_two")
@@ -77,6 +79,7 @@ def kmeans(
     """
     x = jnp.asarray(x)
     sample_weight = None if sample_weight is None else jnp.asarray(sample_weight)
+    frozen = None if frozen is None else jnp.asarray(frozen)
     _check_entries(x, k, sample_weight)
     check_options(k=k, init=init, iterations=iterations)
     if cells is not None and (not isinstance(cells, int) or cells < k):
@@ -84,17 +87,39 @@ def kmeans(
     if not isinstance(bins, int) or bins < k:
         raise ValueError(f"expected bins to be at least k={k}, got {bins!r}")
     _check_centroids(k, init, frozen)
+    named = "optimal" if init is None else init if isinstance(init, str) else None
+    cluster = functools.partial(
+        _cluster, k=k, named=named, zero=zero, iterations=iterations, bins=bins, cells=cells
+    )
+    start = None if named else jnp.asarray(init)
+    return with_auto_axes(cluster, (x, start, frozen, sample_weight), like=None)
+
+
+def _cluster(
+    x: jax.Array,
+    start: jax.Array | None,
+    frozen: jax.Array | None,
+    sample_weight: jax.Array | None,
+    *,
+    k: int,
+    named: str | None,
+    zero: bool,
+    iterations: int | None,
+    bins: int,
+    cells: int | None,
+) -> KMeansResult:
+    """Cluster from the centroids in `start`, or from those that are `named`."""
     statistic = histogram(x, sample_weight, bins=bins)
     solution = optimum(statistic, k, zero=zero, cells=cells)
-    if init is None or (isinstance(init, str) and init == "optimal"):
+    if start is not None:
+        start = start.astype(jnp.float32)
+    elif named == "optimal":
         start = solution.centroids
-    elif isinstance(init, str):
-        start = named_start(statistic, k, init)
     else:
-        start = jnp.asarray(init).astype(jnp.float32)
+        start = named_start(statistic, k, str(named))
     start, fixed = pin(start, frozen, zero=zero)
     centroids = lloyd(statistic, start, fixed, iterations)
-    if init is None or (isinstance(init, str) and init != "power_of_two"):
+    if named not in (None, "power_of_two"):
         order = jnp.argsort(centroids)
         centroids, fixed = centroids[order], fixed[order]
     if iterations == 0:

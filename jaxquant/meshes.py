@@ -17,19 +17,27 @@ def with_auto_axes(function: Callable[..., Any], args: tuple[Any, ...], *, like:
     Args:
       function: of trees of arrays.
       args: its arguments.
-      like: tree of arrays that is a prefix of the result, whose shardings the result gets; None
-        stands for arrays that all devices hold.
+      like: tree that is a prefix of the result: arrays whose shardings the result gets, or
+        partition specs; None stands for arrays that all devices hold.
     """
     sharded = next((leaf for leaf in jax.tree.leaves(args) if is_explicit(leaf)), None)
     if sharded is None:
         return function(*args)
-    specs = jax.tree.map(
-        lambda x: PartitionSpec() if x is None else jax.typeof(x).sharding.spec,
-        like,
-        is_leaf=lambda x: x is None,
-    )
-    with jax.sharding.use_abstract_mesh(jax.typeof(sharded).sharding.mesh):
-        return jax.sharding.auto_axes(function, out_sharding=specs)(*args)
+    mesh = jax.typeof(sharded).sharding.mesh
+    specs = jax.tree.map(_spec, like, is_leaf=lambda x: x is None or isinstance(x, PartitionSpec))
+
+    @jax.jit  # eager operations would have no mesh, and those without operands no devices
+    def run(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh):
+            return jax.sharding.auto_axes(function, out_sharding=specs)(*args)
+
+    return run(*args)
+
+
+def _spec(like: jax.Array | PartitionSpec | None) -> PartitionSpec:
+    if like is None:
+        return PartitionSpec()
+    return like if isinstance(like, PartitionSpec) else jax.typeof(like).sharding.spec
 
 
 def is_explicit(x: jax.Array) -> bool:

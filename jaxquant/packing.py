@@ -23,8 +23,10 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jaxquant.codebooks import assign, reconstruct
+from jaxquant.meshes import with_auto_axes
 from jaxquant.quantize import QuantState, per_slice, slice_axis
 from jaxquant.selection import leaves_with_paths
 
@@ -260,7 +262,8 @@ def pack_array(weights: jax.Array, codebook: jax.Array) -> PackedArray:
         three or more they are stacked layers, which stay apart.
 
     Returns:
-      PackedArray of the codebook's dtype. Pure, under jit too.
+      PackedArray of the codebook's dtype. Pure, under jit too. On a mesh of explicit axes codes
+      are sharded as the weight's stacked layers and columns are, not along the rows.
 
     Raises:
       ValueError: for more than 256 centroids, and a codebook that does not fit.
@@ -268,11 +271,17 @@ def pack_array(weights: jax.Array, codebook: jax.Array) -> PackedArray:
     symbol(codebook.shape[-1])
     if not weights.ndim:
         raise ValueError("expected a weight with at least one axis, got a scalar")
-    codes = per_slice(assign, (weights,), codebook, (codebook,))
     stacked, rows, columns = split_shape(weights.shape, slice_axis(codebook))
     matrix = (*stacked, math.prod(rows), math.prod(columns))
+
+    def packed(weights: jax.Array, codebook: jax.Array) -> jax.Array:
+        codes = per_slice(assign, (weights,), codebook, (codebook,))
+        return pack_codes(codes.reshape(matrix), codebook.shape[-1])
+
+    spec = jax.typeof(weights).sharding.spec
+    by_column = PartitionSpec(*spec[: len(stacked)], None, spec[-1] if columns else None)
     return PackedArray(
-        codes=pack_codes(codes.reshape(matrix), codebook.shape[-1]),
+        codes=with_auto_axes(packed, (weights, codebook), like=by_column),
         codebook=codebook,
         rows=rows,
         columns=columns,
@@ -281,8 +290,15 @@ def pack_array(weights: jax.Array, codebook: jax.Array) -> PackedArray:
 
 def unpack_array(packed: PackedArray) -> jax.Array:
     """Return the weight. Pure, under jit too; costs a pass over the codes."""
-    codes = unpack_codes(packed.codes, math.prod(packed.rows), packed.k).reshape(packed.shape)
-    return per_slice(reconstruct, (codes,), packed.codebook, (packed.codebook,))
+
+    def weights(codes: jax.Array, codebook: jax.Array) -> jax.Array:
+        codes = unpack_codes(codes, math.prod(packed.rows), packed.k).reshape(packed.shape)
+        return per_slice(reconstruct, (codes,), codebook, (codebook,))
+
+    *stacked, _, columns = jax.typeof(packed.codes).sharding.spec
+    rows = (None,) * len(packed.rows)
+    by_column = PartitionSpec(*stacked, *rows, *(columns for _ in packed.columns))
+    return with_auto_axes(weights, (packed.codes, packed.codebook), like=by_column)
 
 
 def pack(params: Any, state: QuantState) -> Any:
@@ -327,13 +343,17 @@ def _pack_leaf(path: str, weights: jax.Array, codebook: jax.Array) -> PackedArra
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(weights, jax.core.Tracer):
-        off = int(jnp.sum(unpack_array(packed) != weights))
+        off = int(with_auto_axes(_count_other, (packed, weights), like=None))
         if off:
             raise ValueError(
                 f"{path}: expected every weight on the codebook, as after the last round, "
                 f"got {off} of {weights.size} that are not"
             )
     return packed
+
+
+def _count_other(packed: PackedArray, weights: jax.Array) -> jax.Array:
+    return jnp.sum(unpack_array(packed) != weights)
 
 
 def is_packed(node: Any) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxquant.clusters import Clusters, settle, weight_scale
 from jaxquant.codebooks import assign, reconstruct
-from jaxquant.histogram import Histogram, bin_width, histogram
+from jaxquant.histogram import Histogram, bin_width, fold, histogram, rewrite
 from jaxquant.kmeans import check_finite, is_finite, lloyd, named_start, pin
 from jaxquant.meshes import with_auto_axes
 from jaxquant.partition import choose, priority
@@ -61,6 +61,7 @@ class _Shared(NamedTuple):
     frozen: jax.Array  # bool, like the weights
     centroids: jax.Array  # [k]
     frozen_centroids: jax.Array  # [k] bool
+    frozen_share: jax.Array  # float32 scalar, of the weights
 
 
 def _measure(
@@ -77,7 +78,10 @@ def _measure(
     squares = jnp.square(weights.astype(jnp.float32))
     if sensitivity is not None:
         squares = squares * sensitivity.astype(jnp.float32)
-    return _Clustered(centroids, clusters, jnp.sum(squares), is_finite(statistic, sensitivity))
+    norm = jnp.sum(squares)
+    # That a norm is not negative says nothing, but orders: `_share` may then overwrite the weights.
+    finite = is_finite(statistic, sensitivity) & ~(norm < 0)
+    return _Clustered(centroids, clusters, norm, finite)
 
 
 def _share(
@@ -90,13 +94,29 @@ def _share(
     active: jax.Array,
 ) -> _Shared:
     """Move the free weights of frozen clusters onto their centroids, if the layer is active."""
-    codes = assign(weights, new_centroids)
-    joining = _flags_of(codes, chosen) & ~frozen & active
+    moving = chosen & active
+
+    def move(weights: jax.Array, frozen: jax.Array) -> jax.Array:
+        codes = assign(weights, new_centroids)
+        joining = _flags_of(codes, moving) & ~frozen
+        return jnp.where(joining, reconstruct(codes, new_centroids), weights)
+
+    def freeze(weights: jax.Array, frozen: jax.Array) -> jax.Array:
+        # Those that moved lie on their centroids and keep their codes. To assign anew is cheaper
+        # than a copy of the mask, which XLA makes if both steps read it as it was.
+        return frozen | _flags_of(assign(weights, new_centroids), moving)
+
+    def count(number: jax.Array, frozen: jax.Array) -> jax.Array:
+        return number + jnp.sum(frozen, dtype=jnp.int32)
+
+    weights, frozen = rewrite((move, freeze), weights, frozen)
+    number = fold(count, jnp.int32(0), frozen)  # of a whole mask XLA would write floats to memory
     return _Shared(
-        jnp.where(joining, reconstruct(codes, new_centroids), weights),
-        frozen | joining,
+        weights,
+        frozen,
         jnp.where(active, new_centroids, centroids),
         jnp.where(active, chosen, frozen_centroids),
+        number.astype(jnp.float32) / frozen.size,
     )
 
 
@@ -149,7 +169,8 @@ def init(plan: Plan, params: Any) -> QuantState:
         return jnp.zeros(_codebook_shape(layer), dtype)
 
     def frozen(layer: Layer, leaf: jax.Array) -> jax.Array:
-        return jnp.zeros_like(leaf, bool) if layer.reason is None else jnp.bool_(False)
+        # Computed from the leaf: its shape alone would not say, under jit, on which devices.
+        return jnp.isnan(leaf) & False if layer.reason is None else jnp.bool_(False)
 
     return QuantState(
         codebooks=tree_of(codebook),
@@ -299,14 +320,19 @@ def per_slice(
     result is shaped like the leaf, or without `leaf_shaped` like the codebook.
     """
     axis = slice_axis(codebook)
-    rows = [table.reshape(-1, codebook.shape[-1]) for table in tables]
-    if axis is None:
-        result = function(*arrays, *(row[0] for row in rows))
-    else:
-        in_axes = (axis,) * len(arrays) + (0,) * len(rows)
-        out_axes = axis if leaf_shaped else 0
-        result = jax.vmap(function, in_axes=in_axes, out_axes=out_axes)(*arrays, *rows)
-    return result if leaf_shaped else result.reshape(codebook.shape)
+
+    def call(arrays: tuple[jax.Array, ...], tables: tuple[jax.Array, ...]) -> jax.Array:
+        rows = [table.reshape(-1, codebook.shape[-1]) for table in tables]
+        if axis is None:
+            result = function(*arrays, *(row[0] for row in rows))
+        else:
+            in_axes = (axis,) * len(arrays) + (0,) * len(rows)
+            out_axes = axis if leaf_shaped else 0
+            result = jax.vmap(function, in_axes=in_axes, out_axes=out_axes)(*arrays, *rows)
+        return result if leaf_shaped else result.reshape(codebook.shape)
+
+    like = arrays[0] if leaf_shaped else None
+    return with_auto_axes(call, (tuple(arrays), tuple(tables)), like=like)
 
 
 def _codebook_shape(layer: Layer) -> tuple[int, ...]:
@@ -425,9 +451,7 @@ def _describe(
             "loss": losses,
             "counts": counts,
             "clusters_frozen": jnp.mean(s.frozen_centroids, axis=-1, dtype=jnp.float32),
-            "weights_frozen": jnp.mean(
-                s.frozen, axis=tuple(range(1, s.frozen.ndim)), dtype=jnp.float32
-            ),
+            "weights_frozen": s.frozen_share,
             "error_before": jnp.sum(losses, axis=-1) / norm,
             "error_after": jnp.sum(jnp.where(s.frozen_centroids, 0.0, losses), axis=-1) / norm,
             "finite": ok,
