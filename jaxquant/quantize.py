@@ -94,7 +94,10 @@ def _share(
     active: jax.Array,
 ) -> _Shared:
     """Move the free weights of frozen clusters onto their centroids, if the layer is active."""
-    moving = chosen & active
+    # Centroids that are equal (of bfloat16 weights, say) share their members' fate: which of them
+    # a weight gets depends on where it comes from.
+    equal = new_centroids[:, None] == new_centroids[None, :]
+    moving = jnp.any(equal & (chosen & active)[None, :], axis=-1)
 
     def move(weights: jax.Array, frozen: jax.Array) -> jax.Array:
         codes = assign(weights, new_centroids)

@@ -1,6 +1,8 @@
 """Rounds: the released code followed step by step, freezing, groups, slices, trees, transforms."""
 
 import functools
+import math
+import re
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -15,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
+from jaxquant import quantize
 from jaxquant.kmeans import kmeans
 
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
@@ -517,16 +520,41 @@ def test_sharded_parameters_give_the_same_result():
     assert many[0]["w"].sharding.spec == spec
 
 
-def test_weights_sharded_over_two_axes_are_never_gathered():
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-    sharding = NamedSharding(mesh, P("x", "y"))
-    params = {"w": jax.device_put(normal((16, 48)), sharding)}
-    plan = jq.slq(params, bits=3, rounds=(2, 5))
-    text = one_round.lower(plan, params, jq.init(plan, params)).compile().as_text()
-    assert "all-reduce" in text
-    for line in text.splitlines():
-        assert "all-to-all" not in line
-        assert "all-gather" not in line or "[16,48]" not in line
+def test_members_of_equal_centroids_freeze_together():
+    weights = jnp.array([0.9, 1.0, 1.2, 3.0])
+    centroids, chosen = jnp.array([1.0, 1.0, 3.0]), jnp.array([False, True, False])
+    nothing = jnp.zeros(4, bool), centroids, jnp.zeros(3, bool)
+    shared = quantize._share(weights, *nothing, centroids, chosen, jnp.bool_(True))
+    assert shared.weights.tolist() == [1.0, 1.0, 1.0, 3.0]
+    assert shared.frozen.tolist() == [True, True, True, False]
+
+
+def sizes_of(text, operation):
+    """Return the entries of each result of a collective operation in compiled HLO."""
+    found = re.findall(rf"= (.*?) {operation}(?:-start)?\(", text)
+    shapes = [shape for results in found for shape in re.findall(r"\[([\d,]*)\]", results)]
+    return [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_round_on_eight_devices_sends_histograms_and_codebooks_only(axis_type):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    shapes = {"both": (512, 768), "conv": (3, 3, 128, 256), "stack": (4, 256, 512), "all": (300, 7)}
+    specs = {"both": P("x", "y"), "conv": P(None, None, None, "x"), "all": P()}
+    specs["stack"] = P(None, "x", "y")
+    params = {
+        name: jax.device_put(jnp.zeros(shape), NamedSharding(mesh, specs[name]))
+        for name, shape in shapes.items()
+    }
+    plan = jq.slq(params, bits=3, rules=[jq.LayerRule("stack", axis=0), jq.LayerRule(".*")])
+    with jax.set_mesh(mesh):
+        text = one_round.lower(plan, params, jq.init(plan, params)).compile().as_text()
+    for operation in ("all-gather", "all-to-all", "collective-permute"):
+        assert sizes_of(text, operation) == []
+    assert len(sizes_of(text, "all-reduce")) >= 4
+    if axis_type == AxisType.Auto:  # the text would show it
+        gathers = jax.jit(lambda x: jq.kmeans(x.ravel(), 5)).lower(params["both"]).compile()
+        assert sizes_of(gathers.as_text(), "all-gather")
 
 
 # Trees --------------------------------------------------------------------------------------------
