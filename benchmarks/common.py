@@ -1,7 +1,9 @@
 """What the benchmarks share: the machine in one line, timed runs, Markdown tables."""
 
+import math
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
@@ -54,3 +56,13 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Format a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+def collective_sizes(text: str, operation: str) -> list[int]:
+    """Return the entries of each result of a collective operation in compiled HLO."""
+    found = re.findall(rf"= (.*?) {operation}(?:-start)?\(", text)
+    shapes = [shape for results in found for shape in re.findall(r"\[([\d,]*)\]", results)]
+    return [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]

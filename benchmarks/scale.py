@@ -16,6 +16,7 @@ import sys
 import time
 
 import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxquant as jq
 from benchmarks import common
@@ -52,12 +53,39 @@ def measure(layers: int) -> list[str]:
     ]
 
 
+def print_collectives() -> None:
+    """Print what a round of 16 such layers, split over two axes of eight devices, sends."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec("x", "y"))
+    layer = jax.ShapeDtypeStruct((SIDE, SIDE), "float32", sharding=sharding)
+    params = {f"layer_{i}": layer for i in range(16)}
+    plan = jq.slq(params)
+    state = jax.eval_shape(lambda params: jq.init(plan, params), params)
+    masks = {name: layer.update(dtype="bool") for name in params}
+    compiled = jax.jit(jq.quantize_round, static_argnums=0).lower(
+        plan, params, state._replace(frozen=masks)
+    )
+    text = compiled.compile().as_text() or ""
+    rows = []
+    for operation in common.COLLECTIVES:
+        sizes = sorted(common.collective_sizes(text, operation), reverse=True)
+        total = f"{4 * sum(sizes) / 1e6:.1f}"
+        rows.append([operation, f"{len(sizes)}", f"{sizes[0] if sizes else 0:,}", total])
+    print(f"\nWeights: {16 * SIDE * SIDE:,}, {64 * SIDE * SIDE / 1e6:,.0f} MB.\n")
+    print(common.markdown(["operation", "results", "most entries", "MB in all"], rows))
+
+
 def main() -> None:
     """Parse the command line and print the table, or with `--row` one row of it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 60])
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--collectives", action="store_true", help="what eight devices send")
     args = parser.parse_args()
+    if args.collectives:
+        jax.config.update("jax_num_cpu_devices", 8)
+        print_collectives()
+        return
     if args.row:
         print(f"| {' | '.join(measure(args.layers[0]))} |")
         return

@@ -1,8 +1,6 @@
 """Rounds: the released code followed step by step, freezing, groups, slices, trees, transforms."""
 
 import functools
-import math
-import re
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -17,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
+from benchmarks.common import collective_sizes
 from jaxquant import quantize
 from jaxquant.kmeans import kmeans
 
@@ -529,13 +528,6 @@ def test_members_of_equal_centroids_freeze_together():
     assert shared.frozen.tolist() == [True, True, True, False]
 
 
-def sizes_of(text, operation):
-    """Return the entries of each result of a collective operation in compiled HLO."""
-    found = re.findall(rf"= (.*?) {operation}(?:-start)?\(", text)
-    shapes = [shape for results in found for shape in re.findall(r"\[([\d,]*)\]", results)]
-    return [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]
-
-
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_a_round_on_eight_devices_sends_histograms_and_codebooks_only(axis_type):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
@@ -550,11 +542,11 @@ def test_a_round_on_eight_devices_sends_histograms_and_codebooks_only(axis_type)
     with jax.set_mesh(mesh):
         text = one_round.lower(plan, params, jq.init(plan, params)).compile().as_text()
     for operation in ("all-gather", "all-to-all", "collective-permute"):
-        assert sizes_of(text, operation) == []
-    assert len(sizes_of(text, "all-reduce")) >= 4
+        assert collective_sizes(text, operation) == []
+    assert len(collective_sizes(text, "all-reduce")) >= 4
     if axis_type == AxisType.Auto:  # the text would show it
         gathers = jax.jit(lambda x: jq.kmeans(x.ravel(), 5)).lower(params["both"]).compile()
-        assert sizes_of(gathers.as_text(), "all-gather")
+        assert collective_sizes(gathers.as_text(), "all-gather")
 
 
 # Trees --------------------------------------------------------------------------------------------
