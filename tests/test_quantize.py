@@ -549,6 +549,17 @@ def test_a_round_on_eight_devices_sends_histograms_and_codebooks_only(axis_type)
         assert collective_sizes(gathers.as_text(), "all-gather")
 
 
+def test_a_round_overwrites_what_is_donated_and_takes_no_copy_of_the_network():
+    params = {f"layer_{i}": jax.ShapeDtypeStruct((2048, 2048), "float32") for i in range(4)}
+    plan = jq.slq(params, bits=2, rounds=(3,), **FAST)
+    state = jax.eval_shape(functools.partial(jq.init, plan), params)
+    donating = jax.jit(jq.quantize_round, static_argnums=0, donate_argnums=(1, 2))
+    memory = donating.lower(plan, params, state).compile().memory_analysis()
+    size = 4 * 4 * 2048**2
+    assert memory.alias_size_in_bytes >= 1.25 * size  # weights and masks
+    assert memory.temp_size_in_bytes < 0.5 * size  # histograms: 26 MB, for more layers too
+
+
 # Trees --------------------------------------------------------------------------------------------
 
 
