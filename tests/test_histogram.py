@@ -68,7 +68,11 @@ def test_mass_and_moment_are_those_of_the_weights(x):
     assert np.isfinite(result.position).all()
 
 
-@given(hnp.arrays(np.float32, 30, elements=st.floats(-1e3, 1e3, width=32)))
+# XLA takes subnormal numbers for zero.
+NORMAL = st.floats(-1e3, 1e3, width=32, allow_subnormal=False)
+
+
+@given(hnp.arrays(np.float32, 30, elements=NORMAL))
 def test_values_go_to_positions_and_back(x):
     statistic = count(x, bins=256)
     back = to_value(statistic, to_position(statistic, jnp.asarray(x)))
