@@ -460,7 +460,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_space(tmp_path):
+def test_a_full_or_read_only_disk_ends_a_run_in_one_line(tmp_path):
     """Half a minute; needs the right to mount a file system in memory."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -476,5 +476,12 @@ def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_when_there_is_space(t
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         more = subprocess.run(command, capture_output=True, text=True, check=True)
         assert "continuing after" in more.stdout
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for workdir in ("run", "new"):
+            command[-1] = str(disk / workdir)
+            closed = subprocess.run(command, capture_output=True, text=True)
+            assert closed.returncode == 2
+            (error,) = closed.stderr.splitlines()
+            assert error.startswith("error: ") and "read-only file system" in error.lower()
     finally:
         subprocess.run(["umount", str(disk)], check=True)
