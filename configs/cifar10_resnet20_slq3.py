@@ -3,9 +3,9 @@ r"""SLQ, 3 bits (five centroids), of a pretrained ResNet-20 on CIFAR-10; five ep
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m train \
         --config configs/cifar10_resnet20_slq3.py --workdir runs/slq3 --config.init=resnet20.npz
 
-Three seeds; `--only '*_seed0'` runs the one that these figures are from.
-From 91.73 % to 91.39 %; after the rounds 91.58, 91.60, 91.52, 91.39. One seed, half an hour on one
-of two busy CPU cores (AMD EPYC, AVX-512), jax 0.10.2.
+Three seeds; `--only '*_seed0'` runs the first. From 91.73 % to 91.37 % in the mean (91.36 to
+91.39); after the rounds of the first 91.58, 91.60, 91.52, 91.39. Half an hour a seed on one of two
+busy CPU cores (AMD EPYC, AVX-512), jax 0.10.2.
 """
 
 from train.config import Config, Data, Fit, Quantize, seeds
