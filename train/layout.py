@@ -5,7 +5,7 @@ program runs in all of them. The compiled functions only say where their results
 communication in between.
 """
 
-from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -31,13 +31,16 @@ class Layout(NamedTuple):
         """Number of devices."""
         return self.mesh.size
 
+    @property
+    def everywhere(self) -> NamedSharding:
+        """On each device all of it."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
     def of(self, shape: tuple[int, ...]) -> NamedSharding:
         """Return where a weight, or anything else of its shape, lies."""
-        if not self.fsdp or np.prod(shape, dtype=np.int64) < _SMALL:
-            return NamedSharding(self.mesh, PartitionSpec())
         splittable = [i for i, n in enumerate(shape) if n % self.size == 0]
-        if not splittable:
-            return NamedSharding(self.mesh, PartitionSpec())
+        if not self.fsdp or not splittable or math.prod(shape) < _SMALL:
+            return self.everywhere
         longest = max(splittable, key=lambda i: (shape[i], i))
         return NamedSharding(self.mesh, PartitionSpec(*(None,) * longest, _AXIS))
 
@@ -47,8 +50,7 @@ class Layout(NamedTuple):
 
     def whole(self, tree: Any) -> Any:
         """Say in a compiled function that each device has all of these arrays."""
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, everywhere), tree)
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, self.everywhere), tree)
 
     def take(self, data: Any, rows: jax.Array) -> Any:
         """Return in a compiled function a batch of what each device has all of, split over them."""
@@ -61,8 +63,7 @@ class Layout(NamedTuple):
 
     def place_whole(self, tree: Any) -> Any:
         """Return arrays of the host, the same in each process, all of them on each device."""
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(lambda x: _place(np.asarray(x), everywhere), tree)
+        return jax.tree.map(lambda x: _place(np.asarray(x), self.everywhere), tree)
 
     def feed(self, split: Any, rows: np.ndarray) -> Any:
         """Return rows of the arrays of a split, [..., batch, ...] for rows [..., batch].
@@ -72,8 +73,9 @@ class Layout(NamedTuple):
         spec = PartitionSpec(*(None,) * (rows.ndim - 1), _AXIS)
 
         def one(array: np.ndarray) -> jax.Array:
-            return _make(
-                (*rows.shape, *array.shape[1:]),
+            shape = (*rows.shape, *array.shape[1:])
+            return jax.make_array_from_callback(
+                shape,
                 NamedSharding(self.mesh, spec),
                 lambda index: array[rows[index[: rows.ndim]]],
             )
@@ -82,15 +84,7 @@ class Layout(NamedTuple):
 
 
 def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    return _make(array.shape, sharding, lambda index: array[index])
-
-
-def _make(
-    shape: tuple[int, ...],
-    sharding: NamedSharding,
-    part: Callable[[tuple[slice, ...]], np.ndarray],
-) -> jax.Array:
-    return jax.make_array_from_callback(shape, sharding, lambda index: part(index or ()))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def make(config: Config) -> Layout:
