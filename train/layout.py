@@ -77,7 +77,7 @@ class Layout(NamedTuple):
             return jax.make_array_from_callback(
                 shape,
                 NamedSharding(self.mesh, spec),
-                lambda index: array[rows[index[: rows.ndim]]],
+                lambda index: array[rows[(index or ())[: rows.ndim]]],
             )
 
         return jax.tree.map(one, split)
