@@ -40,11 +40,11 @@ def run(workdir, *arguments):
     return events, json.loads((workdir / "report.json").read_text())
 
 
-def assert_close(ours, theirs, *, accuracy):
+def assert_close(ours, theirs, *, accuracy, loss):
     """Check that two logs tell of the same steps, and of the same numbers but for rounding."""
     assert [(e["kind"], e["step"]) for e in ours] == [(e["kind"], e["step"]) for e in theirs]
     for a, b in zip(ours, theirs, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
+        assert a["loss"] == pytest.approx(b["loss"], rel=loss)
         for name in {"accuracy", "train_accuracy"} & set(b):
             assert a[name] == pytest.approx(b[name], abs=accuracy)
         if b["kind"] == "quantized":
@@ -56,7 +56,7 @@ def test_one_program_is_the_loop(tmp_path, capsys):
     assert [e["kind"] for e in events].count("quantized") == 2
     in_one, in_one_report = run(tmp_path / "one", "--config.one_program=true")
     assert "rounds 1 to 2 in one program" in capsys.readouterr().out
-    assert_close(in_one, events, accuracy=0.003)  # one image is 0.0028
+    assert_close(in_one, events, accuracy=0.003, loss=1e-3)  # one image is 0.0028
     assert in_one_report["quantized"]["on_codebook"] is True
     assert in_one_report["quantized"]["file_bytes"] == pytest.approx(
         report["quantized"]["file_bytes"], abs=20
@@ -72,7 +72,7 @@ def test_one_program_on_four_devices(tmp_path):
     """Half a minute."""
     events, _ = run(tmp_path / "one", "--config.one_program=true")
     split = ("--config.mesh.devices=4", "--config.mesh.fsdp=true", "--config.one_program=true")
-    assert_close(run(tmp_path / "four", *split)[0], events, accuracy=0.02)
+    assert_close(run(tmp_path / "four", *split)[0], events, accuracy=0.02, loss=1e-2)
 
 
 def experiment(seed, rate, *, partition="loss"):

@@ -211,6 +211,18 @@ def test_sigterm_saves_in_the_middle_of_an_epoch(finished, tmp_path, monkeypatch
     assert_same_run(tmp_path / "run", finished)
 
 
+def test_a_signal_between_asking_and_agreeing_is_not_lost(monkeypatch):
+    keeper = loop._Keeper(1e9, None, None)
+
+    def signalled(urgency):
+        keeper.told = True
+        return urgency
+
+    monkeypatch.setattr(loop.layout, "highest", signalled)
+    assert not keeper.due()
+    assert keeper.due() and keeper.stopping
+
+
 def test_a_run_killed_in_an_epoch_goes_on_from_its_last_save(finished, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass

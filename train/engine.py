@@ -91,8 +91,10 @@ def build(
     on_cpu = jax.default_backend() == "cpu"
     # XLA on CPU runs convolutions inside a loop about 50 times slower than outside of one.
     steps_per_call = config.steps_per_call or (1 if on_cpu else 50)
-    statistics = jax.jit(parts.batch_statistics)
-    gradient = jax.jit(parts.squared_gradient)
+
+    def averaged(function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(_mean_over_batches, config, layout, jax.jit(function))
+
     return Engine(
         start=jax.jit(parts.start),
         train=jax.jit(
@@ -103,8 +105,8 @@ def build(
         evaluate=functools.partial(
             _evaluate, parts.eval_batch, layout, jax.jit(parts.count_correct)
         ),
-        recalibrate=functools.partial(_recalibrate, config, layout, statistics),
-        sensitivity=functools.partial(_sensitivity, config, layout, gradient),
+        recalibrate=functools.partial(recalibrate, config, averaged(parts.batch_statistics)),
+        sensitivity=functools.partial(sensitivity, config, averaged(parts.squared_gradient)),
         quantize=jax.jit(parts.quantize, static_argnums=0),
         steps_per_call=steps_per_call,
         parts=parts,
@@ -341,14 +343,18 @@ def _train_steps(
     return *carry, layout.whole(jax.tree.map(jnp.sum, metrics))
 
 
-def epoch_order(key: jax.Array, size: int, batch_size: int) -> np.ndarray:
+def epoch_rows(key: jax.Array, size: int, batch_size: int) -> jax.Array:
     """Return a random order of all examples, [steps, batch_size]; the remainder sits out."""
     steps = max(1, size // batch_size)
-    order = np.asarray(_permutation(key, size))
-    return order[: steps * batch_size].reshape(steps, -1)
+    return jax.random.permutation(key, size)[: steps * batch_size].reshape(steps, -1)
 
 
-_permutation = jax.jit(jax.random.permutation, static_argnums=1)
+def epoch_order(key: jax.Array, size: int, batch_size: int) -> np.ndarray:
+    """Return `epoch_rows` on the host."""
+    return np.asarray(_epoch_rows(key, size, batch_size))
+
+
+_epoch_rows = jax.jit(epoch_rows, static_argnums=(1, 2))
 
 
 def _quantize(
@@ -401,10 +407,10 @@ def _evaluate(
 
 
 def _mean_over_batches(
-    function: Callable[..., Any],
-    batches: int,
     config: Config,
     layout: Layout,
+    function: Callable[..., Any],
+    batches: int,
     params: Any,
     batch_stats: Any,
     data: Images,
@@ -434,20 +440,22 @@ def _batch_statistics(
     return layout.settle(new["batch_stats"])
 
 
-def _recalibrate(
+def recalibrate(
     config: Config,
-    layout: Layout,
-    statistics: Callable[..., Any],
+    average: Callable[..., Any],
     params: Any,
     batch_stats: Any,
     data: Images,
     key: jax.Array,
 ) -> Any:
-    """Return batch-norm statistics averaged over batches of training images; weights stay."""
+    """Return batch-norm statistics averaged over batches of training images; weights stay.
+
+    `average` is `_mean_over_batches` of the batches' statistics, here or in one program.
+    """
     batches = config.quantize.recalibrate_batches
     if not batches or not jax.tree.leaves(batch_stats):
         return batch_stats
-    return _mean_over_batches(statistics, batches, config, layout, params, batch_stats, data, key)
+    return average(batches, params, batch_stats, data, key)
 
 
 def _squared_gradient(
@@ -468,10 +476,9 @@ def _squared_gradient(
     return layout.settle(jax.tree.map(jnp.square, jax.grad(loss)(variables["params"])))
 
 
-def _sensitivity(
+def sensitivity(
     config: Config,
-    layout: Layout,
-    squared_gradient: Callable[..., Any],
+    average: Callable[..., Any],
     params: Any,
     batch_stats: Any,
     data: Images,
@@ -484,7 +491,4 @@ def _sensitivity(
     """
     if config.quantize.sensitivity == "none":
         return None
-    batches = config.quantize.sensitivity_batches
-    return _mean_over_batches(
-        squared_gradient, batches, config, layout, params, batch_stats, data, key
-    )
+    return average(config.quantize.sensitivity_batches, params, batch_stats, data, key)

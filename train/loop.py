@@ -247,12 +247,13 @@ class _Keeper:
     checkpoints: Checkpoints
     log: Log
     saved: float = dataclasses.field(default_factory=time.monotonic)
-    stopping: bool = False
+    told: bool = False  # to stop, by a signal that may come at any moment
+    stopping: bool = False  # as all processes have agreed
 
     def due(self) -> bool:
         """Return whether it is time to save, all processes at the same step."""
         late = time.monotonic() - self.saved > self.save_seconds
-        urgency = layout.highest(2 if self.stopping else int(late))
+        urgency = layout.highest(2 if self.told else int(late))
         self.stopping = urgency == 2
         return urgency > 0
 
@@ -273,7 +274,7 @@ def _keeper(config: Config, checkpoints: Checkpoints, log: Log) -> Iterator[_Kee
     keeper = _Keeper(config.save_seconds, checkpoints, log)
 
     def stop(*_: Any) -> None:
-        keeper.stopping = True
+        keeper.told = True
 
     if threading.current_thread() is not threading.main_thread():
         yield keeper  # signals are the main thread's

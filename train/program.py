@@ -117,30 +117,20 @@ def _run(
 ) -> tuple[TrainState, jq.QuantState, Records]:
     taught = teacher if config.retrain.has_teacher else None
     measure = functools.partial(_measure, parts, test)
-    averaged = functools.partial(_mean_over_batches, config, parts, train)
+    averaged = functools.partial(functools.partial, _mean_over_batches, config, parts)
 
     def begin(
         state: TrainState, quant: jq.QuantState
     ) -> tuple[TrainState, jq.QuantState, tuple[jq.RoundInfo, Measured]]:
-        own_keys, quantize = jnp.asarray(keys)[quant.round], config.quantize
-        params, batch_stats, sensitivity = state.params, state.batch_stats, None
-        if quantize.sensitivity != "none":
-            sensitivity = averaged(
-                parts.squared_gradient,
-                quantize.sensitivity_batches,
-                params,
-                batch_stats,
-                own_keys[0],
-            )
+        own_keys = jnp.asarray(keys)[quant.round]
+        params, batch_stats = state.params, state.batch_stats
+        sensitivity = engine.sensitivity(
+            config, averaged(parts.squared_gradient), params, batch_stats, train, own_keys[0]
+        )
         params, quant, info = parts.quantize(plan, params, quant, sensitivity, own_keys[1])
-        if quantize.recalibrate_batches and jax.tree.leaves(batch_stats):
-            batch_stats = averaged(
-                parts.batch_statistics,
-                quantize.recalibrate_batches,
-                params,
-                batch_stats,
-                own_keys[2],
-            )
+        batch_stats = engine.recalibrate(
+            config, averaged(parts.batch_statistics), params, batch_stats, train, own_keys[2]
+        )
         variables = {"params": params, "batch_stats": batch_stats}
         started = parts.start(variables, quant, momentum, weight_decay)
         return started, quant, (info, measure(params, batch_stats))
@@ -176,7 +166,7 @@ def _run(
             epoch_correct=records.epoch_correct.at[x.epoch].add(metrics["correct"]),
         )
         records = jax.lax.cond(x.last, end_round, lambda _, same: same, state, records)
-        return parts.layout.settle((state, quant, records)), None
+        return (*parts.layout.settle((state, quant)), parts.layout.whole(records)), None
 
     epochs = sum(config.retrain.epochs) * (
         plan.num_rounds if len(config.retrain.epochs) == 1 else 1
@@ -210,18 +200,17 @@ def _measure(parts: Parts, test: Images, params: Any, batch_stats: Any) -> Measu
 def _mean_over_batches(
     config: Config,
     parts: Parts,
-    data: Images,
     function: Callable[..., Any],
     batches: int,
     params: Any,
     batch_stats: Any,
+    data: Images,
     key: jax.Array,
 ) -> Any:
     """Return what the function of this name in `train.engine` does."""
     size, typed = len(data.labels), jax.random.wrap_key_data(key)
     batch_size = min(config.batch_size, size)
-    order = jax.random.permutation(typed, size)
-    order = order[: size // batch_size * batch_size].reshape(-1, batch_size)
+    order = engine.epoch_rows(typed, size, batch_size)
     variables = {"params": params, "batch_stats": batch_stats}
 
     def add(total: Any, i: jax.Array) -> tuple[Any, None]:
