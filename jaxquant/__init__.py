@@ -1,13 +1,14 @@
 """Weight-clustering quantization for JAX: single- and multiple-level quantization (SLQ, MLQ)."""
 
+from jaxquant import product
 from jaxquant.centroids import centroid_gradients, set_centroids
 from jaxquant.codebooks import assign, num_centroids, reconstruct
 from jaxquant.kmeans import KMeansResult, kmeans
 from jaxquant.metrics import LayerReport, Report, report
 from jaxquant.ops import conv, intercept_linen, matmul
-from jaxquant.packing import PackedArray, pack, pack_array, unpack
+from jaxquant.packing import PackedArray, ProductArray, pack, pack_array, unpack
 from jaxquant.quantize import QuantState, RoundInfo, init, is_on_codebook, quantize_round
-from jaxquant.schedules import Plan, mlq, slq
+from jaxquant.schedules import Plan, inq, mlq, slq
 from jaxquant.selection import LayerRule, Selection, select
 from jaxquant.storage import load, read_metadata, save
 from jaxquant.transforms import IncrementalState, freeze_quantized, incremental, quant_state
@@ -21,6 +22,7 @@ __all__ = [
     "LayerRule",
     "PackedArray",
     "Plan",
+    "ProductArray",
     "QuantState",
     "Report",
     "RoundInfo",
@@ -31,6 +33,7 @@ __all__ = [
     "freeze_quantized",
     "incremental",
     "init",
+    "inq",
     "intercept_linen",
     "is_on_codebook",
     "kmeans",
@@ -40,6 +43,7 @@ __all__ = [
     "num_centroids",
     "pack",
     "pack_array",
+    "product",
     "quant_state",
     "quantize_round",
     "read_metadata",

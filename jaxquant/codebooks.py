@@ -108,9 +108,65 @@ def start_power_of_two(histogram: Histogram, k: int) -> jax.Array:
 
     In index order, not ascending: the start of the SLQ authors' released code.
     """
-    largest = jnp.maximum(jnp.abs(histogram.low), jnp.abs(histogram.high))
+    largest = _largest(histogram)
     _, exponent = jnp.frexp(largest)  # exact: largest = f * 2**exponent with f in [1/2, 1)
-    power = exponent - 1 - jnp.arange(k // 2)
-    magnitudes = jnp.where(largest > 0, jnp.ldexp(jnp.float32(1.0), power), 0.0)
+    return _powers(exponent - 1, k, largest > 0)
+
+
+def start_inq(histogram: Histogram, k: int) -> jax.Array:
+    """Return INQ's codebook 0, m, -m, m/2, -m/2, ... with `m = 2**floor(log2(4/3 max|w|))`.
+
+    So `max|w| < 1.5 m`: the largest weight is nearest to m. With `k = num_centroids(bits)` these
+    are the powers from n1 down to `n2 = n1 + 1 - 2**(bits-1) / 2` of Zhou et al., ICLR 2017,
+    section 2.1.
+    """
+    largest = _largest(histogram)
+    fraction, exponent = jnp.frexp(largest)
+    return _powers(jnp.where(fraction >= 0.75, exponent, exponent - 1), k, largest > 0)
+
+
+def start_ternary(histogram: Histogram, k: int) -> jax.Array:
+    """Return the symmetric ternary codebook -a, 0, a of least squared error.
+
+    With the weights sorted by magnitude and S(n) the sum of the n largest, that is a = S(n) / n
+    with n maximizing S(n)**2 / n: the optimum that TWN (Li et al., 2016, equation 6) approximates
+    by a threshold of 0.7 mean|w|. Exact up to the bins, each of which counts as its mean.
+    """
+    del k  # three, as `kmeans.check_options` makes sure
+    values = to_value(histogram, histogram.position)
+    magnitudes = jnp.where(histogram.mass > 0, jnp.abs(values), 0.0)
+    order = jnp.argsort(magnitudes, descending=True)
+    largest = jnp.maximum(_largest(histogram), jnp.finfo(jnp.float32).tiny)
+    mass = histogram.mass.astype(jnp.float32)[order]
+    number, total = jnp.cumsum(mass), jnp.cumsum(mass * (magnitudes[order] / largest))
+    means = total / jnp.where(number > 0, number, 1.0)
+    best = jnp.argmax(total * means)
+    mean = means[best] * largest
+    return jnp.stack([-mean, jnp.zeros_like(mean), mean])
+
+
+def _largest(histogram: Histogram) -> jax.Array:
+    return jnp.maximum(jnp.abs(histogram.low), jnp.abs(histogram.high))
+
+
+def _powers(exponent: jax.Array, k: int, nonzero: jax.Array) -> jax.Array:
+    """Return 0, m, -m, m/2, -m/2, ... from `m = 2**exponent`; zeros if all weights are."""
+    power = exponent - jnp.arange(k // 2)
+    magnitudes = jnp.where(nonzero, jnp.ldexp(jnp.float32(1.0), power), 0.0)
     pairs = jnp.stack([magnitudes, -magnitudes], axis=1).reshape(-1)
     return jnp.concatenate([jnp.zeros(1), pairs])
+
+
+def to_powers_of_two(centroids: jax.Array) -> jax.Array:
+    """Return for each centroid the nearest of 0 and +-2**n; a tie goes to the larger magnitude.
+
+    Zero only for zero (and where 2**n would be subnormal): a product with such a centroid is a
+    shift. Bit for bit exact in any floating dtype that holds the power.
+
+    >>> to_powers_of_two(jnp.array([-0.9, 0.0, 0.7, 3.0]))
+    Array([-1. ,  0. ,  0.5,  4. ], dtype=float32)
+    """
+    fraction, exponent = jnp.frexp(jnp.abs(centroids))  # fraction in [1/2, 1)
+    exponent = jnp.where(fraction >= 0.75, exponent, exponent - 1)
+    power = jnp.ldexp(jnp.ones_like(centroids), exponent)
+    return jnp.where(centroids == 0, 0.0, jnp.copysign(power, centroids)).astype(centroids.dtype)

@@ -14,7 +14,8 @@ from jaxquant.histogram import BINS, Histogram, bin_width, histogram, to_positio
 from jaxquant.meshes import with_auto_axes
 from jaxquant.optimum import Optimum, optimum
 
-STARTS = ("optimal", "quantile", "linear", "power_of_two")
+STARTS = ("optimal", "quantile", "linear", "power_of_two", "inq", "ternary")
+_IN_INDEX_ORDER = ("power_of_two", "inq")
 _MAX_PASSES = 200
 
 
@@ -58,7 +59,9 @@ def kmeans(
       x: [...] float32, bfloat16, float16 (float64 is clustered in float32); finite, not empty.
       k: number of clusters, at most `x.size`.
       init: [k] centroids to start from, kept in their index order, or one of "optimal" (default),
-        "quantile", "linear" and "power_of_two" (index order 0, m, -m, m/2, ...; odd k).
+        "quantile", "linear", "power_of_two" and "inq" (index order 0, m, -m, m/2, ...; odd k; they
+        differ in m, see `codebooks`) and "ternary" (the optimal -a, 0, a; k = 3). With
+        `iterations=0` the start is the codebook.
       frozen: [k] bool, centroids that do not move; needs an array as `init`.
       sample_weight: non-negative, like `x`; all zero counts as all equal.
       zero: whether one centroid is exactly zero: the one that starts nearest to it.
@@ -119,7 +122,7 @@ def _cluster(
         start = named_start(statistic, k, str(named))
     start, fixed = pin(start, frozen, zero=zero)
     centroids = lloyd(statistic, start, fixed, iterations)
-    if named not in (None, "power_of_two"):
+    if named is not None and named not in _IN_INDEX_ORDER:
         order = jnp.argsort(centroids)
         centroids, fixed = centroids[order], fixed[order]
     if iterations == 0:
@@ -161,6 +164,8 @@ def named_start(statistic: Histogram, k: int, name: str, *, zero: bool = False) 
         "quantile": codebooks.start_quantile,
         "linear": codebooks.start_linear,
         "power_of_two": codebooks.start_power_of_two,
+        "inq": codebooks.start_inq,
+        "ternary": codebooks.start_ternary,
     }[name]
     return start(statistic, k)
 
@@ -315,8 +320,10 @@ def check_options(*, k: int, init: object, iterations: object) -> None:
     """Raise a ValueError for clustering options that cannot work for `k` centroids."""
     if isinstance(init, str) and init not in STARTS:
         raise ValueError(f"expected init to be one of {', '.join(STARTS)}, got {init!r}")
-    if isinstance(init, str) and init == "power_of_two" and k % 2 == 0:
-        raise ValueError(f"expected an odd k for init='power_of_two', got {k}")
+    if isinstance(init, str) and init in _IN_INDEX_ORDER and k % 2 == 0:
+        raise ValueError(f"expected an odd k for init={init!r}, got {k}")
+    if isinstance(init, str) and init == "ternary" and k != 3:
+        raise ValueError(f"expected k = 3 for init='ternary', got {k}")
     if iterations is not None and (not isinstance(iterations, int) or iterations < 0):
         raise ValueError(f"expected iterations to be None or at least 0, got {iterations!r}")
 

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.codebooks import assign
-from jaxquant.packing import MOST_CENTROIDS, packed_rows, split_shape
+from jaxquant.packing import (
+    MOST_CENTROIDS,
+    ProductArray,
+    packed_rows,
+    product_codes,
+    split_shape,
+    unpack_product,
+)
 from jaxquant.quantize import QuantState, nearest, slice_axis
 from jaxquant.schedules import Plan
 from jaxquant.selection import leaves_with_paths, natural_key
@@ -23,9 +30,9 @@ class LayerReport:
     shape: tuple[int, ...]
     size: int  # weights
     float_bytes: int  # of the leaf's own dtype
-    k: int | None = None
+    k: int | None = None  # centroids, or words of a subspace
     code_bytes: int = 0  # of the packed codes, see `pack`
-    distinct: int | None = None  # distinct weights now; the largest number of any slice
+    distinct: int | None = None  # distinct weights (words) now; the most of any slice (subspace)
     frozen: float | None = None  # share of the weights
     error: float | None = None  # squared error / squared norm, see `report`
     entropy: float | None = None  # of the codes, bits a weight
@@ -120,7 +127,7 @@ class Report:
 
 
 def report(
-    params: Any, state: QuantState, *, reference: Any = None, plan: Plan | None = None
+    params: Any, state: QuantState | None = None, *, reference: Any = None, plan: Plan | None = None
 ) -> Report:
     """Describe every leaf: codebook, bits, what is frozen, how far off, how many bytes.
 
@@ -131,8 +138,8 @@ def report(
     O(n log n) on the host.
 
     Args:
-      params: tree of weights.
-      state: of the same structure.
+      params: tree of weights; of ProductArrays (`jaxquant.product`) too.
+      state: of the same structure; None for a network of which no leaf has a codebook.
       reference: tree like `params`, or None.
       plan: gives the reasons why leaves were left alone in the rules' words.
 
@@ -146,12 +153,18 @@ def report(
     >>> [(layer.path, layer.distinct) for layer in report(params, state).layers]
     [('bias', None), ('kernel', 3)]
     """
-    trees = [params, state.codebooks, state.frozen]
+    pairs = _leaves(params)
+    structure = jax.tree.structure(params, is_leaf=_is_product)
+    if state is None:
+        nothing = jax.tree.unflatten(structure, [jnp.zeros(())] * len(pairs))
+        trees = [nothing, nothing]
+    else:
+        trees = [state.codebooks, state.frozen]
     trees += [] if reference is None else [reference]
-    if len({jax.tree.structure(tree) for tree in trees}) != 1:
+    if {jax.tree.structure(tree) for tree in trees} != {structure}:
         raise ValueError("expected params, state and reference to have the same structure")
-    columns = [jax.tree.leaves(tree) for tree in trees]
-    for (path, leaf), other in zip(leaves_with_paths(params), columns[-1], strict=True):
+    columns = [[leaf for _, leaf in pairs], *map(jax.tree.leaves, trees)]
+    for (path, leaf), other in zip(pairs, columns[-1], strict=True):
         if reference is not None and jnp.shape(other) != jnp.shape(leaf):
             raise ValueError(
                 f"reference: {path}: expected shape {jnp.shape(leaf)}, got {jnp.shape(other)}"
@@ -159,20 +172,30 @@ def report(
     reasons = {} if plan is None else {x.path: x.reason for x in plan.selection.layers}
     layers = [
         _layer(path, *leaves, reason=reasons.get(path))
-        for (path, _), *leaves in zip(leaves_with_paths(params), *columns, strict=True)
+        for (path, _), *leaves in zip(pairs, *columns, strict=True)
     ]
     return Report(layers=tuple(sorted(layers, key=lambda layer: natural_key(layer.path))))
 
 
+def _leaves(params: Any) -> list[tuple[str, Any]]:
+    return leaves_with_paths(params, is_leaf=_is_product)
+
+
+def _is_product(node: Any) -> bool:
+    return isinstance(node, ProductArray)
+
+
 def _layer(
     path: str,
-    leaf: jax.Array,
+    leaf: Any,
     codebook: jax.Array,
     frozen: jax.Array,
     reference: jax.Array | None = None,
     *,
     reason: str | None,
 ) -> LayerReport:
+    if isinstance(leaf, ProductArray):
+        return _product(path, leaf, reference)
     leaf = jnp.asarray(leaf)
     shape, size, float_bytes = leaf.shape, leaf.size, leaf.size * leaf.dtype.itemsize
     if not codebook.ndim:
@@ -202,6 +225,26 @@ def _layer(
     )
 
 
+def _product(path: str, array: ProductArray, reference: jax.Array | None) -> LayerReport:
+    kernel, codes = unpack_product(array), np.asarray(product_codes(array))
+    subspaces, k, length = array.words.shape
+    columns = np.moveaxis(codes, -2, 0).reshape(subspaces, -1)
+    used = [np.bincount(column, minlength=k) for column in columns]
+    return LayerReport(
+        path=path,
+        shape=array.shape,
+        size=array.size,
+        float_bytes=array.size * array.dtype.itemsize,
+        k=k,
+        code_bytes=array.codes.codes.size,
+        distinct=max(int(np.count_nonzero(counts)) for counts in used),
+        frozen=1.0,
+        error=_error(kernel, kernel if reference is None else reference),
+        entropy=_entropy_of(np.sum(used, axis=0)) / length,  # as `save` codes them: all alike
+        codebook_bytes=array.words.size * array.dtype.itemsize,
+    )
+
+
 def _code_bytes(shape: tuple[int, ...], axis: int | None, k: int) -> int:
     stacked, rows, columns = split_shape(shape, axis)
     matrices = math.prod(stacked) * math.prod(columns)
@@ -228,8 +271,11 @@ def _error(leaf: jax.Array, reference: jax.Array) -> float:
 def _entropy(weights: np.ndarray, centroids: np.ndarray) -> float:
     """Return the entropy of the codes in bits."""
     codes = np.asarray(assign(jnp.asarray(weights), jnp.asarray(centroids)))
-    counts = np.bincount(codes.ravel())
-    shares = counts[counts > 0] / codes.size
+    return _entropy_of(np.bincount(codes.ravel()))
+
+
+def _entropy_of(counts: np.ndarray) -> float:
+    shares = counts[counts > 0] / counts.sum()
     return float(max(0.0, -np.sum(shares * np.log2(shares))))
 
 

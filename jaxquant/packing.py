@@ -91,6 +91,67 @@ class PackedArray:
         return self.codes.size + self.codebook.size * self.codebook.dtype.itemsize
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("codes", "words"), meta_fields=())
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProductArray:
+    """A kernel as codes of words, each a piece of its input dimension; made by `jaxquant.product`.
+
+    `kernel[*w, m D + d, t] = words[m, codes[*w, m, t], d]`: the input dimension is cut into M
+    subspaces of D channels, each with a codebook of K words, which the window's positions share.
+
+    Invariants: `codes.shape == (*window, M, features)`, its codebook 0, 1, ..., K - 1, so that
+    codes are packed as those of any weight; `words.shape == (M, K, D)`.
+
+    Attributes:
+      codes: the number of each word.
+      words: [M, K, D] floating point.
+    """
+
+    codes: PackedArray
+    words: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the kernel."""
+        *window, subspaces, features = self.codes.shape
+        return (*window, subspaces * self.words.shape[-1], features)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the kernel."""
+        return self.codes.ndim
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the kernel."""
+        return self.words.dtype
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Sizes of the axes that products sum over."""
+        return self.shape[:-1]
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Size of the last axis."""
+        return self.shape[-1:]
+
+    @property
+    def k(self) -> int:
+        """Number of words of a subspace."""
+        return self.words.shape[-2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and of the words."""
+        return self.codes.codes.size + self.words.size * self.words.dtype.itemsize
+
+
 # Codes -------------------------------------------------------------------------------------------
 
 
@@ -301,6 +362,37 @@ def unpack_array(packed: PackedArray) -> jax.Array:
     return with_auto_axes(weights, (packed.codes, packed.codebook), like=by_column)
 
 
+def pack_product(codes: jax.Array, words: jax.Array) -> ProductArray:
+    """Return a kernel of words, see `ProductArray`.
+
+    Args:
+      codes: [*window, M, features] integers in [0, K).
+      words: [M, K, D] floating point, K at most 256.
+
+    Raises:
+      ValueError: if the shapes do not fit.
+    """
+    if words.ndim != 3 or codes.ndim < 2 or codes.shape[-2] != words.shape[0]:
+        raise ValueError(
+            f"expected codes [..., M, features] and words [M, K, D], got {codes.shape}, "
+            f"{words.shape}"
+        )
+    numbers = jnp.arange(words.shape[1], dtype=jnp.float32)
+    return ProductArray(codes=pack_array(codes.astype(jnp.float32), numbers), words=words)
+
+
+def product_codes(array: ProductArray) -> jax.Array:
+    """Return the codes of a `ProductArray`, int32 [*window, M, features]."""
+    return unpack_array(array.codes).astype(jnp.int32)
+
+
+def unpack_product(array: ProductArray) -> jax.Array:
+    """Return the kernel. Pure, under jit too; costs a pass over the codes."""
+    codes = product_codes(array)
+    subspaces = jnp.arange(array.words.shape[0])[:, None]
+    return jnp.moveaxis(array.words[subspaces, codes], -1, -2).reshape(array.shape)
+
+
 def pack(params: Any, state: QuantState) -> Any:
     """Return the tree with every quantized leaf as a `PackedArray`; the others stay as they are.
 
@@ -361,11 +453,16 @@ def is_packed(node: Any) -> bool:
     return isinstance(node, PackedArray)
 
 
+def is_quantized(node: Any) -> bool:
+    """Return whether a node of a tree stands for a weight: a PackedArray or a ProductArray."""
+    return isinstance(node, PackedArray | ProductArray)
+
+
 def unpack(packed: Any) -> Any:
     """Return the parameters that `pack` packed, equal bit for bit (a -0.0 comes back as 0.0).
 
     Args:
-      packed: tree with PackedArray nodes.
+      packed: tree with PackedArray nodes, or ProductArrays.
 
     Returns:
       The tree with arrays in their place. Pure, under jit too.
@@ -377,6 +474,14 @@ def unpack(packed: Any) -> Any:
     >>> bool(jnp.all(unpack(pack(params, state))["kernel"] == params["kernel"]))
     True
     """
+
     return jax.tree.map(
-        lambda node: unpack_array(node) if is_packed(node) else node, packed, is_leaf=is_packed
+        lambda node: unpack_node(node) if is_quantized(node) else node,
+        packed,
+        is_leaf=is_quantized,
     )
+
+
+def unpack_node(node: PackedArray | ProductArray) -> jax.Array:
+    """Return the weight that a node stands for."""
+    return unpack_product(node) if isinstance(node, ProductArray) else unpack_array(node)

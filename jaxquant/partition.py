@@ -1,9 +1,16 @@
-"""Which clusters freeze next. Arrays only: nothing here knows about trees or rounds."""
+"""Which clusters, or which weights, freeze next. Arrays only: no trees, no rounds."""
+
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from jaxquant.codebooks import assign, reconstruct
+from jaxquant.histogram import fold
+
 PARTITIONS = ("loss", "magnitude", "index", "random")
+WEIGHT_PARTITIONS = ("loss", "magnitude", "random")
+_DIGIT_BITS = 16  # of a weight's priority, which is sorted in two digits
 
 
 def priority(
@@ -61,3 +68,82 @@ def choose(priorities: jax.Array, frozen: jax.Array, share: jax.Array) -> jax.Ar
     order = jnp.argsort(jnp.where(frozen, jnp.inf, finite), descending=True, stable=True)
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype))
     return frozen | (rank < amount)
+
+
+def weight_priority(
+    partition: str, weights: jax.Array, centroids: jax.Array, extra: jax.Array | None = None
+) -> jax.Array:
+    """Return how early each weight should freeze; larger is earlier. Elementwise.
+
+    "magnitude": largest first, the "pruning-inspired" partition of INQ (Zhou et al., 2017, section
+    2.2); "random": uniform; "loss": largest squared distance to its centroid first.
+
+    Args:
+      partition: one of `WEIGHT_PARTITIONS`.
+      weights: [...] finite.
+      centroids: [k].
+      extra: [...] random bits uint32 for "random"; the weights' sensitivities, or None, for "loss".
+
+    Returns:
+      [...] uint32.
+
+    >>> priorities = weight_priority("magnitude", jnp.array([-3.0, 1.0, 2.0]), jnp.zeros(1))
+    >>> jnp.argsort(priorities, descending=True)
+    Array([0, 2, 1], dtype=int32)
+    """
+    if partition == "random" and extra is not None:
+        return extra
+    if partition not in ("magnitude", "loss"):
+        raise ValueError(
+            f"expected a partition among {WEIGHT_PARTITIONS}, with bits for random, "
+            f"got {partition!r}"
+        )
+    size = jnp.abs(weights.astype(jnp.float32))
+    if partition == "loss":
+        nearest = reconstruct(assign(weights, centroids), centroids)
+        size = jnp.square(weights.astype(jnp.float32) - nearest.astype(jnp.float32))
+        size = size if extra is None else size * extra.astype(jnp.float32)
+    return jax.lax.bitcast_convert_type(size, jnp.uint32)  # sorts as floats >= 0 do
+
+
+def threshold(
+    priorities: Callable[..., jax.Array],
+    arrays: Sequence[jax.Array],
+    frozen: jax.Array,
+    amount: jax.Array,
+) -> jax.Array:
+    """Return the `amount`-th largest priority among the weights that are not frozen.
+
+    Exact, by counting two digits of 16 bits: two passes over the weights, no sort, and of arrays
+    that are split over devices only the counts are sent.
+
+    Args:
+      priorities: elementwise function of the arrays' pieces, uint32.
+      arrays: of the weights' shape.
+      frozen: bool, of the same shape.
+      amount: int32 scalar, from 1 to the number of weights that are not frozen.
+
+    Returns:
+      uint32 scalar.
+
+    >>> x = jnp.array([5, 9, 7, 8], jnp.uint32)
+    >>> threshold(lambda x: x, [x], jnp.array([False, True, False, False]), 2)
+    Array(7, dtype=uint32)
+    """
+    mask = jnp.uint32(2**_DIGIT_BITS - 1)
+
+    def counts(digit: Callable[[jax.Array], tuple[jax.Array, jax.Array]]) -> jax.Array:
+        def step(sums: jax.Array, frozen: jax.Array, *pieces: jax.Array) -> jax.Array:
+            value, counted = digit(priorities(*pieces))
+            return sums.at[value].add((counted & ~frozen).astype(jnp.int32))
+
+        return fold(step, jnp.zeros(2**_DIGIT_BITS, jnp.int32), frozen, *arrays)
+
+    def pick(counts: jax.Array, amount: jax.Array) -> tuple[jax.Array, jax.Array]:
+        at_least = jnp.cumsum(counts[::-1])[::-1]
+        digit = jnp.sum(at_least >= amount) - 1
+        return digit.astype(jnp.uint32), amount - (at_least[digit] - counts[digit])
+
+    high, left = pick(counts(lambda p: (p >> _DIGIT_BITS, p >= 0)), amount)
+    low, _ = pick(counts(lambda p: (p & mask, (p >> _DIGIT_BITS) == high)), left)
+    return (high << _DIGIT_BITS) | low

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.clusters import Clusters, settle, weight_scale
-from jaxquant.codebooks import assign, reconstruct
+from jaxquant.clusters import Clusters, measure, settle, weight_scale
+from jaxquant.codebooks import assign, reconstruct, to_powers_of_two
 from jaxquant.histogram import Histogram, bin_width, fold, histogram, rewrite
 from jaxquant.kmeans import check_finite, is_finite, lloyd, named_start, pin
 from jaxquant.meshes import with_auto_axes
-from jaxquant.partition import choose, priority
+from jaxquant.partition import choose, priority, threshold, weight_priority
 from jaxquant.schedules import Plan
 from jaxquant.selection import Layer, leaves_with_paths
 
@@ -30,7 +30,7 @@ class QuantState(NamedTuple):
 
     codebooks: Any  # [k], or [.., slices, .., k], of the leaf's dtype; zeros before its first round
     frozen: Any  # bool, like the leaf: True = quantized = frozen
-    frozen_centroids: Any  # bool, like the codebook: clusters whose weights are frozen
+    frozen_centroids: Any  # bool, like the codebook: clusters that weights are frozen in
     round: jax.Array  # int32 scalar, the row of the schedule that comes next
 
 
@@ -62,6 +62,7 @@ class _Shared(NamedTuple):
     centroids: jax.Array  # [k]
     frozen_centroids: jax.Array  # [k] bool
     frozen_share: jax.Array  # float32 scalar, of the weights
+    free_loss: jax.Array  # float32 scalar, of the weights that are not frozen
 
 
 def _measure(
@@ -79,48 +80,123 @@ def _measure(
     if sensitivity is not None:
         squares = squares * sensitivity.astype(jnp.float32)
     norm = jnp.sum(squares)
-    # That a norm is not negative says nothing, but orders: `_share` may then overwrite the weights.
+    # That a norm is not negative says nothing, but orders: sharing may then overwrite the weights.
     finite = is_finite(statistic, sensitivity) & ~(norm < 0)
     return _Clustered(centroids, clusters, norm, finite)
 
 
-def _share(
+def _share_clusters(
     weights: jax.Array,
     frozen: jax.Array,
     centroids: jax.Array,
     frozen_centroids: jax.Array,
-    new_centroids: jax.Array,
+    clustered: _Clustered,
     chosen: jax.Array,
     active: jax.Array,
 ) -> _Shared:
-    """Move the free weights of frozen clusters onto their centroids, if the layer is active."""
+    """Freeze the chosen clusters if the layer is active: all their weights onto the centroids."""
+    new_centroids = clustered.centroids
     # Centroids that are equal (of bfloat16 weights, say) share their members' fate: which of them
     # a weight gets depends on where it comes from.
     equal = new_centroids[:, None] == new_centroids[None, :]
     moving = jnp.any(equal & (chosen & active)[None, :], axis=-1)
 
-    def move(weights: jax.Array, frozen: jax.Array) -> jax.Array:
-        codes = assign(weights, new_centroids)
-        joining = _flags_of(codes, moving) & ~frozen
-        return jnp.where(joining, reconstruct(codes, new_centroids), weights)
+    def joins(weights: jax.Array) -> jax.Array:
+        return _flags_of(assign(weights, new_centroids), moving)
 
-    def freeze(weights: jax.Array, frozen: jax.Array) -> jax.Array:
-        # Those that moved lie on their centroids and keep their codes. To assign anew is cheaper
-        # than a copy of the mask, which XLA makes if both steps read it as it was.
-        return frozen | _flags_of(assign(weights, new_centroids), moving)
-
-    def count(number: jax.Array, frozen: jax.Array) -> jax.Array:
-        return number + jnp.sum(frozen, dtype=jnp.int32)
-
-    weights, frozen = rewrite((move, freeze), weights, frozen)
-    number = fold(count, jnp.int32(0), frozen)  # of a whole mask XLA would write floats to memory
+    weights, frozen = _freeze(joins, active, new_centroids, frozen, weights)
+    still = jnp.where(active, chosen, frozen_centroids)
     return _Shared(
         weights,
         frozen,
         jnp.where(active, new_centroids, centroids),
-        jnp.where(active, chosen, frozen_centroids),
-        number.astype(jnp.float32) / frozen.size,
+        still,
+        _share_of(frozen),
+        jnp.sum(jnp.where(still, 0.0, clustered.clusters.losses)),
     )
+
+
+def _share_weights(
+    partition: str,
+    fixed: bool,
+    weights: jax.Array,
+    frozen: jax.Array,
+    sensitivity: jax.Array | None,
+    noise: jax.Array | None,
+    centroids: jax.Array,
+    frozen_centroids: jax.Array,
+    clustered: _Clustered,
+    share: jax.Array,
+    active: jax.Array,
+) -> _Shared:
+    """Freeze weights, up to a share of the layer's, if it is active: those onto their centroids.
+
+    Of equal priorities all freeze. A centroid of frozen weights is frozen too; with a `fixed`
+    codebook every centroid is, from the layer's first round on.
+    """
+    new_centroids = clustered.centroids
+    extra = {"random": noise, "loss": sensitivity}.get(partition)
+    extras = () if extra is None else (extra,)
+    number = jnp.floor(share * frozen.size + 0.5).astype(jnp.int32)
+    number = jnp.where(share < 1, number, frozen.size) - _count(frozen)
+    rank = functools.partial(_rank, partition, new_centroids)
+    least = threshold(rank, (weights, *extras), frozen, number)
+
+    def joins(weights: jax.Array, *extras: jax.Array) -> jax.Array:
+        return (rank(weights, *extras) >= least) & (number > 0)
+
+    weights, frozen = _freeze(joins, active, new_centroids, frozen, weights, *extras)
+    importance = jnp.float32(1.0) if sensitivity is None else sensitivity
+    free = measure(weights, new_centroids, jnp.where(frozen, 0.0, importance))
+    used = measure(weights, new_centroids, frozen.astype(jnp.float32)).lows < jnp.inf
+    return _Shared(
+        weights,
+        frozen,
+        jnp.where(active, new_centroids, centroids),
+        jnp.where(active, used | fixed, frozen_centroids),
+        _share_of(frozen),
+        jnp.sum(free.losses) * weight_scale(jnp.where(frozen, 0.0, importance)),
+    )
+
+
+def _rank(
+    partition: str, centroids: jax.Array, weights: jax.Array, extra: jax.Array | None = None
+) -> jax.Array:
+    return weight_priority(partition, weights, centroids, extra)
+
+
+def _freeze(
+    joins: Callable[..., jax.Array],
+    active: jax.Array,
+    centroids: jax.Array,
+    frozen: jax.Array,
+    weights: jax.Array,
+    *extras: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Freeze the weights that join, in an active layer, and put what is frozen on its centroid."""
+
+    def freeze(frozen: jax.Array, weights: jax.Array, *extras: jax.Array) -> jax.Array:
+        return frozen | (joins(weights, *extras) & active)
+
+    def move(frozen: jax.Array, weights: jax.Array, *_: jax.Array) -> jax.Array:
+        nearest = reconstruct(assign(weights, centroids), centroids)
+        return jnp.where(frozen & active, nearest, weights)
+
+    frozen, weights, *_ = rewrite((freeze, move), frozen, weights, *extras)
+    return weights, frozen
+
+
+def _count(frozen: jax.Array) -> jax.Array:
+    """Return the number of frozen weights, int32."""
+
+    def count(number: jax.Array, frozen: jax.Array) -> jax.Array:
+        return number + jnp.sum(frozen, dtype=jnp.int32)
+
+    return fold(count, jnp.int32(0), frozen)  # of a whole mask XLA would write floats to memory
+
+
+def _share_of(frozen: jax.Array) -> jax.Array:
+    return _count(frozen).astype(jnp.float32) / frozen.size
 
 
 def _flags_of(codes: jax.Array, flags: jax.Array) -> jax.Array:
@@ -196,10 +272,11 @@ def quantize_round(
     For every layer whose share grows in that row, and for no other: its weights are clustered
     (in its first round from the plan's start, then from its codebook, of which the frozen
     centroids stay); the clusters that the partition puts first freeze, up to the row's share; their
-    weights become their centroids. A free weight that is nearest to a frozen centroid joins it.
-    Past the last row nothing changes. Pure; runs under jit, vmap and scan, one compile for all
-    rounds. A layer with NaN or infinite weights is left as it was and reported in `finite`; outside
-    of jit it is an error.
+    weights become their centroids. A free weight that is nearest to a frozen centroid joins it. In
+    a plan of shares of weights (`inq`) the weights that the partition puts first freeze instead,
+    whatever their cluster, those of equal priority together. Past the last row nothing changes.
+    Pure; runs under jit, vmap and scan, one compile for all rounds. A layer with NaN or infinite
+    weights is left as it was and reported in `finite`; outside of jit it is an error.
 
     Layers of all sizes share one compiled solver: only the histogram and the passes over the
     weights are compiled for each shape. Cost: about four reads of the weights.
@@ -252,19 +329,33 @@ def _round(
         )
         for w, centroids, statistic in zip(work, solved, statistics, strict=True)
     ]
-    # 2. Partition: the only step that may look across layers.
+    # 2. Partition: the only step that may look across layers. Weights need no look.
     finite = [c.finite for c in clustered]
     groups = [jnp.array(w.layer.groups) for w in work]
     active = [growing[group] & ok for group, ok in zip(groups, finite, strict=True)]
-    shares = [share[group] for group in groups]
-    chosen = _partition(plan, work, clustered, shares, active, key)
+    chosen = shares = [share[group] for group in groups]
+    if plan.shares_of == "clusters":
+        chosen = _partition(plan, work, clustered, shares, active, key)
     # 3. Share.
     shared = [
-        _on_slices(w.layer, _share, (w.weights, w.frozen), (w.centroids, w.frozen_centroids, *new))
-        for w, *new in zip(work, [c.centroids for c in clustered], chosen, active, strict=True)
+        _on_slices(w.layer, *_sharing(plan, w, i, key), (w.centroids, w.frozen_centroids, *results))
+        for i, (w, *results) in enumerate(zip(work, clustered, chosen, active, strict=True))
     ]
     info = _describe(work, clustered, shared, finite)
     return *_scatter(plan, params, state, work, shared), info
+
+
+def _sharing(
+    plan: Plan, work: _Work, number: int, key: jax.Array | None
+) -> tuple[Callable[..., _Shared], tuple[jax.Array | None, ...]]:
+    """Return how layer `number` shares, and the arrays like its weights that it takes for that."""
+    if plan.shares_of == "clusters":
+        return _share_clusters, (work.weights, work.frozen)
+    noise = None
+    if plan.partition == "random" and key is not None:
+        noise = jax.random.bits(jax.random.fold_in(key, number), work.weights.shape, jnp.uint32)
+    share = functools.partial(_share_weights, plan.partition, plan.iterations == 0)
+    return share, (work.weights, work.frozen, work.sensitivity, noise)
 
 
 def nearest(leaf: jax.Array, codebook: jax.Array) -> jax.Array:
@@ -395,8 +486,11 @@ def _solve_stack(plan: Plan, stack: Histogram, current: jax.Array, frozen: jax.A
 
     def improve(one: tuple[Histogram, jax.Array, jax.Array]) -> jax.Array:
         statistic, centroids, fixed = one
-        centroids, fixed = pin(centroids, fixed, zero=plan.zero)
-        return lloyd(statistic, centroids, fixed, plan.iterations)
+        centroids, still = pin(centroids, fixed, zero=plan.zero)
+        centroids = lloyd(statistic, centroids, still, plan.iterations)
+        if plan.powers_of_two:
+            centroids = jnp.where(fixed, centroids, to_powers_of_two(centroids))
+        return centroids
 
     starts = jax.lax.cond(
         jnp.any(fresh), lambda: _batched(start, stack), lambda: jnp.zeros_like(current)
@@ -407,7 +501,7 @@ def _solve_stack(plan: Plan, stack: Histogram, current: jax.Array, frozen: jax.A
 
 def _immovable(plan: Plan, work: _Work, centroids: jax.Array) -> jax.Array:
     """Return which of the new centroids [slices, k] must keep their value to the last bit."""
-    if plan.iterations == 0:
+    if plan.iterations == 0 or plan.powers_of_two:
         return jnp.ones_like(work.frozen_centroids)
     return work.frozen_centroids | ((centroids == 0) & plan.zero)
 
@@ -456,7 +550,7 @@ def _describe(
             "clusters_frozen": jnp.mean(s.frozen_centroids, axis=-1, dtype=jnp.float32),
             "weights_frozen": s.frozen_share,
             "error_before": jnp.sum(losses, axis=-1) / norm,
-            "error_after": jnp.sum(jnp.where(s.frozen_centroids, 0.0, losses), axis=-1) / norm,
+            "error_after": s.free_loss / norm,
             "finite": ok,
         }
         for name, value in row.items():

@@ -1,4 +1,4 @@
-"""Plans: tables of cumulative shares, rounds by layer groups, for SLQ and MLQ."""
+"""Plans: tables of cumulative shares, rounds by layer groups, for SLQ, MLQ and INQ."""
 
 import dataclasses
 import math
@@ -9,11 +9,12 @@ import numpy as np
 
 from jaxquant.codebooks import num_centroids
 from jaxquant.kmeans import STARTS, check_options
-from jaxquant.partition import PARTITIONS
+from jaxquant.partition import PARTITIONS, WEIGHT_PARTITIONS
 from jaxquant.selection import Layer, LayerRule, Selection, select
 
 ORDERS = ("boundaries_first", "boundaries_together", "layer_by_layer", "network")
 EQUALS = ("layers", "weights")
+SHARES_OF = {"clusters": PARTITIONS, "weights": WEIGHT_PARTITIONS}  # and the partitions of each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,21 +26,25 @@ class Plan:
 
     Attributes:
       selection: the settings of all leaves.
-      method: "slq" or "mlq", for the record.
+      method: "slq", "mlq" or "inq", for the record.
       table: the schedule as nested tuples.
-      partition: order in which clusters freeze, one of "loss", "magnitude", "index", "random".
+      shares_of: what the shares count, the "clusters" or the "weights" of a layer.
+      partition: order in which these freeze, see `partition.priority` and `weight_priority`.
       network: whether the clusters of all layers are ranked together.
       init, iterations, zero: handed on to `kmeans`.
+      powers_of_two: whether centroids are rounded to powers of two, see `to_powers_of_two`.
     """
 
     selection: Selection
     table: tuple[tuple[float, ...], ...]
     method: str = ""
+    shares_of: str = "clusters"
     partition: str = "loss"
     network: bool = False
     init: str = "optimal"
     iterations: int | None = None
     zero: bool = False
+    powers_of_two: bool = False
 
     @property
     def schedule(self) -> np.ndarray:
@@ -61,8 +66,15 @@ def validate_plan(plan: Plan) -> None:
         raise ValueError(f"expected shares in [0, 1] and a last row of ones, got {plan.table}")
     if (np.diff(schedule, axis=0) < 0).any():
         raise ValueError(f"expected shares that never fall from round to round, got {plan.table}")
-    if plan.partition not in PARTITIONS:
-        raise ValueError(f"expected partition to be one of {PARTITIONS}, got {plan.partition!r}")
+    if plan.shares_of not in SHARES_OF:
+        raise ValueError(f"expected shares_of clusters or weights, got {plan.shares_of!r}")
+    if plan.partition not in SHARES_OF[plan.shares_of]:
+        raise ValueError(
+            f"expected partition to be one of {SHARES_OF[plan.shares_of]} for shares of "
+            f"{plan.shares_of}, got {plan.partition!r}"
+        )
+    if plan.network and plan.shares_of == "weights":
+        raise ValueError("expected shares of clusters where all layers are ranked together")
     if plan.init not in STARTS:
         raise ValueError(f"expected init to be one of {', '.join(STARTS)}, got {plan.init!r}")
     if not plan.selection.selected:
@@ -91,6 +103,7 @@ def slq(
     init: str = "optimal",
     iterations: int | None = None,
     zero: bool = False,
+    powers_of_two: bool = False,
 ) -> Plan:
     """Plan single-level quantization: all layers at once, more clusters each round.
 
@@ -108,6 +121,8 @@ def slq(
       init: see `kmeans`; by name.
       iterations: see `kmeans`.
       zero: see `kmeans`.
+      powers_of_two: whether centroids are rounded to 0 and +-2**n after clustering, so that
+        products become shifts; centroids may then coincide.
 
     Raises:
       ValueError: for rounds that do not grow to the end, and as `select` and `kmeans` do.
@@ -129,6 +144,7 @@ def slq(
         init=init,
         iterations=iterations,
         zero=zero,
+        powers_of_two=powers_of_two,
     )
     validate_plan(plan)
     return plan
@@ -148,6 +164,7 @@ def mlq(
     init: str = "optimal",
     iterations: int | None = None,
     zero: bool = False,
+    powers_of_two: bool = False,
 ) -> Plan:
     """Plan multiple-level quantization: clusters and layers, incrementally; ternary by default.
 
@@ -176,6 +193,8 @@ def mlq(
       init: see `kmeans`; by name.
       iterations: see `kmeans`.
       zero: see `kmeans`.
+      powers_of_two: whether centroids are rounded to 0 and +-2**n after clustering, so that
+        products become shifts; centroids may then coincide.
 
     Raises:
       ValueError: for an unknown order, more groups than layers, and as `select` and `kmeans` do.
@@ -206,6 +225,64 @@ def mlq(
         table=table,
         partition=partition,
         network=network,
+        init=init,
+        iterations=iterations,
+        zero=zero,
+        powers_of_two=powers_of_two,
+    )
+    validate_plan(plan)
+    return plan
+
+
+def inq(
+    params: Any,
+    *,
+    bits: int = 5,
+    shares: Sequence[float] = (0.5, 0.75, 0.875, 1.0),
+    rules: Sequence[LayerRule] | None = None,
+    partition: str = "magnitude",
+    init: str = "inq",
+    iterations: int | None = 0,
+    zero: bool = False,
+) -> Plan:
+    """Plan incremental network quantization: more weights of every layer each round.
+
+    The codebook of a layer is 0 and the powers of two from 2**n1 down to 2**n2, n1 from its largest
+    weight before training, and stays; a weight that has grown beyond them is clamped to 2**n1. The
+    largest weights freeze first ("magnitude"), or any ("random"). A share is exact, but for weights
+    of equal magnitude, which freeze together. As everywhere, a weight half-way between two
+    centroids goes to the lower one.
+
+    Source: Zhou et al., "Incremental Network Quantization", ICLR 2017; at 2 bits their shares are
+    0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.975, 1.
+
+    Args:
+      params: tree of arrays, or of shape and dtype structs; only shapes are read.
+      bits: `k = 2**(bits-1) + 1` centroids a layer where no rule says otherwise; at least 2.
+      shares: of the weights of each layer that are frozen after each round, cumulative.
+      rules: which leaves, see `select`.
+      partition: see `partition.weight_priority`.
+      init: see `kmeans`; with "optimal" and `iterations=None`, shares of weights of k-means
+        clusters, of which those with frozen weights stay.
+      iterations: see `kmeans`.
+      zero: see `kmeans`.
+
+    Raises:
+      ValueError: for shares that do not grow to one, and as `select` and `kmeans` do.
+
+    >>> import jax
+    >>> inq({"kernel": jax.ShapeDtypeStruct((64, 64), "float32")}).schedule[:, 0].tolist()
+    [0.5, 0.75, 0.875, 1.0]
+    """
+    if not shares or any(b <= a for a, b in zip((0, *shares), shares, strict=False)):
+        raise ValueError(f"expected shares that grow from 0 to 1, got {tuple(shares)}")
+    selection = select(params, rules, k=num_centroids(bits))
+    plan = Plan(
+        selection=_assign_groups(selection, 1, spread=False),
+        method="inq",
+        table=tuple((float(share),) for share in shares),
+        shares_of="weights",
+        partition=partition,
         init=init,
         iterations=iterations,
         zero=zero,

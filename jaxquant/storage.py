@@ -19,7 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.packing import PackedArray, is_packed, pack_codes, unpack_codes
+from jaxquant.packing import (
+    PackedArray,
+    ProductArray,
+    is_packed,
+    is_quantized,
+    pack_codes,
+    unpack_codes,
+)
 from jaxquant.schedules import Plan
 
 _FORMAT = "jaxquant"
@@ -75,7 +82,7 @@ def save(
 
     Args:
       path: of the file; replaced if it exists.
-      packed: from `pack`; any tree of PackedArray nodes and arrays of numbers.
+      packed: from `pack`; any tree of PackedArray nodes, ProductArrays and arrays of numbers.
       plan: recorded in the file, for the reader's information.
       metadata: anything that JSON can hold; recorded too.
 
@@ -99,6 +106,9 @@ def save(
         "plan": None if plan is None else _describe_plan(plan),
         "metadata": dict(metadata or {}),
     }
+    products = _product_paths(packed)
+    if products:
+        description["products"] = products
     try:
         text = json.dumps(description, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -158,7 +168,7 @@ def _encode(packed: Any) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         if array.dtype.name not in _DTYPES:
             raise ValueError(f"{name}: expected a dtype of safetensors, got {array.dtype}")
         entry: dict[str, Any] = {
-            "path": [jax.tree_util.keystr((key,), simple=True) for key in key_path],
+            "path": _path_text(key_path),
             "shape": list(array.shape),
             "dtype": array.dtype.name,
         }
@@ -185,6 +195,20 @@ def _encode(packed: Any) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     tensors["codes"] = np.concatenate([np.zeros(0, np.uint32), *codes])
     tensors["frequencies"] = np.concatenate([np.zeros(0, np.uint16), *frequencies])
     return entries, tensors
+
+
+def _product_paths(packed: Any) -> list[list[str]]:
+    """Return the paths of ProductArrays, whose codes and words are leaves of the file."""
+    pairs = jax.tree_util.tree_flatten_with_path(packed, is_leaf=_is_product)[0]
+    return [_path_text(path) for path, leaf in pairs if _is_product(leaf)]
+
+
+def _is_product(node: Any) -> bool:
+    return isinstance(node, ProductArray)
+
+
+def _path_text(key_path: Sequence[Any]) -> list[str]:
+    return [jax.tree_util.keystr((key,), simple=True) for key in key_path]
 
 
 def _as_numpy(name: str, leaf: Any) -> np.ndarray:
@@ -277,7 +301,8 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Any:
         it, nested dictionaries with text as keys, whatever the containers were.
 
     Returns:
-      The tree with PackedArray nodes where they were, ready for `unpack` and for products. Numbers
+      The tree with PackedArray and ProductArray nodes where they were, ready for `unpack` and for
+      products. Numbers
       of 64 bits stay NumPy arrays unless jax_enable_x64 is set.
 
     Raises:
@@ -287,13 +312,14 @@ def load(path: str | os.PathLike[str], *, like: Any = None) -> Any:
     """
     path = Path(path)
     with _named(path):
-        _, tensors = _read(path)
+        description, tensors = _read(path)
         entries, paths = _check_manifest(tensors), []
         leaves = []
         for entry, checksum, parts in _parts(entries, tensors):
             with _named("/".join(entry["path"])):
                 leaves.append(_decode(entry, checksum, **parts))
             paths.append(tuple(entry["path"]))
+        paths, leaves = _join_products(description.get("products", []), paths, leaves)
         return _nest(paths, leaves) if like is None else _arrange(paths, leaves, like)
 
 
@@ -538,6 +564,37 @@ def _decompress(words: np.ndarray, tables: np.ndarray, size: int) -> np.ndarray:
     return codes
 
 
+def _join_products(
+    products: Any, paths: list[tuple[str, ...]], leaves: list[Any]
+) -> tuple[list[tuple[str, ...]], list[Any]]:
+    """Put the codes and words of each ProductArray together, in the place of both."""
+    if not isinstance(products, list) or not all(
+        isinstance(path, list) and all(isinstance(key, str) for key in path) for path in products
+    ):
+        raise _InvalidError("expected products to be paths")
+    own = dict(zip(paths, leaves, strict=True))
+    for path in map(tuple, products):
+        with _named("/".join(path)):
+            parts = [own.pop((*path, name), None) for name in ("codes", "words")]
+            own[path] = _join(*parts)
+    return list(own), list(own.values())
+
+
+def _join(codes: Any, words: Any) -> ProductArray:
+    if not is_packed(codes) or words is None or is_packed(words) or words.ndim != 3:
+        raise _InvalidError("expected packed codes and words [M, K, D]")
+    subspaces, k, _ = words.shape
+    numbers = np.asarray(codes.codebook)
+    fits = len(codes.shape) >= 2 and codes.shape[-2] == subspaces
+    if not fits or not np.array_equal(numbers, np.arange(k, dtype=numbers.dtype)):
+        raise _InvalidError(
+            f"expected codes of {subspaces} subspaces, numbers of {k} words, got {codes.shape}"
+        )
+    if not jnp.issubdtype(words.dtype, jnp.floating):
+        raise _InvalidError(f"expected words of floating point, got {words.dtype}")
+    return ProductArray(codes=codes, words=words)
+
+
 def _nest(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> Any:
     if paths == [()]:
         return leaves[0]
@@ -553,11 +610,8 @@ def _nest(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> Any:
 def _arrange(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any], like: Any) -> Any:
     """Return the leaves in the structure of `like`."""
     own = dict(zip(paths, leaves, strict=True))
-    wanted, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_packed)
-    keys = [
-        tuple(jax.tree_util.keystr((key,), simple=True) for key in key_path)
-        for key_path, _ in wanted
-    ]
+    wanted, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_quantized)
+    keys = [tuple(_path_text(key_path)) for key_path, _ in wanted]
     if set(keys) != own.keys():
         odd = sorted("/".join(path) for path in set(keys) ^ own.keys())
         raise _InvalidError(f"expected the leaves of `like`, they differ in {', '.join(odd[:3])}")

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import jaxquant as jq
 from benchmarks.common import collective_sizes
 from jaxquant import quantize
+from jaxquant.clusters import Clusters
 from jaxquant.kmeans import kmeans
 
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
@@ -523,7 +524,9 @@ def test_members_of_equal_centroids_freeze_together():
     weights = jnp.array([0.9, 1.0, 1.2, 3.0])
     centroids, chosen = jnp.array([1.0, 1.0, 3.0]), jnp.array([False, True, False])
     nothing = jnp.zeros(4, bool), centroids, jnp.zeros(3, bool)
-    shared = quantize._share(weights, *nothing, centroids, chosen, jnp.bool_(True))
+    clusters = Clusters(*(jnp.zeros(3),) * 4)
+    clustered = quantize._Clustered(centroids, clusters, jnp.float32(1), jnp.bool_(True))
+    shared = quantize._share_clusters(weights, *nothing, clustered, chosen, jnp.bool_(True))
     assert shared.weights.tolist() == [1.0, 1.0, 1.0, 3.0]
     assert shared.frozen.tolist() == [True, True, True, False]
 

@@ -7,10 +7,16 @@ from typing import Any
 
 import jax
 
-from jaxquant.ops import blocks, lookup, mosaic, platform, reference, triton
-from jaxquant.packing import PackedArray
+from jaxquant.ops import blocks, lookup, mosaic, platform, reference, triton, words
+from jaxquant.packing import PackedArray, ProductArray
 
-_PARTIAL = {"lookup": lookup, "blocks": blocks, "triton": triton, "mosaic": mosaic}
+_PARTIAL = {
+    "lookup": lookup,
+    "blocks": blocks,
+    "triton": triton,
+    "mosaic": mosaic,
+    "words": words,
+}
 IMPLEMENTATIONS = ("unpack", *_PARTIAL)
 _MOST_LOOKUPS = 11  # centroids; above, a read from a table stands for two codes only
 _FEW_VECTORS = 64  # more are bound by arithmetic, for which XLA's own product is the best
@@ -18,7 +24,7 @@ _FEW_VECTORS = 64  # more are bound by arithmetic, for which XLA's own product i
 
 def matmul(
     x: jax.Array,
-    packed: PackedArray,
+    packed: PackedArray | ProductArray,
     *,
     implementation: str | None = None,
     preferred_element_type: Any = None,
@@ -32,7 +38,7 @@ def matmul(
 
     Args:
       x: [..., rows] floating point; `rows` may be several axes, as those of the weight.
-      packed: weight [rows, columns].
+      packed: weight [rows, columns]; a PackedArray or a ProductArray.
       implementation: one of `IMPLEMENTATIONS`; None: the fastest that the platform has.
       preferred_element_type: dtype of the result; None: that of `x @ weight`.
 
@@ -57,10 +63,10 @@ def matmul(
     x = x.reshape(*batch, math.prod(packed.rows))
     if implementation is None:
         implementation = _fastest(x, packed)
-    elif implementation in _PARTIAL and not _PARTIAL[implementation].supports(x, packed):
+    elif implementation in _PARTIAL and not _supports(implementation, x, packed):
         raise ValueError(
-            f"expected a product that {implementation!r} supports, got k={packed.k}, codebooks of "
-            f"shape {packed.codebook.shape} and {packed.dtype}, x of {x.dtype}; None chooses"
+            f"expected a product that {implementation!r} supports, got {_describe(packed)}, "
+            f"x of {x.dtype}; None chooses"
         )
     if implementation == "unpack" or not math.prod(batch):
         return _remade(reference.matmul)(x, packed).astype(dtype)
@@ -75,7 +81,9 @@ _remade = jax.checkpoint
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _partial_product(implementation: str, x: jax.Array, packed: PackedArray) -> jax.Array:
+def _partial_product(
+    implementation: str, x: jax.Array, packed: PackedArray | ProductArray
+) -> jax.Array:
     return _PARTIAL[implementation].matmul(x, packed)
 
 
@@ -89,7 +97,7 @@ def _partial_product_jvp(
 
 def conv(
     x: jax.Array,
-    packed: PackedArray,
+    packed: PackedArray | ProductArray,
     *,
     window_strides: Sequence[int] | int = 1,
     padding: str | Sequence[tuple[int, int]] = "SAME",
@@ -107,13 +115,15 @@ def conv(
 
     Args:
       x: [batch, *space, channels] floating point.
-      packed: kernel [*window, channels / feature_group_count, features].
+      packed: kernel [*window, channels / feature_group_count, features]; a PackedArray or a
+        ProductArray.
       window_strides: one number, or one for each axis of space.
       padding: "SAME", "VALID", or (before, after) for each axis of space.
       input_dilation: like `window_strides`.
       kernel_dilation: like `window_strides`.
       feature_group_count: groups of channels.
-      implementation: "unpack" or None.
+      implementation: "unpack", "words" (of a ProductArray, without input dilation or groups), or
+        None.
       preferred_element_type: dtype of the result; None: that which x and the codebook promote to.
 
     Returns:
@@ -128,8 +138,10 @@ def conv(
     >>> conv(jnp.ones((1, 4, 4, 1)), packed, padding="VALID").shape
     (1, 2, 2, 2)
     """
-    if implementation not in (None, "unpack"):
-        raise ValueError(f"expected implementation to be unpack or None, got {implementation!r}")
+    if implementation not in (None, "unpack", "words"):
+        raise ValueError(
+            f"expected implementation to be unpack, words or None, got {implementation!r}"
+        )
     _check_weight(packed)
     space = packed.ndim - 2
     if space < 1 or x.ndim != packed.ndim:
@@ -142,18 +154,29 @@ def conv(
         return (value,) * space if isinstance(value, int) else tuple(value)
 
     dtype = preferred_element_type or reference.common_dtype(x.dtype, packed.dtype)
+    options: dict[str, Any] = {
+        "window_strides": each(window_strides),
+        "padding": padding if isinstance(padding, str) else tuple(map(tuple, padding)),
+        "kernel_dilation": each(kernel_dilation),
+    }
+    if implementation == "words":
+        plain = feature_group_count == 1 and set(each(input_dilation)) == {1}
+        if not isinstance(packed, ProductArray) or not plain:
+            raise ValueError(
+                "expected a ProductArray, no input dilation and no groups for 'words', got "
+                f"{type(packed).__name__}, {input_dilation} and {feature_group_count}"
+            )
+        return words.conv(x, packed, **options).astype(dtype)
     convolve = functools.partial(
         reference.conv,
-        window_strides=each(window_strides),
-        padding=padding if isinstance(padding, str) else tuple(map(tuple, padding)),
         input_dilation=each(input_dilation),
-        kernel_dilation=each(kernel_dilation),
         feature_group_count=feature_group_count,
+        **options,
     )
     return _remade(convolve)(x, packed).astype(dtype)
 
 
-def _fastest(x: jax.Array, packed: PackedArray) -> str:
+def _fastest(x: jax.Array, packed: PackedArray | ProductArray) -> str:
     vectors = math.prod(x.shape[:-1])
     if not platform.is_one_device():
         return "unpack"  # which XLA takes apart as the arrays are
@@ -163,7 +186,19 @@ def _fastest(x: jax.Array, packed: PackedArray) -> str:
         "gpu": ("triton",) if few else (),
         "tpu": ("mosaic",) if few else (),
     }.get(platform.name(), ())
-    return next((name for name in names if _PARTIAL[name].supports(x, packed)), "unpack")
+    return next((name for name in names if _supports(name, x, packed)), "unpack")
+
+
+def _supports(name: str, x: jax.Array, packed: PackedArray | ProductArray) -> bool:
+    if isinstance(packed, ProductArray) and name != "words":
+        return False
+    return _PARTIAL[name].supports(x, packed)
+
+
+def _describe(packed: PackedArray | ProductArray) -> str:
+    if isinstance(packed, ProductArray):
+        return f"words of shape {packed.words.shape} and {packed.dtype}"
+    return f"k={packed.k}, codebooks of shape {packed.codebook.shape} and {packed.dtype}"
 
 
 def _check_implementation(implementation: str | None) -> None:
@@ -174,9 +209,11 @@ def _check_implementation(implementation: str | None) -> None:
         )
 
 
-def _check_weight(packed: PackedArray) -> None:
+def _check_weight(packed: PackedArray | ProductArray) -> None:
+    if isinstance(packed, ProductArray):
+        return
     if not isinstance(packed, PackedArray):
-        raise ValueError(f"expected a PackedArray, got {type(packed).__name__}")
+        raise ValueError(f"expected a PackedArray or a ProductArray, got {type(packed).__name__}")
     if packed.codes.ndim > 2:
         raise ValueError(
             f"expected the weight of one layer, got stacked layers {packed.shape}: vmap or scan"

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxquant.ops.api import conv, matmul
 from jaxquant.ops.reference import common_dtype
-from jaxquant.packing import PackedArray
+from jaxquant.packing import PackedArray, ProductArray, is_quantized
 
 _OWN_PRODUCTS = (
     "dot_general",
@@ -21,8 +21,8 @@ def intercept_linen(
     """Run `nn.Dense` and `nn.Conv` from a packed kernel, where they have one.
 
     For `flax.linen.intercept_methods`: `module.apply` then takes variables in which some kernels
-    are PackedArrays, as `pack` and `load` make them, and no float kernel exists outside of the
-    compiled product. Everything else in the network runs as it is.
+    are PackedArrays, as `pack` and `load` make them, or ProductArrays, and no float kernel exists
+    outside of the compiled product. Everything else in the network runs as it is.
 
     Raises:
       ValueError: for options of a layer that have no packed counterpart (circular padding, masks,
@@ -41,7 +41,7 @@ def intercept_linen(
     if context.method_name != "__call__" or not isinstance(module, nn.Dense | nn.Conv):
         return next_fun(*args, **kwargs)
     params = module.variables.get("params", {})
-    if not isinstance(params.get("kernel"), PackedArray):
+    if not is_quantized(params.get("kernel")):
         return next_fun(*args, **kwargs)
     product = _dense if isinstance(module, nn.Dense) else _conv
     return product(module, params, *args, **kwargs)
@@ -79,7 +79,7 @@ def _conv(module: Any, params: Any, inputs: Any) -> Any:
     return _finish(module, params, y.reshape(*batch, *y.shape[1:]))
 
 
-def _cast(module: Any, inputs: Any, kernel: PackedArray) -> Any:
+def _cast(module: Any, inputs: Any, kernel: PackedArray | ProductArray) -> Any:
     return inputs.astype(module.dtype or common_dtype(inputs.dtype, kernel.dtype))
 
 
@@ -88,7 +88,7 @@ def _finish(module: Any, params: Any, y: Any) -> Any:
     return y + params["bias"].astype(y.dtype) if module.use_bias else y
 
 
-def _check(module: Any, kernel: PackedArray, shape: tuple[int, ...]) -> None:
+def _check(module: Any, kernel: PackedArray | ProductArray, shape: tuple[int, ...]) -> None:
     own = [name for name in _OWN_PRODUCTS if getattr(module, name, None) is not None]
     if own:
         raise ValueError(f"{_path(module)}: expected no {own[0]}, which a packed kernel replaces")

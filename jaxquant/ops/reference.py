@@ -7,23 +7,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant.packing import PackedArray, unpack_array
+from jaxquant.packing import PackedArray, ProductArray, unpack_node
 
 
-def matmul(x: jax.Array, packed: PackedArray) -> jax.Array:
+def matmul(x: jax.Array, packed: PackedArray | ProductArray) -> jax.Array:
     """Return [..., columns] from x [..., prod(rows)], in float32 or wider."""
     dtype = accumulator(x, packed)
-    weight = unpack_array(packed).reshape(math.prod(packed.rows), *packed.columns)
+    weight = unpack_node(packed).reshape(math.prod(packed.rows), *packed.columns)
     return jnp.matmul(x.astype(dtype), weight.astype(dtype), precision=jax.lax.Precision.HIGHEST)
 
 
-def conv(x: jax.Array, packed: PackedArray, **options: Any) -> jax.Array:
+def conv(x: jax.Array, packed: PackedArray | ProductArray, **options: Any) -> jax.Array:
     """Return [batch, *space, features] from x [batch, *space, channels], in float32 or wider."""
     dtype = accumulator(x, packed)
     space = "DHW"[-(packed.ndim - 2) :]
     return jax.lax.conv_general_dilated(
         x.astype(dtype),
-        unpack_array(packed).astype(dtype),
+        unpack_node(packed).astype(dtype),
         window_strides=options["window_strides"],
         padding=options["padding"],
         lhs_dilation=options["input_dilation"],
@@ -39,6 +39,6 @@ def common_dtype(*dtypes: Any) -> Any:
         return functools.reduce(jnp.promote_types, dtypes)
 
 
-def accumulator(x: jax.Array, packed: PackedArray) -> Any:
+def accumulator(x: jax.Array, packed: PackedArray | ProductArray) -> Any:
     """Return the dtype of products and sums."""
     return common_dtype(x.dtype, packed.dtype, jnp.float32)

@@ -1,0 +1,89 @@
+"""Products with a `ProductArray` from tables of its words: the test-time computation of Q-CNN.
+
+For each subspace, the products of the input's piece with all K words, once; an output is a sum of
+entries of these tables, one for each subspace (and position of the window). C K + M C' additions
+and multiplications for a product of C inputs and C' outputs, in place of C C' (Wu et al., CVPR
+2016, section 3.1). No float kernel exists.
+"""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.ops.reference import accumulator
+from jaxquant.packing import PackedArray, ProductArray, product_codes
+
+
+def supports(x: jax.Array, packed: PackedArray | ProductArray) -> bool:
+    """Return whether this can multiply by such a weight."""
+    del x
+    return isinstance(packed, ProductArray) and packed.ndim == 2
+
+
+def matmul(x: jax.Array, packed: ProductArray) -> jax.Array:
+    """Return [batch, columns] from x [batch, rows], for a weight without a window."""
+    subspaces, _, length = packed.words.shape
+    dtype = accumulator(x, packed)
+    pieces = jnp.moveaxis(x.astype(dtype).reshape(-1, subspaces, length), 1, 0)
+
+    def add(total: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        piece, words, codes = inputs
+        return total + _look_up(_table(piece, words), codes), None
+
+    start = jnp.zeros((x.shape[0], packed.shape[-1]), dtype)
+    inputs = pieces, packed.words.astype(dtype), product_codes(packed)
+    return jax.lax.scan(add, start, inputs)[0]
+
+
+def conv(
+    x: jax.Array,
+    packed: ProductArray,
+    *,
+    window_strides: tuple[int, ...],
+    padding: Any,
+    kernel_dilation: tuple[int, ...],
+) -> jax.Array:
+    """Return [batch, *space, features] from x [batch, *space, channels], channels last."""
+    *window, _, _ = packed.shape
+    subspaces, _, length = packed.words.shape
+    dtype = accumulator(x, packed)
+    extents = [(w - 1) * d + 1 for w, d in zip(window, kernel_dilation, strict=True)]
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(x.shape[1:-1], extents, window_strides, padding)
+    # A table of padding is zero, as it should be: pad what the tables are made from.
+    x = jnp.pad(x.astype(dtype), [(0, 0), *padding, (0, 0)])
+    pieces = jnp.moveaxis(x.reshape(*x.shape[:-1], subspaces, length), -2, 0)
+    strides = (1, *window_strides, 1)
+    space = [
+        (n - e) // s + 1 for n, e, s in zip(x.shape[1:-1], extents, window_strides, strict=True)
+    ]
+
+    def add(total: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        piece, words, codes = inputs
+        table = _table(piece, words)
+        for position in itertools.product(*map(range, window)):
+            first = [p * d for p, d in zip(position, kernel_dilation, strict=True)]
+            last = [
+                f + (n - 1) * s + 1 for f, n, s in zip(first, space, window_strides, strict=True)
+            ]
+            seen = jax.lax.slice(
+                table, (0, *first, 0), (len(table), *last, table.shape[-1]), strides
+            )
+            total += _look_up(seen, codes[position])
+        return total, None
+
+    codes = jnp.moveaxis(product_codes(packed), -2, 0)
+    start = jnp.zeros((len(x), *space, packed.shape[-1]), dtype)
+    return jax.lax.scan(add, start, (pieces, packed.words.astype(dtype), codes))[0]
+
+
+def _table(piece: jax.Array, words: jax.Array) -> jax.Array:
+    """Return the products [..., K] of inputs [..., D] with the words [K, D]."""
+    return jnp.matmul(piece, words.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _look_up(table: jax.Array, codes: jax.Array) -> jax.Array:
+    """Return the entries [..., features] of tables [..., K] that the codes [features] name."""
+    return table.at[..., codes].get(mode="promise_in_bounds")

@@ -1,0 +1,339 @@
+"""Product quantization of kernels, with error correction: Q-CNN.
+
+The input dimension of a kernel is cut into subspaces, each with a codebook of words found by
+k-means over its sub-vectors; then words and codes are improved, one subspace after the other, so
+that the layer *responds* as the float one does to the inputs that it will get.
+
+Source: Wu et al., "Quantized Convolutional Neural Networks for Mobile Devices", CVPR 2016.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.kmeans import check_finite
+from jaxquant.packing import MOST_CENTROIDS, ProductArray, pack_product, product_codes
+
+_BLOCK = 1 << 20  # distances held at once, in each of the subspaces that run side by side
+_TOGETHER = 8  # subspaces that run side by side
+_RIDGE = 1e-6  # of the mean eigenvalue: inputs that are always zero leave their words as they are
+_PRECISION = jax.lax.Precision.HIGHEST
+
+
+# Clustering --------------------------------------------------------------------------------------
+
+
+def cluster(
+    kernel: jax.Array, *, words: int, length: int, key: jax.Array, iterations: int = 20
+) -> ProductArray:
+    """Quantize the sub-vectors of a kernel by k-means, a codebook for each subspace.
+
+    Starts by k-means++ (Arthur & Vassilvitskii, 2007), then `iterations` Lloyd passes; an empty
+    cluster keeps its word, and a tie goes to the lower number. Subspaces run side by side; the
+    distances of a block of sub-vectors are all that is held at once. Cost O(weights words
+    (iterations + 1)). With as many words as a subspace has distinct sub-vectors, exact.
+
+    Args:
+      kernel: [*window, channels, features] floating point, finite.
+      words: of each subspace, 1 to 256.
+      length: channels of a subspace; divides the channels.
+      key: typed key, for the start.
+      iterations: Lloyd passes.
+
+    Returns:
+      ProductArray, its words of the kernel's dtype.
+
+    Raises:
+      ValueError: for arguments that do not fit, and for NaN or infinite weights outside of jit.
+
+    >>> import jaxquant as jq
+    >>> kernel = jnp.arange(32.0).reshape(8, 4) % 3
+    >>> array = cluster(kernel, words=4, length=2, key=jax.random.key(0))
+    >>> bool(jnp.all(jq.unpack({"w": array})["w"] == kernel))
+    True
+    """
+    _check(kernel, words, length, iterations)
+    *window, channels, features = kernel.shape
+    subspaces = channels // length
+    vectors = kernel.astype(jnp.float32).reshape(-1, subspaces, length, features)
+    vectors = vectors.transpose(1, 0, 3, 2).reshape(subspaces, -1, length)
+    run = functools.partial(_kmeans, words=words, iterations=iterations, dtype=kernel.dtype)
+    keys = jax.random.split(key, subspaces)
+    codes, table = jax.lax.map(run, (vectors, keys), batch_size=min(_TOGETHER, subspaces))
+    codes = jnp.moveaxis(codes.reshape(subspaces, -1, features), 0, 1)
+    return pack_product(codes.reshape(*window, subspaces, features), table)
+
+
+def _check(kernel: jax.Array, words: int, length: int, iterations: int) -> None:
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise ValueError(f"expected a floating-point kernel, got {kernel.dtype}")
+    if kernel.ndim < 2 or not kernel.size:
+        raise ValueError(f"expected a kernel [..., channels, features], got {kernel.shape}")
+    if not isinstance(words, int) or not 1 <= words <= MOST_CENTROIDS:
+        raise ValueError(f"expected words from 1 to {MOST_CENTROIDS}, got {words!r}")
+    if not isinstance(length, int) or length < 1 or kernel.shape[-2] % length:
+        raise ValueError(f"expected length to divide {kernel.shape[-2]} channels, got {length!r}")
+    if not isinstance(iterations, int) or iterations < 0:
+        raise ValueError(f"expected iterations to be at least 0, got {iterations!r}")
+    check_finite({"kernel": kernel})
+
+
+def _kmeans(
+    inputs: tuple[jax.Array, jax.Array], *, words: int, iterations: int, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Cluster one subspace's sub-vectors [n, D]; return codes [n] int32 and words [words, D]."""
+    vectors, key = inputs
+    table = _spread_out(vectors, words, key)
+    table = jax.lax.fori_loop(0, iterations, lambda _, table: _lloyd(vectors, table), table)
+    table = table.astype(dtype)
+    return _nearest(vectors, table.astype(jnp.float32)), table
+
+
+def _spread_out(vectors: jax.Array, words: int, key: jax.Array) -> jax.Array:
+    """Return sub-vectors drawn one after the other, by squared distance from those before."""
+
+    def draw(distances: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Gumbel: an index by its weight; log(0) is never drawn as long as there is another.
+        word = vectors[jax.random.categorical(key, jnp.log(distances))]
+        return jnp.minimum(distances, jnp.sum(jnp.square(vectors - word[None]), axis=-1)), word
+
+    start = jnp.full(len(vectors), jnp.finfo(jnp.float32).max)
+    return jax.lax.scan(draw, start, jax.random.split(key, words))[1]
+
+
+def _nearest(vectors: jax.Array, table: jax.Array) -> jax.Array:
+    """Return the number of the nearest word, int32 [n]; a block at a time."""
+
+    def one(vector: jax.Array) -> jax.Array:
+        return jnp.argmin(jnp.sum(jnp.square(vector[None] - table), axis=-1)).astype(jnp.int32)
+
+    block = max(1, _BLOCK // (_TOGETHER * table.size))
+    return jax.lax.map(one, vectors, batch_size=min(block, len(vectors)))
+
+
+def _lloyd(vectors: jax.Array, table: jax.Array) -> jax.Array:
+    codes = _nearest(vectors, table)
+    members = jnp.zeros(len(table)).at[codes].add(1.0)
+    # About the old words: a cluster of equal sub-vectors lands on them exactly.
+    shift = jnp.zeros_like(table).at[codes].add(vectors - table[codes])
+    return table + shift / jnp.maximum(members, 1.0)[:, None]
+
+
+# Responses ---------------------------------------------------------------------------------------
+
+
+class Response(NamedTuple):
+    """What a layer is asked for, summed over places: enough to correct it, whatever their number.
+
+    Two of these add up (`jax.tree.map(jnp.add, ...)`): batches, or devices.
+    """
+
+    gram: jax.Array  # [P C, P C] float32, inputs by inputs; P positions of the window, C channels
+    cross: jax.Array  # [P C, features] float32, inputs by wanted responses
+    energy: jax.Array  # float32 scalar, sum of squared wanted responses
+
+
+def observe(
+    inputs: jax.Array,
+    wanted: jax.Array,
+    *,
+    window: Sequence[int] = (),
+    window_strides: Sequence[int] | int = 1,
+    padding: str | Sequence[tuple[int, int]] = "SAME",
+    kernel_dilation: Sequence[int] | int = 1,
+) -> Response:
+    """Return the sums over a batch that `correct` needs.
+
+    Args:
+      inputs: [batch, *space, channels], what the layer gets: from the front of the network as it
+        is already quantized. A dense layer has no space.
+      wanted: [batch, *space, features], what it should answer, before the bias: what the float
+        network's layer does with the float network's inputs.
+      window: of a convolution; () for a dense layer.
+      window_strides, padding, kernel_dilation: of the convolution, see `jaxquant.conv`.
+
+    Returns:
+      Response. Pure, under jit too. Takes (P C)**2 floats; cost O(places (P C)**2).
+
+    Raises:
+      ValueError: if the shapes do not fit.
+
+    >>> observe(jnp.ones((5, 4)), jnp.ones((5, 3))).gram.shape
+    (4, 4)
+    """
+    space, channels = len(window), inputs.shape[-1]
+    if inputs.ndim != space + 2 or wanted.ndim != space + 2:
+        raise ValueError(
+            f"expected inputs and wanted responses of {space + 2} axes, "
+            f"got {inputs.shape} and {wanted.shape}"
+        )
+    rows = inputs.astype(jnp.float32)
+    if window:
+        rows = jax.lax.conv_general_dilated_patches(
+            rows,
+            tuple(window),
+            _each(window_strides, space),
+            padding if isinstance(padding, str) else [(low, high) for low, high in padding],
+            rhs_dilation=_each(kernel_dilation, space),
+            dimension_numbers=jax.lax.ConvDimensionNumbers(
+                (0, space + 1, *range(1, space + 1)),
+                (space + 1, space, *range(space)),
+                (0, space + 1, *range(1, space + 1)),
+            ),
+            precision=_PRECISION,
+        )
+    if rows.shape[:-1] != wanted.shape[:-1]:
+        raise ValueError(
+            f"expected wanted responses of shape {rows.shape[:-1]} and features, got {wanted.shape}"
+        )
+    positions = math.prod(window)
+    rows = jnp.swapaxes(rows.reshape(-1, channels, positions), 1, 2).reshape(-1, rows.shape[-1])
+    wanted = wanted.astype(jnp.float32).reshape(-1, wanted.shape[-1])
+    dot = functools.partial(jnp.matmul, precision=_PRECISION)
+    return Response(dot(rows.T, rows), dot(rows.T, wanted), jnp.sum(jnp.square(wanted)))
+
+
+def _each(value: Sequence[int] | int, space: int) -> tuple[int, ...]:
+    return (value,) * space if isinstance(value, int) else tuple(value)
+
+
+def response_error(kernel: jax.Array, response: Response) -> jax.Array:
+    """Return the squared error of a float kernel's responses over their squares, float32 scalar."""
+    matrix = kernel.astype(jnp.float32).reshape(response.cross.shape)
+    rest = response.cross - jnp.matmul(response.gram, matrix, precision=_PRECISION)
+    squares = response.energy - jnp.sum(matrix * response.cross) - jnp.sum(matrix * rest)
+    return squares / jnp.where(response.energy > 0, response.energy, 1.0)
+
+
+# Error correction --------------------------------------------------------------------------------
+
+
+class _Block(NamedTuple):
+    """One subspace while it is corrected."""
+
+    words: jax.Array  # [K, D]
+    codes: jax.Array  # [P, features] int32
+    rest: jax.Array  # [P, D, features]: inputs by what is missing from the wanted responses
+
+
+def correct(
+    array: ProductArray, response: Response, *, sweeps: int = 2
+) -> tuple[ProductArray, jax.Array]:
+    """Improve words and codes so that the layer answers as wanted: block coordinate descent.
+
+    Minimizes `sum |wanted - kernel^T inputs|**2`, a subspace after the other: each of its words to
+    the least squares of what the others leave, then each code to the word that leaves least, window
+    position after position. Every step is exact given the rest, so the error never rises, but for
+    rounding. Works on the sums in `response` alone. Cost of a sweep O((P C)**2 features), in
+    float32; memory that of `response`.
+
+    Args:
+      array: from `cluster`.
+      response: of the layer, from `observe`.
+      sweeps: over all subspaces.
+
+    Returns:
+      The corrected ProductArray, and the errors [sweeps + 1] over the squares of the wanted
+      responses, before the first and after each sweep.
+
+    Raises:
+      ValueError: if the response is not of such a kernel.
+
+    >>> kernel, x = jax.random.normal(jax.random.key(0), (8, 16)), jnp.eye(8)
+    >>> array = cluster(kernel, words=4, length=2, key=jax.random.key(1))
+    >>> _, errors = correct(array, observe(x, x @ kernel))
+    >>> bool(errors[-1] < errors[0])
+    True
+    """
+    *window, channels, features = array.shape
+    positions, (subspaces, _, length) = math.prod(window), array.words.shape
+    if response.cross.shape != (positions * channels, features):
+        raise ValueError(
+            f"expected a response of {positions * channels} inputs and {features} features, "
+            f"got {response.cross.shape}"
+        )
+    by_subspace = (positions, subspaces, length)
+    gram = response.gram.reshape(*by_subspace, *by_subspace).transpose(1, 0, 2, 4, 3, 5)
+    cross = response.cross.reshape(*by_subspace, features).transpose(1, 0, 2, 3)
+    codes = jnp.moveaxis(product_codes(array).reshape(positions, subspaces, features), 1, 0)
+
+    def sweep(carry: tuple[jax.Array, jax.Array], _: None):
+        words, codes = carry
+        rest = cross - _apply(gram, _kernel(words, codes))  # anew: roundings do not add up
+        words, codes, _ = jax.lax.fori_loop(
+            0, subspaces, functools.partial(_correct_subspace, gram), (words, codes, rest)
+        )
+        return (words, codes), error(words, codes)
+
+    def error(words: jax.Array, codes: jax.Array) -> jax.Array:
+        kernel = _kernel(words, codes).transpose(1, 0, 2, 3)
+        return response_error(kernel, response)
+
+    words = array.words.astype(jnp.float32)
+    start = error(words, codes)
+    (words, codes), errors = jax.lax.scan(sweep, (words, codes), length=sweeps)
+    codes = jnp.moveaxis(codes, 0, 1).reshape(array.codes.shape)
+    return pack_product(codes, words.astype(array.dtype)), jnp.append(start, errors)
+
+
+def _kernel(words: jax.Array, codes: jax.Array) -> jax.Array:
+    """Return the weights [M, P, D, features] of words [M, K, D] and codes [M, P, features]."""
+    return jnp.moveaxis(jax.vmap(lambda table, code: table[code])(words, codes), -1, -2)
+
+
+def _apply(gram: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return inputs by responses [M, P, D, features], of weights of that shape."""
+    return jnp.einsum("mpdnqe,nqet->mpdt", gram, kernel, precision=_PRECISION)
+
+
+def _correct_subspace(
+    gram: jax.Array, m: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    words, codes, rest = carry
+    own = gram[m][:, :, m]  # [P, D, P, D]
+    block = _Block(words[m], codes[m], rest[m])
+    before = block.words[block.codes]
+    numbers = jnp.arange(words.shape[1])
+    block, _ = jax.lax.scan(functools.partial(_move_word, own), block, numbers)
+    block, _ = jax.lax.scan(functools.partial(_move_codes, own), block, jnp.arange(codes.shape[1]))
+    change = block.words[block.codes] - before  # [P, features, D]
+    rest -= jnp.einsum("pdnqe,ptd->nqet", gram[m], change, precision=_PRECISION)
+    return words.at[m].set(block.words), codes.at[m].set(block.codes), rest
+
+
+def _move_word(own: jax.Array, block: _Block, number: jax.Array) -> tuple[_Block, None]:
+    """Move one word to its least squares; `own` is the Gram matrix of the subspace's inputs."""
+    members = (block.codes == number).astype(jnp.float32)  # [P, features]
+    together = jnp.matmul(members, members.T, precision=_PRECISION)
+    matrix = jnp.einsum("pq,pdqe->de", together, own, precision=_PRECISION)
+    slope = jnp.einsum("pt,pdt->d", members, block.rest, precision=_PRECISION)
+    length = matrix.shape[0]
+    ridge = _RIDGE * jnp.trace(matrix) / length
+    regular = matrix + jnp.where(ridge > 0, ridge, 1.0) * jnp.eye(length)
+    step = jnp.linalg.solve(regular, slope)
+    moved = jnp.einsum("pdqe,e,qt->pdt", own, step, members, precision=_PRECISION)
+    return block._replace(words=block.words.at[number].add(step), rest=block.rest - moved), None
+
+
+def _move_codes(own: jax.Array, block: _Block, position: jax.Array) -> tuple[_Block, None]:
+    """Give each feature the word that leaves least, at one position of the window."""
+    matrix = own[position][:, position]  # [D, D]
+    codes = block.codes[position]
+    old = block.words[codes]  # [features, D]
+    dot = functools.partial(jnp.matmul, precision=_PRECISION)
+    # |wanted - response|**2 with another word in place of the old, without what is the same.
+    target = block.rest[position].T + dot(old, matrix)
+    squares = jnp.sum(block.words * dot(block.words, matrix), axis=-1)
+    left = squares[None] - 2 * dot(target, block.words.T)  # [features, K]
+    best = jnp.argmin(left, axis=-1).astype(codes.dtype)
+    gain = jnp.take_along_axis(left, codes[:, None], -1) - jnp.take_along_axis(
+        left, best[:, None], -1
+    )
+    codes = jnp.where(gain[:, 0] > 0, best, codes)
+    change = block.words[codes] - old
+    moved = jnp.einsum("pde,te->pdt", own[:, :, position], change, precision=_PRECISION)
+    return block._replace(codes=block.codes.at[position].set(codes), rest=block.rest - moved), None
