@@ -62,10 +62,16 @@ def test_a_wrong_override_is_named(override, message):
     ("wrong", "message"),
     [
         (
-            Config(quantize=Quantize(method="inq")),
-            "quantize.method: expected one of slq, mlq, none",
+            Config(quantize=Quantize(method="ptq")),
+            "quantize.method: expected one of slq, mlq, inq, qcnn, none",
         ),
         (Config(quantize=Quantize(sensitivity="x")), "quantize.sensitivity: expected one of"),
+        (
+            Config(quantize=Quantize(method="inq"), retrain=Fit(centroid_rate=0.1)),
+            "retrain.centroid_rate: expected 0, trained centroids leave powers of two",
+        ),
+        (Config(quantize=Quantize(words=257)), "quantize.words: expected 1 to 256, got 257"),
+        (Config(quantize=Quantize(length=0)), "quantize.length: expected at least 1, got 0"),
         (Config(batch_size=0), "batch_size: expected at least 1, got 0"),
         (Config(fit=Fit(epochs=(1, 2))), "fit.epochs: expected one number"),
         (Config(fit=Fit(epochs=(1,), distill_weight=0.5)), "fit.distill_weight: expected 0"),

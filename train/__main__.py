@@ -1,4 +1,4 @@
-"""Command line: `python -m train [eval|export|report] --config configs/X.py --workdir DIR`.
+"""Command line: `python -m train [eval|export|report|compare] --config configs/X.py --workdir DIR`.
 
 Without a verb: train or load a network, quantize it, report; the same workdir continues. Several
 configs, separated by commas, and those of a study run one after the other in subfolders and end in
@@ -15,6 +15,8 @@ eval: accuracy of --config.init=FILE, packed or PyTorch's, or of the workdir's l
 export: write that checkpoint's network to --output FILE.safetensors, packed as in the workdir's
 model.safetensors, or with --format pytorch as plain float tensors under PyTorch's names.
 report: print the reports of finished workdirs.
+compare: run experiments that differ in how they quantize from one float network, trained once, and
+write comparison.md and comparison.png, accuracy against bytes; see configs/compare_digits.py.
 """
 
 import argparse
@@ -102,6 +104,8 @@ def _dispatch(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         return _export(chosen[name], folder, options.output, options.format)
     if options.workdir is None:
         raise ValueError("expected --workdir DIR")
+    if options.verb == "compare":
+        return _compare(loaded, chosen, options.workdir)
     return (
         _train_study(loaded, chosen, options.workdir) if study else _train(chosen, options.workdir)
     )
@@ -118,7 +122,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "verb", nargs="?", choices=("train", "eval", "export", "report"), default="train"
+        "verb", nargs="?", choices=("train", "eval", "export", "report", "compare"), default="train"
     )
     parser.add_argument("--config", metavar="FILE[,FILE...]")
     parser.add_argument("--workdir", metavar="DIR", type=Path)
@@ -143,6 +147,15 @@ def _train(loaded: dict[str, "Config"], workdir: Path) -> int:
         say(f"== {name}: {config.model} on {job.dataset.name}")
         say(f"\n{summary.table({name: loop.run(job)})}\n")
     say(f"{workdir / 'report.md'}, {workdir / 'plots'}")
+    return 0
+
+
+def _compare(loaded: dict[str, "Config"], chosen: Collection[str], workdir: Path) -> int:
+    from train import compare
+    from train.logs import say
+
+    say(f"\n{compare.run(loaded, chosen, workdir)}\n")
+    say(f"{workdir / 'comparison.md'}, {workdir / 'comparison.png'}")
     return 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxquant import LayerRule
+from jaxquant.packing import MOST_CENTROIDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,23 +53,28 @@ class Fit:
 
 @dataclasses.dataclass(frozen=True)
 class Quantize:
-    """The plan; see `jaxquant.slq` and `jaxquant.mlq`."""
+    """The plan; see `jaxquant.slq`, `jaxquant.mlq` and `jaxquant.inq`."""
 
-    method: str = "slq"  # slq, mlq, or none
+    method: str = "slq"  # slq, mlq, inq, qcnn (see train.products), or none
     bits: int = 5
     rounds: tuple[int, ...] = (5, 9, 13, 15, 17)  # slq: clusters frozen after each round
     groups: int = 3  # mlq
     equal: str = "layers"  # mlq: layers or weights, of which groups have equal numbers
     order: str = "boundaries_first"  # mlq
     reverse: bool = False  # mlq
-    shares: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)  # mlq, order network
-    partition: str = "loss"
-    init: str = "optimal"
-    iterations: int = -1  # Lloyd passes; -1: until nothing changes
+    shares: tuple[float, ...] = ()  # inq: of weights; mlq, order network: of clusters; (): usual
+    partition: str = ""  # "": the method's usual
+    init: str = ""  # "": the method's usual
+    iterations: int = -1  # Lloyd passes; -1: the method's usual, of k-means until nothing changes
     zero: bool = False
+    powers_of_two: bool = False  # slq, mlq: centroids rounded to them
     sensitivity: str = "none"  # none, or fisher: squared gradients weigh clusters and losses
     sensitivity_batches: int = 32
     recalibrate_batches: int = 0  # batch-norm statistics renewed after quantizing; 0: kept
+    words: int = 16  # qcnn: of each subspace
+    length: int = 4  # qcnn: input channels of a subspace; less where it does not divide them
+    sweeps: int = 2  # qcnn: of error correction; 0: k-means alone
+    calibration_images: int = 256  # qcnn: of the training images, unlabelled
     rules: tuple[LayerRule, ...] | None = None  # set in the config's file only
 
 
@@ -193,7 +199,7 @@ def _parse(text: str, kind: Any, flag: str) -> Any:
 def validate(config: Config) -> None:
     """Raise a ValueError, one line, for values that no run could use."""
     quantize, fit, retrain = config.quantize, config.fit, config.retrain
-    _one_of("quantize.method", quantize.method, ("slq", "mlq", "none"))
+    _one_of("quantize.method", quantize.method, ("slq", "mlq", "inq", "qcnn", "none"))
     _one_of("quantize.sensitivity", quantize.sensitivity, ("none", "fisher"))
     _at_least("batch_size", config.batch_size, 1)
     _at_least("eval_batch_size", config.eval_batch_size, 1)
@@ -205,6 +211,11 @@ def validate(config: Config) -> None:
     _at_least("quantize.iterations", quantize.iterations, -1)
     _at_least("quantize.sensitivity_batches", quantize.sensitivity_batches, 1)
     _at_least("quantize.recalibrate_batches", quantize.recalibrate_batches, 0)
+    _at_least("quantize.length", quantize.length, 1)
+    _at_least("quantize.sweeps", quantize.sweeps, 0)
+    _at_least("quantize.calibration_images", quantize.calibration_images, 1)
+    if not 1 <= quantize.words <= MOST_CENTROIDS:
+        raise ValueError(f"quantize.words: expected 1 to {MOST_CENTROIDS}, got {quantize.words}")
     for name, stage in (("fit", fit), ("retrain", retrain)):
         for epochs in stage.epochs:
             _at_least(f"{name}.epochs", epochs, 0)
@@ -221,6 +232,8 @@ def validate(config: Config) -> None:
             raise ValueError(f"{name}.distill_weight: expected 0 to 1, got {stage.distill_weight}")
         if not stage.temperature > 0:
             raise ValueError(f"{name}.temperature: expected more than 0, got {stage.temperature}")
+    if retrain.centroid_rate and (quantize.method == "inq" or quantize.powers_of_two):
+        raise ValueError("retrain.centroid_rate: expected 0, trained centroids leave powers of two")
     if len(fit.epochs) != 1:
         raise ValueError(f"fit.epochs: expected one number, got {fit.epochs}")
     if fit.distill_weight:

@@ -164,7 +164,8 @@ def _sgd(
     )
 
 
-def _normalize(images: jax.Array, dataset: Dataset) -> jax.Array:
+def normalize(images: jax.Array, dataset: Dataset) -> jax.Array:
+    """Return images of bytes as the network takes them: float32, channel by channel."""
     mean = jnp.array(dataset.mean, jnp.float32)
     std = jnp.array(dataset.std, jnp.float32)
     return (images.astype(jnp.float32) / 255.0 - mean) / std
@@ -185,7 +186,7 @@ def _augment(key: jax.Array, images: jax.Array, *, dataset: Dataset) -> jax.Arra
     if dataset.flip:
         flips = jax.random.bernoulli(flip_key, 0.5, (len(images), 1, 1, 1))
         images = jnp.where(flips, images[:, :, ::-1], images)
-    return _normalize(images, dataset)
+    return normalize(images, dataset)
 
 
 # Training ----------------------------------------------------------------------------------------
@@ -373,7 +374,7 @@ def _count_correct(
 ) -> tuple[jax.Array, jax.Array]:
     """Return correct answers and summed cross-entropy of a batch; labels below 0 do not count."""
     with nn.intercept_methods(jq.intercept_linen):  # kernels may be packed
-        logits: Any = model.apply(variables, _normalize(batch.images, dataset), train=False)
+        logits: Any = model.apply(variables, normalize(batch.images, dataset), train=False)
     known, labels = batch.labels >= 0, jnp.maximum(batch.labels, 0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = (jnp.argmax(logits, axis=-1) == labels) & known

@@ -19,7 +19,7 @@ import numpy as np
 import jaxquant as jq
 from jaxquant.packing import MOST_CENTROIDS
 from train import config as configs
-from train import data, engine, layout, models, pretrained, program, summary
+from train import data, engine, layout, models, pretrained, products, program, summary
 from train.checkpoints import Checkpoints
 from train.config import Config, Fit
 from train.logs import Log, say, show_progress, write_text
@@ -106,6 +106,8 @@ def check(config: Config) -> Job:
     if initial is None and not config.fit.epochs[0]:
         raise ValueError("expected init=FILE or fit.epochs above 0, got neither")
     plan = make_plan(config, shapes["params"])
+    if config.quantize.method == "qcnn":
+        _check_products(config, model, shapes, dataset)
     if plan is not None and len(config.retrain.epochs) not in (1, plan.num_rounds):
         raise ValueError(
             f"retrain.epochs: expected 1 or {plan.num_rounds} numbers, one a round, "
@@ -123,6 +125,13 @@ def check(config: Config) -> Job:
                 f"packed, got {layer.k}"
             )
     return Job(config, Path(), dataset, model, shapes, initial, plan, layout.make(config))
+
+
+def _check_products(config: Config, model: nn.Module, shapes: Any, dataset: data.Dataset) -> None:
+    if config.mesh.devices != 1 or jax.process_count() > 1:
+        raise ValueError("mesh.devices: expected 1, product quantization runs on one device")
+    image = jax.ShapeDtypeStruct((1, *dataset.train_images.shape[1:]), jnp.float32)
+    products.check(model, shapes, image, config.quantize)
 
 
 @functools.lru_cache(maxsize=1)  # the experiments of a study share it
@@ -170,27 +179,31 @@ def lock(workdir: Path) -> Iterator[bool]:
 def make_plan(config: Config, params: Any) -> jq.Plan | None:
     """Return the config's plan, or None."""
     q = config.quantize
-    clustering: dict[str, Any] = {
-        "bits": q.bits,
-        "rules": q.rules,
-        "partition": q.partition,
-        "init": q.init,
-        "iterations": None if q.iterations < 0 else q.iterations,
-        "zero": q.zero,
-    }
-    if q.method == "none":
+    if q.method in ("none", "qcnn"):
         return None
+    options: dict[str, Any] = {"bits": q.bits, "rules": q.rules, "zero": q.zero}
+    options |= _given(partition=q.partition, init=q.init)
+    if q.iterations >= 0:
+        options["iterations"] = q.iterations
+    if q.method == "inq":
+        return jq.inq(params, **options, **_given(shares=q.shares))
+    options["powers_of_two"] = q.powers_of_two
     if q.method == "slq":
-        return jq.slq(params, rounds=q.rounds, **clustering)
+        return jq.slq(params, rounds=q.rounds, **options)
     return jq.mlq(
         params,
         groups=q.groups,
         equal=q.equal,
         order=q.order,
         reverse=q.reverse,
-        rounds=q.shares,
-        **clustering,
+        **options,
+        **_given(rounds=q.shares),
     )
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Return the options that a config sets; for the others the plan has its own defaults."""
+    return {name: value for name, value in options.items() if value}
 
 
 def units(config: Config, plan: jq.Plan | None) -> list[Unit]:
@@ -232,7 +245,9 @@ def run(job: Job) -> dict[str, Any]:
                     progress = Progress(units=number + 1)
                 if keeper.due() or run_units[progress.units - 1].last:
                     keeper.save(state, progress)
-    state = layout.gather(state)
+            state = layout.gather(state)
+            if config.quantize.method == "qcnn":
+                state = worker.quantize_products(len(run_units), state)
     if layout.is_primary():
         summary.write(job, state, log.events)
     layout.wait_for_all(f"{job.workdir}: report")
@@ -385,6 +400,34 @@ class _Worker:
             quant=quant, train=state.train._replace(params=params, batch_stats=batch_stats)
         )
         self._log_quantized(number, unit, info, self._evaluate(state))
+        return state
+
+    def quantize_products(self, number: int, state: RunState) -> RunState:
+        """Quantize the trained network by products: a stage without epochs, so not saved within."""
+        config, dataset, split = self.job.config, self.job.dataset, self.train_data
+        rows = engine.epoch_order(self._key(number, 1), len(split.labels), 1).ravel()
+        size = min(config.quantize.calibration_images, len(rows))
+        batches = [
+            engine.normalize(jnp.asarray(split.images[part]), dataset)
+            for part in np.array_split(rows[:size], -(-size // config.batch_size))
+        ]
+        variables = {"params": state.train.params, "batch_stats": state.train.batch_stats}
+        params, errors = products.quantize(
+            self.job.model, variables, batches, config.quantize, key=self._key(number, 2), tell=say
+        )
+        batch_stats = self.functions.recalibrate(
+            jq.unpack(params), state.train.batch_stats, split, self._key(number, 3)
+        )
+        train = state.train._replace(params=params, batch_stats=batch_stats)
+        state = state._replace(train=train)
+        result = self._evaluate(state)
+        layers = {
+            path: {"error_before": error.before, "error_after": error.after}
+            for path, error in errors.items()
+        }
+        self.log.add("quantized", number, round=0, weights_frozen=1.0, layers=layers, **result)
+        self.log.add("retrained", number, round=0, **result)
+        say(f"quantized: accuracy {result['accuracy']:.2%}")
         return state
 
     def _train_epoch(
@@ -555,6 +598,8 @@ def export(config: Config, workdir: Path, output: Path, *, pytorch: bool) -> int
       output: a safetensors file.
       pytorch: plain float tensors under PyTorch's names; else packed, after the last round only.
     """
+    if config.quantize.method == "qcnn" and not pytorch:
+        raise ValueError(f"expected a plan's network to pack, {workdir / summary.MODEL} is packed")
     job, _, state = _restore(config, workdir)
     if pytorch:
         params, batch_stats = state.train.params, state.train.batch_stats

@@ -6,6 +6,7 @@ pyplot, so there is no global state, and are put in place by a rename, so that a
 half a file.
 """
 
+import itertools
 import math
 import os
 import uuid
@@ -30,7 +31,9 @@ _BLUE = "#0072B2"  # What is still free, or has been re-trained.
 _ORANGE = "#D55E00"  # What quantization has done.
 _GREEN = "#009E73"
 _GREY = "#8c8c8c"  # The float network.
+_COLORS = (_BLUE, _ORANGE, _GREEN, "#CC79A7", "#56B4E9", "#E69F00")
 _MARKERS = "osD^vX"
+_MOST_LOST = 15.0  # Points below the float network that a comparison shows to scale.
 
 _WEIGHT_LABELS = (
     "float, per bin",
@@ -156,6 +159,63 @@ def plot_errors(
         if len(values) != len(labels):
             raise ValueError(f"{layer}: expected {len(labels)} errors, got {len(values)}")
     return _write(path, lambda: _draw_errors(layers, labels))
+
+
+def plot_comparison(
+    path: str | os.PathLike[str],
+    *,
+    families: Mapping[str, Sequence[tuple[float, float]]],
+    full: tuple[float, float],
+) -> Figure:
+    """Draw accuracy against size, a curve for each family of methods.
+
+    Sizes are on a log scale. Networks that have lost more than 15 points would squeeze the others:
+    they are drawn at the foot, hollow, with their accuracy beside them.
+
+    Args:
+      path: PNG file to write; its folder is made.
+      families: points (bytes, accuracy in [0, 1]) by label.
+      full: bytes and accuracy of the float network.
+
+    Returns:
+      The figure, a page wide.
+    """
+    return _write(path, lambda: _draw_comparison(families, full))
+
+
+def _draw_comparison(
+    families: Mapping[str, Sequence[tuple[float, float]]], full: tuple[float, float]
+) -> Figure:
+    figure = Figure(figsize=(_PAGE, 3.6), layout="constrained")
+    axes = figure.subplots()
+    reference = _percent(full[1])
+    foot = reference - _MOST_LOST
+    axes.axhline(reference, color=_GREY, linewidth=1, dashes=(4, 2))
+    axes.plot([full[0]], [reference], "*", color=_GREY, label="float", markersize=8)
+    for (label, points), color, marker in zip(
+        families.items(), itertools.cycle(_COLORS), itertools.cycle(_MARKERS), strict=False
+    ):
+        ordered = sorted((size, _percent(accuracy)) for size, accuracy in points)
+        sizes, accuracies = map(np.array, zip(*ordered, strict=True))
+        shown = np.maximum(accuracies, foot)
+        axes.plot(sizes, shown, f"{marker}-", color=color, label=label, linewidth=0.9, markersize=4)
+        for size, accuracy in zip(sizes, accuracies, strict=True):
+            if accuracy < foot:
+                axes.plot([size], [foot], marker, color="white", markeredgecolor=color, zorder=3)
+                axes.annotate(
+                    f"{accuracy:.0f}",
+                    (size, foot),
+                    xytext=(0, 5),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=6,
+                    color=color,
+                )
+    axes.set_xscale("log")
+    axes.set_xlabel("bytes, entropy-coded")
+    axes.set_ylabel("test accuracy (%)")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
 
 
 def _write(path: str | os.PathLike[str], draw: Callable[[], Figure]) -> Figure:

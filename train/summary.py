@@ -74,11 +74,12 @@ def write(job: "Job", state: "RunState", events: Sequence[Mapping[str, Any]]) ->
         "versions": {"jaxquant": jq.__version__, "jax": jax.__version__},
     }
     lines = [f"# {job.workdir.name}", "", f"Float network: {float_event['accuracy']:.2%}.", ""]
-    if job.plan is not None:
+    rounds = rounds_of(events)
+    if rounds:
+        reference = state.reference["params"]
         network = jq.report(
-            state.train.params, state.quant, reference=state.reference["params"], plan=job.plan
+            state.train.params, state.quant or None, reference=reference, plan=job.plan
         )
-        rounds = rounds_of(events)
         result["quantized"] = {
             "accuracy": rounds[-1]["accuracy"],
             "bits_per_weight": network.bits_per_weight,
@@ -87,9 +88,8 @@ def write(job: "Job", state: "RunState", events: Sequence[Mapping[str, Any]]) ->
             "float_bytes": network.float_bytes,
             "file_bytes": write_packed(job.workdir / MODEL, job, state),
             "compression": network.compression,
-            "on_codebook": all(
-                bool(x) for x in jax.tree.leaves(jq.is_on_codebook(state.train.params, state.quant))
-            ),
+            "on_codebook": job.plan is None
+            or all(jax.tree.leaves(jq.is_on_codebook(state.train.params, state.quant))),
         }
         result["rounds"] = rounds
         lines += [_rounds_table(rounds), "", _closing(result), "", str(network), ""]
@@ -101,7 +101,8 @@ def write(job: "Job", state: "RunState", events: Sequence[Mapping[str, Any]]) ->
 
 def write_packed(path: Path, job: "Job", state: "RunState") -> int:
     """Write the quantized network as `train.pretrained` reads it; return the file's bytes."""
-    variables = {"params": jq.pack(state.train.params, state.quant)}
+    params = state.train.params  # of products: packed already
+    variables = {"params": params if job.plan is None else jq.pack(params, state.quant)}
     if jax.tree.leaves(state.train.batch_stats):
         variables["batch_stats"] = state.train.batch_stats
     metadata = {"model": job.config.model, "data": job.dataset.name}
@@ -142,16 +143,17 @@ def _plot(
 ) -> None:
     from train import plots
 
-    assert job.plan is not None
     folder = job.workdir / "plots"
     folder.mkdir(exist_ok=True)
+    plots.plot_rounds(folder / "rounds.png", float_accuracy=accuracy, rounds=rounds)
+    if job.plan is None:
+        return
     paths = [layer.path for layer in job.plan.selection.by_depth()]
 
     def by_path(tree: Any) -> dict[str, np.ndarray]:
         leaves = dict(leaves_with_paths(tree))
         return {path: np.asarray(leaves[path]) for path in paths}
 
-    plots.plot_rounds(folder / "rounds.png", float_accuracy=accuracy, rounds=rounds)
     plots.plot_weights(
         folder / "weights.png",
         weights=by_path(state.train.params),

@@ -1,0 +1,173 @@
+"""Several methods from one float network: the experiments, one table, one figure."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from train.config import Config, Quantize, vary
+
+_FLOAT = "float"
+_ROUNDS = 5
+# Clusters after each of at most five rounds, by bits.
+_CLUSTERS = {5: (5, 9, 13, 15, 17), 4: (2, 4, 6, 8, 9), 3: (1, 2, 3, 4, 5), 2: (1, 2, 3)}
+_SHARES = (0.5, 0.75, 0.875, 0.95, 1.0)  # of weights: INQ's, in five rounds
+_WORDS = ((256, 2), (64, 4), (16, 4), (16, 8))  # of Q-CNN, and channels of a subspace
+LABELS = {
+    "slq": "SLQ",
+    "mlq": "MLQ",
+    "inq": "INQ",
+    "powers": "SLQ, powers of two",
+    "qcnn": "Q-CNN",
+    "nearest": "rounding to nearest",
+}
+
+
+def methods(config: Config, *, epochs: int) -> dict[str, Config]:
+    """Return an experiment of each method at equal budget, by name: the family, then the variant.
+
+    Args:
+      config: data, network, and how it is trained and re-trained; of `quantize` what all share.
+      epochs: of re-training in each of five rounds; what has fewer rounds has as many in all.
+    """
+    made: dict[str, Config] = {}
+
+    def add(name: str, stages: int, **quantize: Any) -> None:
+        ends = [_ROUNDS * epochs * r // max(stages, 1) for r in range(stages + 1)]
+        each = tuple(end - start for start, end in itertools.pairwise(ends))
+        made[name] = vary(config, quantize=quantize, retrain={"epochs": each or (0,)})
+
+    for bits, clusters in _CLUSTERS.items():
+        slq = {"method": "slq", "bits": bits, "rounds": clusters}
+        at_once = {"rounds": clusters[-1:], "init": "linear", "iterations": 0}
+        add(f"slq_{bits}", len(clusters), **slq)
+        add(f"powers_{bits}", len(clusters), **slq, powers_of_two=True)
+        add(f"inq_{bits}", _ROUNDS, method="inq", bits=bits, shares=_SHARES)
+        add(f"nearest_{bits}", 0, **slq | at_once)
+    add("mlq_2", _ROUNDS, method="mlq", bits=2, groups=4, order="boundaries_together", zero=True)
+    for words, length in _WORDS:
+        add(f"qcnn_{words}x{length}", 0, method="qcnn", words=words, length=length)
+    return made
+
+
+def run(configs: Mapping[str, Config], chosen: Iterable[str], workdir: Path) -> str:
+    """Run experiments from one float network, and write comparison.md and comparison.png.
+
+    Where the configs have no `init`, that network is trained first, once. What is finished is not
+    run again. Rows are called FAMILY_VARIANT; those of a family are a curve in the figure.
+
+    Args:
+      configs: all experiments by name.
+      chosen: the names of those to run now.
+      workdir: a folder for each.
+
+    Returns:
+      The table.
+
+    Raises:
+      ValueError: as `loop.prepare`, and for configs that do not start alike.
+    """
+    from train import loop, summary
+    from train.logs import write_text
+
+    start = _shared_start(configs)
+    if not start.init:
+        init = workdir / _FLOAT / "float.safetensors"
+        if not init.is_file():
+            float_config = dataclasses.replace(start, quantize=Quantize(method="none"))
+            _run(_FLOAT, float_config, workdir)
+            loop.export(float_config, workdir / _FLOAT, init, pytorch=True)
+        fit = dataclasses.replace(start.fit, epochs=(0,))
+        configs = {
+            name: dataclasses.replace(config, init=str(init), fit=fit)
+            for name, config in configs.items()
+        }
+    for name in chosen:
+        _run(name, configs[name], workdir)
+    done = [name for name in configs if (workdir / name / "report.json").is_file()]
+    reports = {name: summary.read(workdir / name) for name in done}
+    text = table(reports, {name: configs[name] for name in done})
+    write_text(workdir / "comparison.md", text + "\n")
+    write_figure(workdir / "comparison.png", reports)
+    return text
+
+
+def table(reports: Mapping[str, Mapping[str, Any]], configs: Mapping[str, Config]) -> str:
+    """Return a Markdown table with a row for each report, the float network first."""
+    lines = [
+        "| method | accuracy | change | bits per weight | bytes | entropy-coded | smaller "
+        "| epochs re-trained |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, report in reports.items():
+        full, q = report["float"]["accuracy"], report["quantized"]
+        if len(lines) == 2:
+            lines.append(f"| float | {full:.2%} | | 32.00 | {q['float_bytes']:,} | | | |")
+        lines.append(
+            f"| {name} | {q['accuracy']:.2%} | {100 * (q['accuracy'] - full):+.2f} "
+            f"| {q['bits_per_weight']:.2f} | {q['bytes']:,} | {q['entropy_bytes']:,} "
+            f"| {q['float_bytes'] / q['entropy_bytes']:.1f}x "
+            f"| {_epochs(configs[name], len(report['rounds']))} |"
+        )
+    return "\n".join(lines)
+
+
+def _epochs(config: Config, rounds: int) -> int:
+    """Return the epochs of re-training in all."""
+    if config.quantize.method == "qcnn":
+        return 0
+    epochs = config.retrain.epochs
+    return epochs[0] * rounds if len(epochs) == 1 else sum(epochs)
+
+
+def write_figure(path: Path, reports: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draw accuracy against entropy-coded bytes, a curve for each family."""
+    from train import plots
+
+    families: dict[str, list[tuple[int, float]]] = {}
+    for name, report in reports.items():
+        family, q = name.partition("_")[0], report["quantized"]
+        point = (q["entropy_bytes"], q["accuracy"])
+        families.setdefault(LABELS.get(family, family), []).append(point)
+    if families:
+        first = next(iter(reports.values()))
+        full = (first["quantized"]["float_bytes"], first["float"]["accuracy"])
+        plots.plot_comparison(path, families=families, full=full)
+
+
+def _shared_start(configs: Mapping[str, Config]) -> Config:
+    """Return a config of the float network that all start from.
+
+    Raises:
+      ValueError: if they differ in anything but `quantize` and `retrain`; names it.
+    """
+    (name, first), *others = configs.items()
+    for other, config in others:
+        odd = [
+            field.name
+            for field in dataclasses.fields(Config)
+            if field.name not in ("quantize", "retrain")
+            and getattr(config, field.name) != getattr(first, field.name)
+        ]
+        if odd:
+            raise ValueError(
+                f"{other}: expected the {odd[0]} of {name}, to start from one network, got "
+                f"{getattr(config, odd[0])!r}"
+            )
+    return first
+
+
+def _run(name: str, config: Config, workdir: Path) -> None:
+    from train import loop
+    from train.logs import say
+
+    job = loop.prepare(config, workdir / name)
+    if (job.workdir / "report.json").is_file():
+        return
+    with loop.lock(job.workdir) as free:
+        if free:
+            say(f"== {name}: {config.model} on {job.dataset.name}")
+            loop.run(job)
+        else:
+            say(f"== {name}: another process is at it")
