@@ -3,7 +3,7 @@ r"""Every method on a pretrained ResNet-20 for CIFAR-10, at an equal, short budg
     python -m train compare --config configs/compare_cifar10_resnet20.py \
         --workdir runs/compare --config.init=resnet20.npz
 
-Those that re-train get five epochs of 12,800 training images, taught by the float network's logits
+Those that re-train get five epochs of 6,400 training images, taught by the float network's logits
 and features; rounding to nearest and Q-CNN do not re-train.
 """
 
@@ -14,7 +14,7 @@ from train.config import Config, Data, Fit, Quantize
 def get_configs() -> dict[str, Config]:
     """Return the experiments by name."""
     config = Config(
-        data=Data(name="cifar10", train_limit=12_800),
+        data=Data(name="cifar10", train_limit=6_400),
         model="resnet20",
         fit=Fit(epochs=(0,)),
         quantize=Quantize(recalibrate_batches=20),

@@ -128,6 +128,18 @@ def test_a_training_job_changes_three_lines_and_moves_to_another_mesh():
     assert names["train_step"]._cache_size() == 2  # one program for each mesh
 
 
+@pytest.mark.default_promotion
+def test_the_examples_of_other_methods_run(capsys):
+    names: dict = {}
+    for block in _blocks((ROOT / "docs" / "methods.md").read_text()):
+        exec(block, names)
+    assert jq.is_on_codebook(names["params"], names["state"])["dense"]["kernel"]
+    assert names["errors"][-1] < names["errors"][0]
+    assert "dense/kernel" in capsys.readouterr().out
+    got = names["inputs"] @ jq.unpack(names["array"])
+    np.testing.assert_allclose(names["y"], got, rtol=1e-3, atol=1e-3)
+
+
 def _blocks(text):
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 

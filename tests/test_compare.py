@@ -1,0 +1,98 @@
+"""Comparing methods: equal budgets, one float network, table and figure, products end to end."""
+
+import dataclasses
+import json
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from train import __main__ as cli
+from train import compare, loop
+from train.config import Config, Fit, Quantize
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A file of three short experiments."""
+    path = tmp_path / "study.py"
+    path.write_text(
+        "from train.config import Config, Fit, Quantize, vary\n"
+        "def get_configs():\n"
+        "    base = Config(fit=Fit(epochs=(3,)), plots=False, tensorboard=False)\n"
+        "    inq = {'method': 'inq', 'bits': 3, 'shares': (0.5, 1.0)}\n"
+        "    qcnn = {'method': 'qcnn', 'words': 16, 'calibration_images': 64}\n"
+        "    once = {'epochs': (1,)}\n"
+        "    return {'inq_3': vary(base, quantize=inq, retrain=once),\n"
+        "            'slq_2': vary(base, quantize={'bits': 2, 'rounds': (3,)}, retrain=once),\n"
+        "            'qcnn_16': vary(base, quantize=qcnn)}\n"
+    )
+    return path
+
+
+def test_methods_have_equal_budgets():
+    made = compare.methods(Config(data=Config().data, fit=Fit(epochs=(0,)), init="x"), epochs=3)
+    families = {name.partition("_")[0] for name in made}
+    assert families == set(compare.LABELS)
+    for name, config in made.items():
+        job = loop.check(dataclasses.replace(config, init="", fit=Fit(epochs=(1,))))
+        rounds = 0 if job.plan is None else job.plan.num_rounds
+        total = compare._epochs(config, rounds)
+        assert total == (0 if name.startswith(("nearest", "qcnn")) else 15), name
+        if len(config.retrain.epochs) > 1:
+            assert max(config.retrain.epochs) - min(config.retrain.epochs) <= 1
+
+
+def test_all_start_from_one_float_network_and_end_in_a_table_and_a_figure(study, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    arguments = ["compare", "--config", str(study), "--workdir", str(runs)]
+    assert cli.main([*arguments, "--only", "*nq*"]) == 0
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert out.count("== float:") == 1 and out.count("== inq_3:") == 1  # not again
+    reports = {n: json.loads((runs / n / "report.json").read_text()) for n in ("inq_3", "slq_2")}
+    reports["qcnn_16"] = json.loads((runs / "qcnn_16" / "report.json").read_text())
+    assert len({report["float"]["accuracy"] for report in reports.values()}) == 1
+    lines = (runs / "comparison.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["float", *reports]
+    assert [line.split("|")[-2].strip() for line in lines[2:]] == ["", "2", "1", "0"]
+    q = reports["qcnn_16"]["quantized"]
+    assert f"{q['entropy_bytes']:,}" in lines[-1] and f"{q['accuracy']:.2%}" in lines[-1]
+    picture = matplotlib.image.imread(runs / "comparison.png")
+    assert picture.shape[1] > 900 and np.ptp(picture) > 0.5
+
+    # What Q-CNN leaves is a file as any other: it runs from its words, and is as good.
+    assert q["on_codebook"] is True and len(reports["qcnn_16"]["rounds"]) == 1
+    assert reports["qcnn_16"]["rounds"][0]["accuracy"] == q["accuracy"]
+    layers = reports["qcnn_16"]["rounds"][0]["layers"]
+    assert all(row["error_after"] <= row["error_before"] * 1.001 for row in layers.values())
+    model = runs / "qcnn_16" / "model.safetensors"
+    assert model.stat().st_size == q["file_bytes"] < q["bytes"] + 4000
+    init = f"--config.init={model}"
+    assert cli.main(["eval", "--config", str(study), "--only", "qcnn_16", init]) == 0
+    assert f"accuracy {q['accuracy']:.2%}" in capsys.readouterr().out
+    output = str(tmp_path / "a.safetensors")
+    export = ["export", "--config", str(study), "--only", "qcnn_16", "--workdir", str(runs)]
+    assert cli.main([*export, "--output", output]) == 2
+    assert "model.safetensors is packed" in capsys.readouterr().err
+
+
+def test_experiments_that_start_from_different_networks_are_refused(tmp_path):
+    base = Config(fit=Fit(epochs=(1,)))
+    configs = {"a": base, "b": dataclasses.replace(base, seed=1)}
+    with pytest.raises(ValueError, match="b: expected the seed of a, to start from one network"):
+        compare.run(configs, configs, tmp_path)
+    other = {"a": base, "b": dataclasses.replace(base, quantize=Quantize(bits=2))}
+    assert compare._shared_start(other) == base
+
+
+def test_products_on_several_devices_are_refused():
+    config = Config(
+        fit=Fit(epochs=(1,)),
+        quantize=Quantize(method="qcnn"),
+        mesh=dataclasses.replace(Config().mesh, devices=2),
+    )
+    with pytest.raises(ValueError, match=r"mesh\.devices: expected 1, product"):
+        loop.check(config)
