@@ -69,7 +69,8 @@ class Quantize:
     sensitivity: str = "none"  # none, or fisher: squared gradients weigh clusters and losses
     sensitivity_batches: int = 32
     recalibrate_batches: int = 0  # batch-norm statistics renewed after quantizing; 0: kept
-    rules: tuple[LayerRule, ...] | None = None  # set in the config's file only
+    # Set in the config's file only; None: all kernels, see `train.models.depth_rules`.
+    rules: tuple[LayerRule, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,6 +72,65 @@ def max_pool_2x2(x: jax.Array) -> jax.Array:
     return x.reshape(n, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
 
 
+def max_pool(
+    x: jax.Array, window: int, stride: int, *, padding: int = 0, ceil_mode: bool = False
+) -> jax.Array:
+    """Maximum over square windows that may overlap, as `torch.nn.MaxPool2d`.
+
+    Args:
+      x: [N, H, W, C].
+      window: Rows and columns of a window.
+      stride: From one window to the next.
+      padding: Rows and columns around the image that no maximum comes from.
+      ceil_mode: Whether a last window may reach beyond the padding, if it starts before it.
+
+    Returns:
+      [N, H', W', C], the dtype of `x`.
+    """
+    pads = [_pool_padding(size, window, stride, padding, ceil_mode) for size in x.shape[1:3]]
+    return jax.lax.reduce_window(
+        x,
+        -jnp.inf,
+        jax.lax.max,
+        window_dimensions=(1, window, window, 1),
+        window_strides=(1, stride, stride, 1),
+        padding=((0, 0), *pads, (0, 0)),
+    )
+
+
+def _pool_padding(
+    size: int, window: int, stride: int, padding: int, ceil_mode: bool
+) -> tuple[int, int]:
+    room = size + 2 * padding - window
+    last = (-(-room // stride) if ceil_mode else room // stride) * stride
+    if last >= size + padding:
+        last -= stride
+    return padding, max(0, last + window - size - padding)
+
+
+def adaptive_mean(x: jax.Array, size: int) -> jax.Array:
+    """Mean over size x size windows of about equal size, as `torch.nn.AdaptiveAvgPool2d`.
+
+    Window i takes rows floor(i H / size) to ceil((i + 1) H / size), likewise columns: windows
+    overlap, or repeat rows, where size does not divide H. At H = W = size it is the identity.
+
+    Args:
+      x: [N, H, W, C].
+      size: Rows and columns of the result, at least 1.
+
+    Returns:
+      [N, size, size, C], the dtype of `x`.
+    """
+    for axis in (1, 2):
+        n = x.shape[axis]
+        if n == size:
+            continue
+        bounds = [(i * n // size, -(-(i + 1) * n // size)) for i in range(size)]
+        means = [jax.lax.slice_in_dim(x, a, b, axis=axis).mean(axis) for a, b in bounds]
+        x = jnp.stack(means, axis)
+    return x
+
+
 def flatten(x: jax.Array) -> jax.Array:
     """Return [N, C * H * W] of [N, H, W, C]: in PyTorch's order, channel, row, column."""
     return x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
@@ -99,11 +158,14 @@ class BasicBlock(nn.Module):
       features: Output channels.
       stride: 1, or 2 to halve the image.
       bn_momentum: Decay of the running statistics.
+      projection: Whether a connection between different shapes is a 1x1 convolution with batch
+        normalization (option B of He et al. 2016), or else `shortcut_a`.
     """
 
     features: int
     stride: int = 1
     bn_momentum: float = 0.9
+    projection: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -113,7 +175,11 @@ class BasicBlock(nn.Module):
         y = relu(norm("bn1")(y))
         y = norm("bn2")(conv(self.features, 3, "conv2", padding=1)(y))
         if self.stride != 1 or x.shape[-1] != self.features:
-            x = shortcut_a(x, self.features)
+            if self.projection:
+                x = conv(self.features, 1, "downsample_0", stride=self.stride)(x)
+                x = norm("downsample_1")(x)
+            else:
+                x = shortcut_a(x, self.features)
         return relu(x + y)
 
 

@@ -102,7 +102,8 @@ def check(config: Config) -> Job:
         )
     model = models.build(config.model, num_classes=dataset.num_classes)
     shapes = jax.eval_shape(lambda: _init(model, dataset, jax.random.key(0)))
-    initial = pretrained.load(config.init, shapes) if config.init else None
+    unused = models.unused_tensors(config.model)
+    initial = pretrained.load(config.init, shapes, unused=unused) if config.init else None
     if initial is None and not config.fit.epochs[0]:
         raise ValueError("expected init=FILE or fit.epochs above 0, got neither")
     plan = make_plan(config, shapes["params"])
@@ -172,7 +173,7 @@ def make_plan(config: Config, params: Any) -> jq.Plan | None:
     q = config.quantize
     clustering: dict[str, Any] = {
         "bits": q.bits,
-        "rules": q.rules,
+        "rules": models.depth_rules(config.model) if q.rules is None else q.rules,
         "partition": q.partition,
         "init": q.init,
         "iterations": None if q.iterations < 0 else q.iterations,

@@ -6,7 +6,8 @@ the batch's statistics, and `mutable=["batch_stats"]` returns the running ones.
 
 Modules carry the names of the public PyTorch code, so that checkpoints map one to one
 (`train.pretrained`). The natural sort of the kernels' paths (digits compared as numbers) is the
-order of depth.
+order of depth, but for the networks for which `depth_rules` says what is deeper. Networks with
+dropout take a key for it: `rngs={"dropout": key}`, with `train=True` only.
 
 With `mutable=["intermediates"]` a network also returns its features: what its residual blocks, or
 its layers before the last one, put out, from front to back.
@@ -18,6 +19,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxquant import LayerRule
+from train.imagenet_models import AUXILIARY, HEADS, VGG16, AlexNet, GoogLeNet, ResNet18
 from train.layers import (
     HE_NORMAL,
     BasicBlock,
@@ -116,7 +119,9 @@ class LeNet5(nn.Module):
 
 
 _RESNET_BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
-NAMES = (*_RESNET_BLOCKS, "small_cnn", "lenet5")
+_PLAIN = {"lenet5": LeNet5, "alexnet": AlexNet, "vgg16": VGG16}
+_NORMALIZED = {"small_cnn": SmallCNN, "googlenet": GoogLeNet, "resnet18": ResNet18}
+NAMES = (*_RESNET_BLOCKS, *_NORMALIZED, *_PLAIN)
 
 
 def build(name: str, *, num_classes: int, bn_momentum: float = 0.9) -> nn.Module:
@@ -140,8 +145,35 @@ def build(name: str, *, num_classes: int, bn_momentum: float = 0.9) -> nn.Module
         raise ValueError(f"bn_momentum: expected a number in [0, 1], got {bn_momentum}")
     if name in _RESNET_BLOCKS:
         return CifarResNet(_RESNET_BLOCKS[name], num_classes, bn_momentum)
-    if name == "small_cnn":
-        return SmallCNN(num_classes, bn_momentum)
-    if name == "lenet5":
-        return LeNet5(num_classes)
+    if name in _NORMALIZED:
+        return _NORMALIZED[name](num_classes, bn_momentum)
+    if name in _PLAIN:
+        return _PLAIN[name](num_classes)
     raise ValueError(f"model: expected one of {', '.join(NAMES)}, got {name!r}")
+
+
+def depth_rules(name: str) -> tuple[LayerRule, ...] | None:
+    """Return rules by which all kernels of a network are quantized, in its order of depth.
+
+    Args:
+      name: One of `NAMES`.
+
+    Returns:
+      Rules for `jaxquant.select`, `slq` and `mlq`; None, their default, where the kernels' names
+      sort by depth. Rules of your own for one of the other networks need the same `depth`.
+    """
+    if name not in HEADS:
+        return None
+    return LayerRule(HEADS[name], depth=1), LayerRule(".*")
+
+
+def unused_tensors(name: str) -> str | None:
+    """Return a regular expression of what a published state_dict has beyond a network's tensors.
+
+    Args:
+      name: One of `NAMES`.
+
+    Returns:
+      A pattern for `train.pretrained.load`: GoogLeNet's auxiliary heads. None for other networks.
+    """
+    return AUXILIARY.get(name)
