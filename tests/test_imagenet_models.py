@@ -299,6 +299,7 @@ def test_round_trip(name, tmp_path):
     variables, file = random_variables(name), tmp_path / "model.npz"
     np.savez(file, **pretrained.to_state_dict(variables))
     jax.tree.map(np.testing.assert_array_equal, pretrained.load(file, abstract(name)), variables)
+    file.unlink()  # up to 553 MB, and pytest keeps folders
 
 
 @pytest.fixture(scope="module")
