@@ -9,8 +9,8 @@ Modules carry the names of the public PyTorch code, so that checkpoints map one 
 order of depth, but for the networks for which `depth_rules` says what is deeper. Networks with
 dropout take a key for it: `rngs={"dropout": key}`, with `train=True` only.
 
-With `mutable=["intermediates"]` a network also returns its features: what its residual blocks, or
-its layers before the last one, put out, from front to back.
+With `mutable=["intermediates"]` a network also returns its features: what its residual or inception
+blocks, or else its layers before the last one, put out, from front to back.
 """
 
 import functools
