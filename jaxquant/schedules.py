@@ -179,7 +179,8 @@ def mlq(
 
     Args:
       params: tree of arrays, or of shape and dtype structs; only shapes are read.
-      groups: number of layer groups, contiguous in depth (natural order of the paths); layers
+      groups: number of layer groups, contiguous in depth (the rules' `depth`, then the natural
+        order of the paths); layers
         stacked along axis 0 spread over the groups by slice; a rule's `group` says otherwise.
       equal: what the groups have equal numbers of, "layers" or "weights". Networks that widen
         with depth keep most of their weights in few layers; by weights these are not all frozen

@@ -24,6 +24,8 @@ class LayerRule:
       axis: axis along which every slice has a codebook of its own, as in stacked layers.
       quantize: False leaves the matching leaves alone.
       min_ndim: leaves of fewer dimensions (biases, normalization) are left alone.
+      depth: leaves of a greater number are deeper, whatever their names; those of the same number
+        are in natural order of their paths, see `Selection.by_depth`.
     """
 
     pattern: str
@@ -34,6 +36,7 @@ class LayerRule:
     axis: int | None = None
     quantize: bool = True
     min_ndim: int = 2
+    depth: int = 0
 
     def __post_init__(self):
         """Check what can be checked without parameters."""
@@ -49,6 +52,10 @@ class LayerRule:
             num_centroids(self.bits)
         if self.k is not None and (not isinstance(self.k, int) or self.k < 1):
             raise ValueError(f"rule {self.pattern!r}: expected k to be at least 1, got {self.k!r}")
+        if not isinstance(self.depth, int):
+            raise ValueError(
+                f"rule {self.pattern!r}: expected depth to be an integer, got {self.depth!r}"
+            )
         if isinstance(self.group, Sequence):
             object.__setattr__(self, "group", tuple(self.group))
 
@@ -63,6 +70,7 @@ class Layer:
     k: int = 0
     axis: int | None = None
     groups: tuple[int, ...] | None = None  # one a slice; None: not yet decided
+    depth: int = 0
     reason: str | None = None
 
     @property
@@ -90,8 +98,13 @@ class Selection:
         return tuple(layer for layer in self.layers if layer.reason is None)
 
     def by_depth(self) -> tuple[Layer, ...]:
-        """The leaves that are quantized, in natural order of their paths: Conv_2 before Conv_10."""
-        return tuple(sorted(self.selected, key=lambda layer: natural_key(layer.path)))
+        """The leaves that are quantized, from input to output as far as rules and names tell.
+
+        By their rules' `depth`, then in natural order of their paths: Conv_2 before Conv_10.
+        """
+        return tuple(
+            sorted(self.selected, key=lambda layer: (layer.depth, natural_key(layer.path)))
+        )
 
 
 def natural_key(path: str) -> list[tuple[bool, int, str]]:
@@ -170,7 +183,7 @@ def _setting(path: str, shape: tuple, dtype: Any, rule: LayerRule | None, k: int
         return dataclasses.replace(layer, reason=reason)
     k = rule.k or (num_centroids(rule.bits) if rule.bits else k)
     axis = _check_axis(layer, rule)
-    layer = dataclasses.replace(layer, k=k, axis=axis)
+    layer = dataclasses.replace(layer, k=k, axis=axis, depth=rule.depth)
     reason = _reason(layer, dtype, rule)
     if reason is not None:
         return Layer(path=path, shape=layer.shape, dtype=layer.dtype, reason=reason)

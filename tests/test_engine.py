@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,15 @@ class Tiny(nn.Module):
         return nn.Dense(3, name="dense")(x)
 
 
+class Dropping(Tiny):
+    """The same on half of the pixels."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return Tiny(self.momentum, name="tiny")(x, train=train)
+
+
 def make_dataset(size=40, pad=0, flip=False):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (size, 4, 4, 2), dtype=np.uint8)
@@ -37,9 +47,9 @@ def make_dataset(size=40, pad=0, flip=False):
     )
 
 
-def make_engine(config, dataset):
-    functions = engine.build(config, dataset, Tiny(), Tiny(momentum=0.0), layout.make(config))
-    variables = Tiny().init(jax.random.key(0), jnp.zeros((1, 4, 4, 2)), train=False)
+def make_engine(config, dataset, network=Tiny):
+    functions = engine.build(config, dataset, network(), network(momentum=0.0), layout.make(config))
+    variables = network().init(jax.random.key(0), jnp.zeros((1, 4, 4, 2)), train=False)
     return functions, variables, engine.Images(dataset.train_images, dataset.train_labels)
 
 
@@ -190,6 +200,33 @@ def test_a_step_is_sgd_with_momentum_and_decay_on_the_free_weights():
     np.testing.assert_allclose(state.params["bn"]["scale"], expected["bn"]["scale"], atol=1e-5)
 
 
+def test_a_step_drops_by_a_key_that_augmentation_does_not_use():
+    dataset = make_dataset(flip=True)
+    functions, variables, images = make_engine(Config(steps_per_call=1), dataset, Dropping)
+    state, _, _ = train(functions, begin(functions, variables), images, variables, (), steps=1)
+    key = jax.random.fold_in(jax.random.wrap_key_data(KEY), 0)  # of the first step
+    index = np.asarray(engine.epoch_order(jax.random.key(2), 40, 10)[0])
+    x = engine._augment(key, jnp.asarray(dataset.train_images[index]), dataset=dataset)
+    dropout = jax.random.fold_in(key, 2)
+
+    def loss(params):
+        logits, _ = Dropping().apply(
+            {**variables, "params": params},
+            x,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": dropout},
+        )
+        labels = dataset.train_labels[index]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    gradient = jax.grad(loss)(variables["params"])
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], gradient)
+    chex.assert_trees_all_close(state.params, expected, atol=1e-6)
+    used = jnp.stack([jax.random.key_data(k) for k in (*jax.random.split(key), dropout)])
+    assert len(np.unique(used, axis=0)) == 3
+
+
 @pytest.mark.parametrize("steps", [1, 4])
 def test_centroids_take_the_step_of_all_their_members_and_stay_shared(steps):
     config = Config(retrain=Fit(centroid_rate=0.5), steps_per_call=steps)
@@ -316,6 +353,19 @@ def test_recalibrated_statistics_are_means_over_batches():
         variables["params"], variables["batch_stats"], images, jax.random.key(0)
     )
     assert kept is variables["batch_stats"]
+
+
+def test_recalibrated_statistics_are_those_of_training_that_drops():
+    config = Config(quantize=Quantize(recalibrate_batches=1), batch_size=40)
+    dataset = make_dataset()
+    functions, variables, images = make_engine(config, dataset, Dropping)
+    stats = functions.recalibrate(
+        variables["params"], variables["batch_stats"], images, jax.random.key(0)
+    )
+    x = normalized(dataset, dataset.train_images).reshape(40, -1)
+    # Half of the entries are zero, the others twice what they were: twice the mean square.
+    expected = (2 * np.square(x).mean(0) - np.square(x.mean(0))).mean()
+    assert np.mean(stats["tiny"]["bn"]["var"]) == pytest.approx(expected, rel=0.1)
 
 
 def test_sensitivity_is_the_mean_of_squared_gradients():

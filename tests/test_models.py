@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import models
+from train import layers, models
 
 SHAPES = {
     "resnet20": (2, 32, 32, 3),
@@ -132,7 +132,7 @@ def test_strided_block_is_that_of_pytorch():
     """A block of stride 2 that doubles the channels, against loops, with option A's shortcut."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 8, 8, 4)).astype(np.float32)
-    block = models.BasicBlock(8, 2)
+    block = layers.BasicBlock(8, 2)
     shapes = jax.eval_shape(block.init, jax.random.key(0), x)
     variables = jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape), shapes)
     params, stats = variables["params"], variables["batch_stats"]
@@ -147,7 +147,7 @@ def test_strided_block_is_that_of_pytorch():
 
 def test_shortcut_pads_half_on_each_side():
     x = np.arange(1, 1 + 4 * 4 * 2, dtype=np.float32).reshape(1, 4, 4, 2)
-    y = np.asarray(models.shortcut_a(jnp.asarray(x), 4))
+    y = np.asarray(layers.shortcut_a(jnp.asarray(x), 4))
     assert y.shape == (1, 2, 2, 4)
     assert y[0, :, :, 1].tolist() == [[1, 5], [17, 21]]
     assert y[0, :, :, 2].tolist() == [[2, 6], [18, 22]]
@@ -178,8 +178,8 @@ def test_too_small_images_are_refused(name, least):
 
 
 def test_unknown_name_lists_the_names():
-    with pytest.raises(ValueError, match=r"expected one of resnet20, .*lenet5, got 'resnet18'"):
-        models.build("resnet18", num_classes=10)
+    with pytest.raises(ValueError, match=r"expected one of resnet20, .*lenet5, .* got 'resnet19'"):
+        models.build("resnet19", num_classes=10)
 
 
 def test_bad_numbers_are_refused():

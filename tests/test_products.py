@@ -147,7 +147,7 @@ def test_a_layer_that_runs_twice_is_refused():
 
 @pytest.mark.parametrize("name", models.NAMES)
 def test_all_networks_of_the_program_can_be_quantized(name):
-    size = {"lenet5": (28, 28, 1)}.get(name, (32, 32, 3))
+    size = {"lenet5": (28, 28, 1), "alexnet": (64, 64, 3)}.get(name, (32, 32, 3))
     image = jax.ShapeDtypeStruct((1, *size), jnp.float32)
     model = models.build(name, num_classes=10)
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)

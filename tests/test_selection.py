@@ -85,6 +85,26 @@ def test_depth_order_counts_numbers():
     assert paths == ["conv_2/kernel", "conv_10/kernel", "head/kernel"]
 
 
+def test_a_rules_depth_comes_before_names():
+    rules = [
+        jq.LayerRule("conv_2/.*", depth=1),
+        jq.LayerRule("head/.*", depth=-1),
+        jq.LayerRule(".*"),
+    ]
+    paths = [layer.path for layer in jq.select(TREE, rules).by_depth()]
+    assert paths == ["head/kernel", "conv_10/kernel", "conv_2/kernel"]
+    rules = [jq.LayerRule("conv_.*", depth=1), jq.LayerRule(".*")]
+    paths = [layer.path for layer in jq.select(TREE, rules).by_depth()]
+    assert paths == ["head/kernel", "conv_2/kernel", "conv_10/kernel"]
+
+
+def test_layer_groups_follow_the_depth_of_rules():
+    rules = [jq.LayerRule("conv_.*", depth=1), jq.LayerRule(".*")]
+    layers = by_path(jq.mlq(TREE, groups=3, rules=rules).selection)
+    groups = {path: layer.groups for path, layer in layers.items() if layer.reason is None}
+    assert groups == {"head/kernel": (0,), "conv_2/kernel": (1,), "conv_10/kernel": (2,)}
+
+
 @given(st.lists(st.text("ab/_0123456789²", max_size=8)))
 def test_natural_keys_compare(paths):
     assert sorted(sorted(paths), key=natural_key) == sorted(paths, key=natural_key)
@@ -105,6 +125,7 @@ def test_structs_and_arrays_select_alike_and_selections_hash():
         ({"pattern": "a", "bits": 2, "k": 3}, "rule 'a': expected bits or k, got both"),
         ({"pattern": "a", "bits": 0}, "expected bits between 1 and 16, got 0"),
         ({"pattern": "a", "k": 0}, "rule 'a': expected k to be at least 1, got 0"),
+        ({"pattern": "a", "depth": 0.5}, "rule 'a': expected depth to be an integer, got 0.5"),
     ],
 )
 def test_bad_rules_are_refused(arguments, message):

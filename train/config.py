@@ -75,7 +75,8 @@ class Quantize:
     length: int = 4  # qcnn: input channels of a subspace; less where it does not divide them
     sweeps: int = 2  # qcnn: of error correction; 0: k-means alone
     calibration_images: int = 256  # qcnn: of the training images, unlabelled
-    rules: tuple[LayerRule, ...] | None = None  # set in the config's file only
+    # Set in the config's file only; None: all kernels, see `train.models.depth_rules`.
+    rules: tuple[LayerRule, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -199,12 +199,20 @@ class _Outputs(NamedTuple):
     features: list[jax.Array]  # from front to back, see `train.models`
 
 
+def _dropout(key: jax.Array) -> dict[str, jax.Array]:
+    """Return the random numbers' source of a network that trains, from the key of its step."""
+    # Not 0 or 1: folding these in gives the keys that `_augment` splits off.
+    return {"dropout": jax.random.fold_in(key, 2)}
+
+
 def _outputs(
-    model: nn.Module, variables: Any, images: jax.Array, *, train: bool
+    model: nn.Module, variables: Any, images: jax.Array, *, key: jax.Array | None
 ) -> tuple[_Outputs, Any]:
-    """Return the outputs and, when training, the new running statistics."""
+    """Return the outputs and, when training, which takes a step's key, the running statistics."""
+    train = key is not None
     mutable = ["batch_stats", "intermediates"] if train else ["intermediates"]
-    logits, new = model.apply(variables, images, train=train, mutable=mutable)
+    rngs = _dropout(key) if train else None
+    logits, new = model.apply(variables, images, train=train, mutable=mutable, rngs=rngs)
     features = jax.tree.leaves(new.get("intermediates", {}))
     return _Outputs(logits, features), new.get("batch_stats", {})
 
@@ -216,10 +224,11 @@ def _loss(
     batch_stats: Any,
     images: jax.Array,
     labels: jax.Array,
+    key: jax.Array,
     teacher: _Outputs | None,
 ) -> tuple[jax.Array, tuple[Any, jax.Array]]:
     variables = {"params": params, "batch_stats": batch_stats}
-    ours, batch_stats = _outputs(model, variables, images, train=True)
+    ours, batch_stats = _outputs(model, variables, images, key=key)
     loss = optax.softmax_cross_entropy_with_integer_labels(ours.logits, labels).mean()
     if teacher is not None:
         loss = _distill(config.retrain, loss, ours, teacher)
@@ -268,10 +277,10 @@ def _train_step(
     images, labels = prepare(key, batch.images), batch.labels
     # Each layer's weights come together where they are used; their gradients part again.
     teacher, stats = layout.whole((teacher, state.batch_stats))
-    taught = None if teacher is None else _outputs(model, teacher, images, train=False)[0]
+    taught = None if teacher is None else _outputs(model, teacher, images, key=None)[0]
 
     def loss_of(params: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
-        return _loss(config, model, layout.whole(params), stats, images, labels, taught)
+        return _loss(config, model, layout.whole(params), stats, images, labels, key, taught)
 
     grad = jax.value_and_grad(loss_of, has_aux=True)
     (loss, (batch_stats, correct)), gradient = grad(state.params)
@@ -436,8 +445,11 @@ def _batch_statistics(
     batch: Images,
     key: jax.Array,
 ) -> Any:
-    images = prepare(jax.random.wrap_key_data(key), batch.images)
-    _, new = batch_model.apply(variables, images, train=True, mutable=["batch_stats"])
+    key = jax.random.wrap_key_data(key)
+    images = prepare(key, batch.images)
+    _, new = batch_model.apply(
+        variables, images, train=True, mutable=["batch_stats"], rngs=_dropout(key)
+    )
     return layout.settle(new["batch_stats"])
 
 

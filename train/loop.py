@@ -102,7 +102,8 @@ def check(config: Config) -> Job:
         )
     model = models.build(config.model, num_classes=dataset.num_classes)
     shapes = jax.eval_shape(lambda: _init(model, dataset, jax.random.key(0)))
-    initial = pretrained.load(config.init, shapes) if config.init else None
+    unused = models.unused_tensors(config.model)
+    initial = pretrained.load(config.init, shapes, unused=unused) if config.init else None
     if initial is None and not config.fit.epochs[0]:
         raise ValueError("expected init=FILE or fit.epochs above 0, got neither")
     plan = make_plan(config, shapes["params"])
@@ -181,7 +182,8 @@ def make_plan(config: Config, params: Any) -> jq.Plan | None:
     q = config.quantize
     if q.method in ("none", "qcnn"):
         return None
-    options: dict[str, Any] = {"bits": q.bits, "rules": q.rules, "zero": q.zero}
+    rules = models.depth_rules(config.model) if q.rules is None else q.rules
+    options: dict[str, Any] = {"bits": q.bits, "rules": rules, "zero": q.zero}
     options |= _given(partition=q.partition, init=q.init)
     if q.iterations >= 0:
         options["iterations"] = q.iterations

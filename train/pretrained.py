@@ -8,6 +8,12 @@ the file can reach only a tensor that the network has:
     params/linear/kernel             [in, out]  linear.weight               [out, in]
     params/bn1/scale, .../bias                  bn1.weight, bn1.bias
     batch_stats/bn1/mean, .../var               bn1.running_mean, bn1.running_var
+
+So torchvision's published state_dicts of the ImageNet networks fit as they are:
+
+    params/features_0/kernel                    features.0.weight
+    params/layer2_0/downsample_0/kernel         layer2.0.downsample.0.weight
+    params/inception3a/branch2_1/conv/kernel    inception3a.branch2.1.conv.weight
 """
 
 import re
@@ -120,18 +126,20 @@ def _load_packed(path: str | Path, variables: Any) -> Any:
     return jq.load(path, like={name: x for name, x in variables.items() if jax.tree.leaves(x)})
 
 
-def load(path: str | Path, variables: Any) -> Any:
+def load(path: str | Path, variables: Any, *, unused: str | None = None) -> Any:
     """Fill a network's variables from a file, by name and shape.
 
     A packed network (`jaxquant.save`) stays packed; `jaxquant.unpack` gives its weights, and leaves
     other trees as they are. Of a PyTorch state_dict, a prefix `module.` on all names (DataParallel)
-    is dropped, `num_batches_tracked` is ignored, and apart from these every tensor of the network
-    is filled and every one of the file is used.
+    is dropped, `num_batches_tracked` and what `unused` matches is ignored, and apart from these
+    every tensor of the network is filled and every one of the file is used.
 
     Args:
       path: A file for `read_state_dict`, or of `jaxquant.save`.
       variables: {"params": ..., "batch_stats": ...} of arrays or `jax.ShapeDtypeStruct`, as of
         `module.init` or `jax.eval_shape` of it.
+      unused: Regular expression for whole names of tensors that the network does without, see
+        `train.models.unused_tensors`.
 
     Returns:
       A tree like `variables`, of new arrays in its dtypes, or packed.
@@ -145,7 +153,7 @@ def load(path: str | Path, variables: Any) -> Any:
     packed = _load_packed(path, variables)
     if packed is not None:
         return packed
-    tensors = _strip(read_state_dict(path))
+    tensors = _strip(read_state_dict(path), unused)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(variables)
     names = [_torch_name(key_path) for key_path, _ in leaves]
     _check_names(path, expected=names, got=tensors)
@@ -189,12 +197,13 @@ def save(variables: Any, path: Path) -> int:
     return path.stat().st_size
 
 
-def _strip(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _strip(tensors: dict[str, np.ndarray], unused: str | None) -> dict[str, np.ndarray]:
     prefix = "module." if all(name.startswith("module.") for name in tensors) else ""
+    named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if not name.endswith("num_batches_tracked")
+        name: tensor
+        for name, tensor in named.items()
+        if not name.endswith("num_batches_tracked") and not (unused and re.fullmatch(unused, name))
     }
 
 
@@ -203,7 +212,7 @@ def _torch_name(key_path: tuple[Any, ...]) -> str:
     _, *modules, leaf = path.split("/")
     if leaf not in _LEAF_NAMES or not modules:
         raise ValueError(f"{path}: expected a leaf named {', '.join(_LEAF_NAMES)}, got {leaf!r}")
-    # Only a block of a stage has an inner number: layer1_0 is layer1.0.
+    # A number after an underscore is a place in a Sequential: layer1_0 is layer1.0.
     modules = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]
     return ".".join([*modules, _LEAF_NAMES[leaf]])
 
