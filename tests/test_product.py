@@ -278,13 +278,13 @@ def test_linen_layers_run_from_words():
             return nn.Dense(5)(x.reshape(len(x), -1))
 
     module, x = Net(), normal((2, 6, 6, 4))
-    params = module.init(KEY, x)["params"]
+    params = jit(module.init)(KEY, x)["params"]
     packed = jax.tree.map(
         lambda w: cluster(w, words=8, length=4, key=KEY) if w.ndim > 1 else w, params
     )
     want = module.apply({"params": jq.unpack(packed)}, x)
     with nn.intercept_methods(jq.intercept_linen):
-        got = module.apply({"params": packed}, x)
+        got = jit(module.apply)({"params": packed}, x)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 

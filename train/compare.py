@@ -13,7 +13,7 @@ _ROUNDS = 5
 # Clusters after each of at most five rounds, by bits.
 _CLUSTERS = {5: (5, 9, 13, 15, 17), 4: (2, 4, 6, 8, 9), 3: (1, 2, 3, 4, 5), 2: (1, 2, 3)}
 _SHARES = (0.5, 0.75, 0.875, 0.95, 1.0)  # of weights: INQ's, in five rounds
-_WORDS = ((256, 2), (64, 4), (16, 4), (16, 8))  # of Q-CNN, and channels of a subspace
+_WORDS = ((64, 4), (32, 4), (16, 4), (16, 8))  # of Q-CNN, and channels of a subspace
 LABELS = {
     "slq": "SLQ",
     "mlq": "MLQ",

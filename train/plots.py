@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 _DPI = 150
 _COLUMN = 3.5  # Inches: one column of a two-column paper, and the whole page.
@@ -212,7 +212,11 @@ def _draw_comparison(
                     color=color,
                 )
     axes.set_xscale("log")
-    axes.set_xlabel("bytes, entropy-coded")
+    # The decades alone may be none within the limits: label halves and fifths of them too.
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda size, _: f"{size / 1000:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("kilobytes, entropy-coded")
     axes.set_ylabel("test accuracy (%)")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
