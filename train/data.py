@@ -11,7 +11,7 @@ import io
 import itertools
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -285,22 +285,20 @@ def _read_cifar10(source: Source, folder: Path) -> Splits:
         split: np.concatenate([_cifar10_records(members[name]) for name in files])
         for split, files in names.items()
     }
-    return {split: _cifar10_examples(split, of_split) for split, of_split in records.items()}
+    return {
+        split: (range(len(of_split)), functools.partial(_cifar10_example, split, of_split))
+        for split, of_split in records.items()
+    }
 
 
 def _cifar10_records(content: bytes) -> np.ndarray:
     return np.frombuffer(content, np.uint8).reshape(-1, 3073)
 
 
-def _cifar10_examples(split: str, records: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
-    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    for index, example in _examples(images, records[:, 0]):
-        yield index, {**example, "id": f"{split}_{index:05d}"}
-
-
-def _examples(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
-    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-        yield index, {"image": _png(image), "label": int(label)}
+def _cifar10_example(split: str, records: np.ndarray, index: int) -> dict[str, Any]:
+    image = records[index, 1:].reshape(3, 32, 32).transpose(1, 2, 0)
+    label = int(records[index, 0])
+    return {"image": _png(image), "label": label, "id": f"{split}_{index:05d}"}
 
 
 def _tar_members(path: Path, sizes: dict[str, int]) -> dict[str, bytes]:
@@ -331,8 +329,12 @@ def _read_mnist(source: Source, folder: Path) -> Splits:
         shape = (source.records[split], 28, 28)
         images = _idx(folder / f"{stem}-images-idx3-ubyte.gz", shape)
         labels = _idx_labels(folder / f"{stem}-labels-idx1-ubyte.gz", source.records[split])
-        splits[split] = _examples(images[..., None], labels)
+        splits[split] = (range(len(labels)), functools.partial(_mnist_example, images, labels))
     return splits
+
+
+def _mnist_example(images: np.ndarray, labels: np.ndarray, index: int) -> dict[str, Any]:
+    return {"image": _png(images[index, ..., None]), "label": int(labels[index])}
 
 
 def _idx_labels(path: Path, records: int) -> np.ndarray:

@@ -9,11 +9,13 @@ import contextlib
 import functools
 import io
 import math
+import multiprocessing
 import os
 import re
 import signal
 import tarfile
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,8 +33,6 @@ _MAX_READ = 1 << 26  # bytes at once, of an image say; the largest image has a q
 _MAX_MEMBERS = 100_000  # of one archive
 _AREA, _ASPECT, _TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10  # of random crops
 _RESIZE = 256 / 224  # shorter side of an image that is evaluated, in sides of its centre
-
-_Example = tuple[str, dict[str, Any]]
 
 
 @functools.cache
@@ -148,17 +148,25 @@ class Encoded(NamedTuple):
         batched = grain.MapDataset.source(batches).map(functools.partial(_read_batch, self, key))
         iterator = iter(
             batched.to_iter_dataset(ahead).mp_prefetch(
-                grain.MultiprocessingOptions(self.workers), worker_init_fn=_leave_signals
+                grain.MultiprocessingOptions(self.workers), worker_init_fn=_follow_parent
             )
         )
         with contextlib.closing(iterator):
             yield from iterator
 
 
-def _leave_signals(*_: int) -> None:
-    """Leave it to the process that reads to stop, after it has saved."""
+def _follow_parent(*_: int) -> None:
+    """End a worker with the process that reads, and no sooner: it may have to save first."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()  # A process that is killed cannot stop its workers.
+    os._exit(1)
 
 
 def _read_batch(
@@ -292,43 +300,65 @@ def resized_center(picture: "Picture", size: int) -> "Picture":
 # The archives -----------------------------------------------------------------------------------
 
 
+class _Place(NamedTuple):
+    """Where an image is in an archive."""
+
+    label: str
+    offset: int
+    size: int
+
+
 def _read(source: Source, folder: Path) -> Splits:
+    """Find all images; each is read when it is its turn to be written."""
+    found = {
+        "train": (folder / _TRAIN, _train_places(source, folder / _TRAIN)),
+        "validation": (folder / _VALIDATION, _validation_places(folder / _VALIDATION)),
+    }
+    for path, places in found.values():
+        if not places:
+            raise ValueError(f"{path}: expected images, got none")
     return {
-        "train": _train_examples(source, folder / _TRAIN),
-        "validation": _validation_examples(folder / _VALIDATION),
+        split: (places.keys(), functools.partial(_example, path, places))
+        for split, (path, places) in found.items()
     }
 
 
-def _train_examples(source: Source, path: Path) -> Iterator[_Example]:
-    """Read an archive that holds an archive for each class."""
+def _train_places(source: Source, path: Path) -> dict[str, _Place]:
+    """Find the images in an archive that holds an archive for each class."""
+    places = {}
     with _Frugal(path) as file:
-        for name, inner in _members(str(path), file, r"n\d{8}\.tar"):
-            label, where = name.removesuffix(".tar"), f"{path}: {name}"
+        for outer, content in _members(str(path), file, r"n\d{8}\.tar"):
+            label, where = outer.name.removesuffix(".tar"), f"{path}: {outer.name}"
             if label not in source.label_names:
                 raise ValueError(f"{where}: expected one of the classes of {NAME}, got another")
-            yield from _examples(where, _images(where, inner, rf"{label}_\d+\.JPEG"), label)
+            for inner, _ in _members(where, content, rf"{label}_\d+\.JPEG"):
+                offset = outer.offset_data + inner.offset_data
+                places[inner.name] = _Place(label, offset, inner.size)
+    return places
 
 
-def _validation_examples(path: Path) -> Iterator[_Example]:
-    """Read an archive of images whose labels the stock builder has, by their numbers."""
-    labels = _lines("validation_labels.txt")
+def _validation_places(path: Path) -> dict[str, _Place]:
+    """Find images whose labels the stock builder has, by their numbers."""
+    labels, places = _lines("validation_labels.txt"), {}
     with _Frugal(path) as file:
-        for name, encoded in _images(str(path), file, r"ILSVRC2012_val_\d{8}\.JPEG"):
-            number = int(name[-13:-5])
+        for info, _ in _members(str(path), file, r"ILSVRC2012_val_\d{8}\.JPEG"):
+            number = int(info.name[-13:-5])
             if not 1 <= number <= len(labels):
-                raise ValueError(f"{path}: {name}: expected numbers 1 to {len(labels)}")
-            yield from _examples(str(path), [(name, encoded)], labels[number - 1])
+                raise ValueError(f"{path}: {info.name}: expected numbers 1 to {len(labels)}")
+            places[info.name] = _Place(labels[number - 1], info.offset_data, info.size)
+    return places
 
 
-def _examples(where: str, images: Iterable[tuple[str, bytes]], label: str) -> Iterator[_Example]:
-    for name, encoded in images:
-        try:
-            image = _as_jpeg(encoded)
-        except Exception as error:  # Decoders' own exceptions are many.
-            raise ValueError(
-                f"{where}: {name}: expected a JPEG or PNG image, got {one_line(error)}"
-            ) from None
-        yield name, {"image": image, "label": label, "file_name": name}
+def _example(path: Path, places: dict[str, _Place], name: str) -> dict[str, Any]:
+    label, offset, size = places[name]
+    try:
+        with _Frugal(path) as file:
+            file.seek(offset)
+            image = _as_jpeg(file.read(size))
+    except Exception as error:  # Decoders' own exceptions are many.
+        message = f"{path}: {name}: expected a JPEG or PNG image, got {one_line(error)}"
+        raise ValueError(message) from None
+    return {"image": image, "label": label, "file_name": name}
 
 
 def _as_jpeg(encoded: bytes) -> bytes:
@@ -344,15 +374,8 @@ def _as_jpeg(encoded: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def _images(where: str, file: Any, names: str) -> Iterator[tuple[str, bytes]]:
-    for name, member in _members(where, file, names):
-        with _tar(f"{where}: {name}"):
-            encoded = member.read()
-        yield name, encoded
-
-
-def _members(where: str, file: Any, names: str) -> Iterator[tuple[str, Any]]:
-    """Give each file of a tar archive by its name; anything but files of such names is refused."""
+def _members(where: str, file: Any, names: str) -> Iterator[tuple[tarfile.TarInfo, Any]]:
+    """Give each file of a tar archive; anything but files of such names is refused."""
     with _tar(where):
         archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
     seen = set()
@@ -366,7 +389,7 @@ def _members(where: str, file: Any, names: str) -> Iterator[tuple[str, Any]]:
         if info.name in seen:
             raise ValueError(f"{where}: expected every name once, got {info.name} again")
         seen.add(info.name)
-        yield info.name, archive.extractfile(info)
+        yield info, archive.extractfile(info)
     raise ValueError(f"{where}: expected at most {_MAX_MEMBERS} files, got more")
 
 

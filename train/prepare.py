@@ -7,23 +7,28 @@ archive is unpacked to disk.
 
 import hashlib
 import http.client
+import itertools
 import json
 import shutil
 import sys
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from train.logs import say, show_progress
 
 _TIMEOUT_S = 20
 # In a prepared directory: the checksum of each archive that it was made from.
 _MARKER = "archives.json"
 _ACCEPT = "--config.data.allow_unofficial=true accepts it"
 
-# For each split, its examples by their keys, as the builder's features take them.
-Splits = dict[str, Iterable[tuple[int | str, dict[str, Any]]]]
+_SHARD, _CHUNK = 10_000, 100  # examples
+
+# For each split its keys, and what gives the example of a key, as the builder's features take it.
+Splits = dict[str, tuple[Collection[Any], Callable[[Any], dict[str, Any]]]]
 
 
 class Source(NamedTuple):
@@ -113,6 +118,7 @@ def _make(
         for left_by_a_kill in target.parent.glob(f"incomplete.*_{target.name}"):
             shutil.rmtree(left_by_a_kill)
         archives = _fetch(source, data_dir / "downloads" / "manual")
+        say(f"preparing {target} from {', '.join(source.checksums)}")
         sums = {file: _checksum(source, archives / file) for file in source.checksums}
         for file, problem in _unofficial(source, sums):
             if not allow_unofficial:
@@ -162,6 +168,7 @@ def _unofficial(source: Source, sums: dict[str, str]) -> Iterator[tuple[str, str
 def builder_class(source: Source) -> Any:
     """Return a builder like the stock one of that name; its `write` takes splits and checksums."""
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.hashing import Hasher
 
     # Not registered: the stock builder of the same name must stay importable.
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -187,10 +194,34 @@ def builder_class(source: Source) -> Any:
             del dl_manager  # The archives are already here.
             # data_path is still the temporary directory: the marker appears with the data.
             (Path(self.data_path) / _MARKER).write_text(json.dumps(self.sums))
-            return {split: self._generate_examples(split) for split in self.splits_to_write}
+            return self.splits_to_write
 
-        def _generate_examples(self, split: str) -> Iterator[tuple[int | str, dict[str, Any]]]:
-            yield from self.splits_to_write[split]
+        def _generate_examples(self, split: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+            """Give examples in the order of the stock builder: that of their keys' hashes."""
+            keys, example = self.splits_to_write[split]
+            for key in sorted(keys, key=Hasher(split).hash_key):
+                yield key, example(key)
+
+        def _download_and_prepare(self, dl_manager: Any, download_config: Any) -> None:
+            # Not the inherited way: it would shuffle what it has written, from one GB on with
+            # TensorFlow.
+            del download_config
+            info = self._info()  # of the temporary directory, unlike self.info
+            writer = tfds.core.SequentialWriter(info, _SHARD, file_format="array_record")
+            for split, (keys, _) in self._split_generators(dl_manager).items():
+                writer.initialize_splits([split])
+                examples = (example for _, example in self._generate_examples(split))
+                chunks = show_progress(
+                    range(0, len(keys), _CHUNK),
+                    title=f"{source.name}: {split}",
+                    unit="img",
+                    size=_CHUNK,
+                    total=-(-len(keys) // _CHUNK),
+                )
+                for _ in chunks:
+                    writer.add_examples({split: list(itertools.islice(examples, _CHUNK))})
+                writer.close_splits([split])
+            self.info.set_splits(info.splits)
 
         def write(self, splits: Splits, sums: dict[str, str]) -> None:
             self.splits_to_write, self.sums = splits, sums
