@@ -101,7 +101,7 @@ def crop(content: bytes, draft: bool = False) -> np.ndarray:
     least = min(box[2] - box[0], box[3] - box[1]) / 224
     picture.draft("RGB", (round(width / least), round(height / least)))
     scale = width / picture.size[0]
-    scaled = tuple(edge / scale for edge in box)
+    scaled = (box[0] / scale, box[1] / scale, box[2] / scale, box[3] / scale)
     return np.asarray(picture.resize((224, 224), Image.Resampling.BILINEAR, box=scaled))
 
 
