@@ -2,7 +2,7 @@ r"""Speed of the ImageNet pipeline: preparing, decoding with random crops, decod
 
     taskset -c 1 python -m benchmarks.imagenet       # about two minutes on one core
 
-The images are synthetic, 500 x 375, JPEGs of quality 90 and about 110 KB, as ImageNet's are on
+The images are synthetic, 500 x 375, JPEGs of quality 90 and about 100 KB, as ImageNet's are on
 average: smooth waves and noise. They are packed into archives of the official layout in a temporary
 folder and prepared as the official ones would be.
 
