@@ -152,7 +152,7 @@ def test_one_program_compiles(target):
     data = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
         (
-            engine.Images(job.dataset.train_images, job.dataset.train_labels),
+            job.dataset.train,
             engine.Images(np.zeros((4, 100, 8, 8, 1), np.uint8), np.zeros((4, 100), np.int32)),
             np.zeros((4, 3, 2), np.uint32),
         ),

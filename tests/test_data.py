@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import data
+from train import data, prepare
 
 CIFAR10 = "cifar-10-binary.tar.gz"
 DATA = os.environ.get("JAXQUANT_DATA")
@@ -72,7 +72,7 @@ def no_network(monkeypatch):
     def refuse(url, timeout):
         raise urllib.error.URLError(f"no network in tests, for {timeout} s")
 
-    monkeypatch.setattr(data.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", refuse)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def tiny(tmp_path, monkeypatch):
         source = data._SOURCES[name]
         source = source._replace(
             records=dict(zip(("train", "test"), records, strict=True)),
-            sha256={file: sha256(manual / file) for file in source.sha256},
+            checksums={file: sha256(manual / file) for file in source.checksums},
         )
         monkeypatch.setitem(data._SOURCES, name, source)
     return tmp_path
@@ -117,24 +117,21 @@ def official_splits(name):
 
 
 def splits(dataset):
-    return {
-        "train": (dataset.train_images, dataset.train_labels),
-        "test": (dataset.test_images, dataset.test_labels),
-    }
+    return {"train": dataset.train, "test": dataset.test}
 
 
 def test_digits_are_scaled_and_split_by_class():
     digits = data.load("digits", data_dir="unused")
-    assert digits.train_images.shape == (1442, 8, 8, 1)
-    assert digits.test_images.shape == (355, 8, 8, 1)
-    assert digits.train_images.dtype == np.uint8
-    assert digits.train_labels.dtype == np.int32
-    assert set(np.unique(digits.train_images)) <= {round(i * 255 / 16) for i in range(17)}
-    assert digits.train_images.max() == 255
-    counts = np.bincount(digits.test_labels, minlength=10)
+    assert digits.train.images.shape == (1442, 8, 8, 1)
+    assert digits.test.images.shape == (355, 8, 8, 1)
+    assert digits.train.images.dtype == np.uint8
+    assert digits.train.labels.dtype == np.int32
+    assert set(np.unique(digits.train.images)) <= {round(i * 255 / 16) for i in range(17)}
+    assert digits.train.images.max() == 255
+    counts = np.bincount(digits.test.labels, minlength=10)
     assert counts.min() >= 34
     assert counts.max() <= 36
-    pixels = digits.train_images / 255
+    pixels = digits.train.images / 255
     np.testing.assert_allclose(pixels.mean(), digits.mean[0], atol=1e-3)
     np.testing.assert_allclose(pixels.std(), digits.std[0], atol=1e-3)
 
@@ -150,7 +147,9 @@ def test_digits_need_neither_tfds_nor_a_folder():
 
 
 def test_unknown_name_lists_the_names(tmp_path):
-    with pytest.raises(ValueError, match="expected one of digits, cifar10, mnist, got 'svhn'"):
+    with pytest.raises(
+        ValueError, match="expected one of digits, cifar10, mnist, imagenet2012, got 'svhn'"
+    ):
         data.load("svhn", data_dir=tmp_path)
 
 
@@ -191,7 +190,7 @@ def test_name_version_and_features_are_those_of_the_stock_builder(tiny, name):
     import tensorflow_datasets as tfds
 
     stock = tfds.builder_cls(name)
-    ours = data._builder_class(name)(data_dir=tiny)
+    ours = prepare.builder_class(data._SOURCES[name])(data_dir=tiny)
     assert ours.name == name
     assert ours.VERSION == stock.VERSION
     data.load(name, data_dir=tiny)
@@ -203,16 +202,16 @@ def test_preparation_happens_once(tiny):
     first = data.load("cifar10", data_dir=tiny)
     (tiny / "downloads" / "manual" / CIFAR10).unlink()
     second = data.load("cifar10", data_dir=str(tiny))
-    np.testing.assert_array_equal(first.train_images, second.train_images)
+    np.testing.assert_array_equal(first.train.images, second.train.images)
 
 
 def test_a_kill_while_preparing_leaves_nothing_that_counts(tiny):
     """The process is killed as it writes its seventh image; the next call starts anew."""
-    records, sums = data._SOURCES["cifar10"].records, data._SOURCES["cifar10"].sha256
+    records, sums = data._SOURCES["cifar10"].records, data._SOURCES["cifar10"].checksums
     code = f"""
         import os, signal
         from train import data
-        source = data._SOURCES["cifar10"]._replace(records={records}, sha256={sums})
+        source = data._SOURCES["cifar10"]._replace(records={records}, checksums={sums})
         data._SOURCES["cifar10"] = source
         images, png = [], data._png
         def deadly(image):
@@ -228,7 +227,7 @@ def test_a_kill_while_preparing_leaves_nothing_that_counts(tiny):
     )
     assert killed.returncode == -signal.SIGKILL
     assert [path.name[:10] for path in (tiny / "cifar10").iterdir()] == ["incomplete"]
-    assert len(data.load("cifar10", data_dir=tiny).train_images) == 10
+    assert len(data.load("cifar10", data_dir=tiny).train.images) == 10
     assert [path.name for path in (tiny / "cifar10").iterdir()] == ["3.0.2"]
 
 
@@ -242,7 +241,7 @@ def unofficial(tiny):
 
 
 def test_unofficial_archive_is_refused(tiny):
-    official, got = data._SOURCES["cifar10"].sha256[CIFAR10], unofficial(tiny)
+    official, got = data._SOURCES["cifar10"].checksums[CIFAR10], unofficial(tiny)
     message = f"{CIFAR10}: expected SHA-256 {official}, got {got}; --config.data.allow_unofficial"
     with pytest.raises(ValueError, match=message):
         data.load("cifar10", data_dir=tiny)
@@ -291,8 +290,8 @@ def test_absent_archive_is_downloaded(tiny, monkeypatch):
         urls.append(url)
         return io.BytesIO(content)
 
-    monkeypatch.setattr(data.urllib.request, "urlopen", serve)
-    assert len(data.load("cifar10", data_dir=tiny).train_images) == 10
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", serve)
+    assert len(data.load("cifar10", data_dir=tiny).train.images) == 10
     assert urls == ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"]
     assert path.read_bytes() == content
 
@@ -308,7 +307,7 @@ def test_bad_download_leaves_no_file(tiny, monkeypatch, failure):
             raise http.client.IncompleteRead(b"")
 
     served = io.BytesIO(content[:-9]) if failure == "short" else Broken()
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: served)
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", lambda url, timeout: served)
     expected = ValueError if failure == "short" else FileNotFoundError
     with pytest.raises(expected, match=f"kriz/{CIFAR10}.*(got|IncompleteRead)"):
         data.load("cifar10", data_dir=tiny, allow_unofficial=True)
@@ -372,7 +371,7 @@ def test_hostile_members_reach_neither_disk_nor_result(tiny):
     with pytest.warns(UserWarning, match="unofficial"):
         loaded = data.load("cifar10", data_dir=tiny, allow_unofficial=True)
     expected = official_splits("cifar10")["test"]
-    got = sorted_rows(loaded.test_images, loaded.test_labels)
+    got = sorted_rows(loaded.test.images, loaded.test.labels)
     np.testing.assert_array_equal(got, sorted_rows(*expected))
     assert not escape.exists()
     assert {path.name for path in tiny.iterdir()} == {"downloads", "cifar10", ".cifar10.lock"}
@@ -455,7 +454,7 @@ def test_prepared_folder_of_another_size_is_refused(tiny, monkeypatch):
 def test_folder_prepared_by_tfds_itself_is_accepted(tiny):
     data.load("mnist", data_dir=tiny)
     (tiny / "mnist" / "3.0.1" / "archives.json").unlink()
-    assert len(data.load("mnist", data_dir=tiny).train_images) == 6
+    assert len(data.load("mnist", data_dir=tiny).train.images) == 6
 
 
 def test_checksums_are_those_of_tensorflow_datasets():
@@ -464,7 +463,7 @@ def test_checksums_are_those_of_tensorflow_datasets():
     for name, source in data._SOURCES.items():
         text = (utils.tfds_path() / "url_checksums" / f"{name}.txt").read_text()
         rows = {row.split("\t")[0]: row.split("\t")[2] for row in text.splitlines()}
-        for file, expected in source.sha256.items():
+        for file, expected in source.checksums.items():
             assert rows[source.url + file] == expected
 
 
@@ -473,13 +472,13 @@ def test_checksums_are_those_of_tensorflow_datasets():
 @pytest.mark.parametrize(("name", "shape"), [("cifar10", (32, 32, 3)), ("mnist", (28, 28, 1))])
 def test_real_data(name, shape):
     folder = Path(DATA or "") / "downloads" / "manual"
-    absent = [file for file in data._SOURCES[name].sha256 if not (folder / file).exists()]
+    absent = [file for file in data._SOURCES[name].checksums if not (folder / file).exists()]
     if absent:
         pytest.skip(f"{folder / absent[0]} is absent")
     loaded = data.load(name, data_dir=DATA or "", allow_unofficial=True)
     train = 50_000 if name == "cifar10" else 60_000
-    assert loaded.train_images.shape == (train, *shape)
-    assert loaded.test_images.shape == (10_000, *shape)
+    assert loaded.train.images.shape == (train, *shape)
+    assert loaded.test.images.shape == (10_000, *shape)
     if name == "cifar10":
-        assert np.bincount(loaded.train_labels).tolist() == [5000] * 10
-        assert np.bincount(loaded.test_labels).tolist() == [1000] * 10
+        assert np.bincount(loaded.train.labels).tolist() == [5000] * 10
+        assert np.bincount(loaded.test.labels).tolist() == [1000] * 10

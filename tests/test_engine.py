@@ -13,7 +13,7 @@ import pytest
 import jaxquant as jq
 from train import engine, layout
 from train.config import Config, Fit, Quantize
-from train.data import Dataset
+from train.data import Dataset, Images
 
 
 class Tiny(nn.Module):
@@ -42,15 +42,14 @@ def make_dataset(size=40, pad=0, flip=False):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (size, 4, 4, 2), dtype=np.uint8)
     labels = rng.integers(0, 3, size).astype(np.int32)
-    return Dataset(
-        "x", images, labels, images[:7], labels[:7], 3, (0.5, 0.25), (0.5, 2.0), pad, flip
-    )
+    train = Images(images, labels)
+    return Dataset("x", train, train.first(7), 3, (0.5, 0.25), (0.5, 2.0), pad, flip)
 
 
 def make_engine(config, dataset, network=Tiny):
     functions = engine.build(config, dataset, network(), network(momentum=0.0), layout.make(config))
     variables = network().init(jax.random.key(0), jnp.zeros((1, 4, 4, 2)), train=False)
-    return functions, variables, engine.Images(dataset.train_images, dataset.train_labels)
+    return functions, variables, dataset.train
 
 
 KEY = engine.key_data(jax.random.key(3))
@@ -66,13 +65,13 @@ def normalized(dataset, images):
 
 def test_without_padding_and_flip_augmentation_is_normalization():
     dataset = make_dataset()
-    out = engine._augment(jax.random.key(0), jnp.asarray(dataset.train_images), dataset=dataset)
-    np.testing.assert_allclose(out, normalized(dataset, dataset.train_images), atol=1e-6)
+    out = engine._augment(jax.random.key(0), jnp.asarray(dataset.train.images), dataset=dataset)
+    np.testing.assert_allclose(out, normalized(dataset, dataset.train.images), atol=1e-6)
 
 
 def test_crops_are_windows_of_the_framed_image_and_flips_mirror_them():
     dataset = make_dataset(pad=1, flip=True)
-    images = dataset.train_images
+    images = dataset.train.images
     out = engine._augment(jax.random.key(1), jnp.asarray(images), dataset=dataset)
     framed = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
     seen = set()
@@ -111,9 +110,9 @@ def test_evaluate_counts_every_image_once_whatever_the_batch():
         functions, variables, images = make_engine(Config(eval_batch_size=batch), dataset)
         test = engine.Images(images.images[:7], images.labels[:7])
         results.append(functions.evaluate(variables["params"], variables["batch_stats"], test))
-    x = normalized(dataset, dataset.test_images).astype(np.float32)
+    x = normalized(dataset, dataset.test.images).astype(np.float32)
     logits = Tiny().apply(variables, x, train=False)
-    accuracy = np.mean(np.argmax(logits, -1) == dataset.test_labels)
+    accuracy = np.mean(np.argmax(logits, -1) == dataset.test.labels)
     for result in results:
         assert result["accuracy"] == pytest.approx(accuracy)
         assert result["loss"] == pytest.approx(results[0]["loss"], rel=1e-5)
@@ -183,13 +182,13 @@ def test_a_step_is_sgd_with_momentum_and_decay_on_the_free_weights():
     quant = quant_state(params, frozen)
     state, _, _ = train(functions, start, images, variables, quant, steps=1)
     index = np.asarray(engine.epoch_order(jax.random.key(2), 40, 10)[0])
-    x = normalized(dataset, dataset.train_images[index]).astype(np.float32)
+    x = normalized(dataset, dataset.train.images[index]).astype(np.float32)
 
     def loss(params):
         logits, _ = Tiny().apply(
             {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
         )
-        labels = dataset.train_labels[index]
+        labels = dataset.train.labels[index]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     gradient = jax.grad(loss)(params)
@@ -206,7 +205,7 @@ def test_a_step_drops_by_a_key_that_augmentation_does_not_use():
     state, _, _ = train(functions, begin(functions, variables), images, variables, (), steps=1)
     key = jax.random.fold_in(jax.random.wrap_key_data(KEY), 0)  # of the first step
     index = np.asarray(engine.epoch_order(jax.random.key(2), 40, 10)[0])
-    x = engine._augment(key, jnp.asarray(dataset.train_images[index]), dataset=dataset)
+    x = engine._augment(key, jnp.asarray(dataset.train.images[index]), dataset=dataset)
     dropout = jax.random.fold_in(key, 2)
 
     def loss(params):
@@ -217,7 +216,7 @@ def test_a_step_drops_by_a_key_that_augmentation_does_not_use():
             mutable=["batch_stats"],
             rngs={"dropout": dropout},
         )
-        labels = dataset.train_labels[index]
+        labels = dataset.train.labels[index]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     gradient = jax.grad(loss)(variables["params"])
@@ -248,7 +247,7 @@ def test_centroids_take_the_step_of_all_their_members_and_stay_shared(steps):
     if steps > 1:
         return
     index = np.asarray(engine.epoch_order(jax.random.key(2), 40, 10)[0])
-    x = normalized(dataset, dataset.train_images[index]).astype(np.float32)
+    x = normalized(dataset, dataset.train.images[index]).astype(np.float32)
 
     def loss(codebook):
         dense = {**params["dense"], "kernel": jnp.where(mask, codebook[codes], before)}
@@ -258,7 +257,7 @@ def test_centroids_take_the_step_of_all_their_members_and_stay_shared(steps):
             train=True,
             mutable=["batch_stats"],
         )
-        labels = dataset.train_labels[index]
+        labels = dataset.train.labels[index]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     members = np.array([np.sum(mask & (codes == j)) for j in range(3)])
@@ -270,7 +269,7 @@ def test_distillation_at_weight_one_moves_a_network_towards_its_teacher():
     config = Config(retrain=Fit(distill_weight=1.0), steps_per_call=1)
     functions, variables, images = make_engine(config, make_dataset())
     start = begin(functions, variables)
-    x = normalized(make_dataset(), make_dataset().train_images).astype(np.float32)
+    x = normalized(make_dataset(), make_dataset().train.images).astype(np.float32)
     # A teacher with statistics of the training batch's kind: its own logits as a fixed point.
     teacher = jax.tree.map(lambda p: 2.0 * p, variables["params"])
     teacher = {"params": teacher, "batch_stats": variables["batch_stats"]}
@@ -345,7 +344,7 @@ def test_recalibrated_statistics_are_means_over_batches():
     stats = functions.recalibrate(
         variables["params"], variables["batch_stats"], images, jax.random.key(0)
     )
-    x = normalized(dataset, dataset.train_images).reshape(40, -1)
+    x = normalized(dataset, dataset.train.images).reshape(40, -1)
     np.testing.assert_allclose(stats["bn"]["mean"], x.mean(0), atol=1e-5)  # every image once
     off = dataclasses.replace(config, quantize=Quantize(recalibrate_batches=0))
     functions, _, _ = make_engine(off, dataset)
@@ -362,7 +361,7 @@ def test_recalibrated_statistics_are_those_of_training_that_drops():
     stats = functions.recalibrate(
         variables["params"], variables["batch_stats"], images, jax.random.key(0)
     )
-    x = normalized(dataset, dataset.train_images).reshape(40, -1)
+    x = normalized(dataset, dataset.train.images).reshape(40, -1)
     # Half of the entries are zero, the others twice what they were: twice the mean square.
     expected = (2 * np.square(x).mean(0) - np.square(x.mean(0))).mean()
     assert np.mean(stats["tiny"]["bn"]["var"]) == pytest.approx(expected, rel=0.1)
@@ -375,11 +374,11 @@ def test_sensitivity_is_the_mean_of_squared_gradients():
     got = functions.sensitivity(
         variables["params"], variables["batch_stats"], images, jax.random.key(0)
     )
-    x = normalized(dataset, dataset.train_images).astype(np.float32)
+    x = normalized(dataset, dataset.train.images).astype(np.float32)
 
     def loss(params):
         logits = Tiny().apply({**variables, "params": params}, x, train=False)
-        labels = dataset.train_labels
+        labels = dataset.train.labels
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     gradient = jax.grad(loss)(variables["params"])["dense"]["kernel"]

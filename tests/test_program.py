@@ -102,8 +102,8 @@ def experiment(seed, rate, *, partition="loss"):
         )
     ]
     quant = jq.init(plan, variables["params"])
-    train = engine.Images(dataset.train_images, dataset.train_labels)
-    test = engine.Images(dataset.test_images, dataset.test_labels)
+    train = dataset.train
+    test = dataset.test
     return functools.partial(
         program.build(config, plan, functions.parts),
         begin(functions, variables, quant),

@@ -21,6 +21,8 @@ class Data:
     dir: str = "data"  # of prepared data and, in downloads/manual, of archives placed by hand
     allow_unofficial: bool = False  # accept archives placed by hand whose checksum is not known
     train_limit: int = 0  # use the first so many training images only, to rank ideas; 0: all
+    image_size: int = 224  # side of the crops of images that stay on disk (imagenet2012)
+    workers: int = 0  # processes that decode these; 0: threads of this process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +211,8 @@ def validate(config: Config) -> None:
     _at_least("mesh.devices", config.mesh.devices, 0)
     _at_least("save_seconds", config.save_seconds, 0)
     _at_least("data.train_limit", config.data.train_limit, 0)
+    _at_least("data.image_size", config.data.image_size, 1)
+    _at_least("data.workers", config.data.workers, 0)
     _at_least("quantize.iterations", quantize.iterations, -1)
     _at_least("quantize.sensitivity_batches", quantize.sensitivity_batches, 1)
     _at_least("quantize.recalibrate_batches", quantize.recalibrate_batches, 0)
@@ -255,7 +259,7 @@ def _at_least(name: str, value: float, least: float) -> None:
         raise ValueError(f"{name}: expected at least {least}, got {value!r}")
 
 
-_CHANGEABLE = ("mesh.", "save_seconds")  # fields, in a run that has begun
+_CHANGEABLE = ("mesh.", "save_seconds", "data.workers")  # fields, in a run that has begun
 
 
 def to_json(config: Config) -> str:

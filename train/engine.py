@@ -4,8 +4,9 @@ Images come to the devices as bytes; augmentation and normalization are part of 
 Where the arrays lie is the layout's business: each function settles its results there.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,7 +17,8 @@ import optax
 
 import jaxquant as jq
 from train.config import Config, Fit
-from train.data import Dataset
+from train.data import Dataset, Images
+from train.imagenet import Encoded
 from train.layout import Layout
 
 _TINY = 1e-12  # for features that are all zero
@@ -28,13 +30,6 @@ class TrainState(NamedTuple):
     params: Any
     batch_stats: Any  # empty for networks without batch normalization
     opt_state: Any  # of the weights, and of the frozen centroids
-
-
-class Images(NamedTuple):
-    """Images and labels: a split on the host, or batches on the devices, with axes in front."""
-
-    images: Any  # uint8 [N, H, W, C]
-    labels: Any  # int32 [N]
 
 
 class Parts(NamedTuple):
@@ -55,7 +50,7 @@ class Engine(NamedTuple):
 
     start: Callable[..., TrainState]  # variables, QuantState or () -> with a fresh optimizer
     train: Callable[..., tuple[TrainState, Any, dict[str, jax.Array]]]
-    evaluate: Callable[[Any, Any, Images], dict[str, float]]
+    evaluate: Callable[[Any, Any, Images | Encoded], dict[str, float]]
     recalibrate: Callable[..., Any]
     sensitivity: Callable[..., Any]
     quantize: Callable[..., tuple[Any, jq.QuantState, jq.RoundInfo]]
@@ -77,7 +72,7 @@ def build(
     """
     prepare = functools.partial(_augment, dataset=dataset)
     tx = _optimizer()
-    eval_batch = min(config.eval_batch_size, len(dataset.test_labels))
+    eval_batch = min(config.eval_batch_size, dataset.test.size)
     parts = Parts(
         start=functools.partial(_start, tx, layout),
         step=functools.partial(_train_step, config, model, tx, prepare, layout),
@@ -88,9 +83,10 @@ def build(
         eval_batch=eval_batch + -eval_batch % layout.size,  # the devices divide a batch
         layout=layout,
     )
-    on_cpu = jax.default_backend() == "cpu"
-    # XLA on CPU runs convolutions inside a loop about 50 times slower than outside of one.
-    steps_per_call = config.steps_per_call or (1 if on_cpu else 50)
+    # XLA on CPU runs convolutions inside a loop about 50 times slower than outside of one; where
+    # the images do not fit in memory, 50 batches hardly do, and their steps are long.
+    one_by_one = jax.default_backend() == "cpu" or isinstance(dataset.train, Encoded)
+    steps_per_call = config.steps_per_call or (1 if one_by_one else 50)
 
     def averaged(function: Callable[..., Any]) -> Callable[..., Any]:
         return functools.partial(_mean_over_batches, config, layout, jax.jit(function))
@@ -367,6 +363,35 @@ def epoch_order(key: jax.Array, size: int, batch_size: int) -> np.ndarray:
 _epoch_rows = jax.jit(epoch_rows, static_argnums=(1, 2))
 
 
+def feed(
+    layout: Layout,
+    split: Images | Encoded,
+    parts: Sequence[np.ndarray],
+    *,
+    key: np.ndarray | None = None,
+    first: int = 0,
+) -> Generator[Images, None, None]:
+    """Give rows of a split on the devices, [..., batch, ...] for each of the rows [..., batch].
+
+    Those on disk are decoded ahead, and cropped at random by the `key` and each row's position,
+    counted from `first`; without a key they are the images' centres. Images in memory come as they
+    are: the compiled step augments them.
+    """
+    if isinstance(split, Images):
+        yield from (layout.feed(split, rows) for rows in parts)
+        return
+    starts = first + np.cumsum([0, *(rows.size for rows in parts)])
+    batch_size, axis = parts[0].shape[-1], parts[0].ndim - 1
+    columns = layout.columns(batch_size)
+    own = [
+        (rows[..., columns], (start + np.arange(rows.size).reshape(rows.shape))[..., columns])
+        for rows, start in zip(parts, starts, strict=False)
+    ]
+    with contextlib.closing(split.read(own, key)) as batches:
+        for batch in batches:
+            yield layout.join(Images(*batch), batch_size, axis)
+
+
 def _quantize(
     layout: Layout, plan: jq.Plan, params: Any, quant: jq.QuantState, sensitivity: Any, key: Any
 ) -> tuple[Any, jq.QuantState, jq.RoundInfo]:
@@ -405,13 +430,14 @@ def _evaluate(
     count_correct: Callable[..., tuple[jax.Array, jax.Array]],
     params: Any,
     batch_stats: Any,
-    data: Images,
+    data: Images | Encoded,
 ) -> dict[str, float]:
     """Return accuracy (share) and mean cross-entropy on a split."""
-    variables = {"params": params, "batch_stats": batch_stats}
-    size, padded = len(data.labels), fill_up(data, batch_size)
-    rows = np.arange(len(padded.labels)).reshape(-1, batch_size)
-    sums = [count_correct(variables, layout.feed(padded, batch)) for batch in rows]
+    variables, size = {"params": params, "batch_stats": batch_stats}, data.size
+    rows = np.arange(size + -size % batch_size).reshape(-1, batch_size)
+    # On disk, rows past the end already are images that do not count.
+    filled = fill_up(data, batch_size) if isinstance(data, Images) else data
+    sums = [count_correct(variables, batch) for batch in feed(layout, filled, list(rows))]
     correct, loss = (sum(float(x) for x in column) for column in zip(*sums, strict=True))
     return {"accuracy": correct / size, "loss": loss / size}
 
@@ -423,15 +449,15 @@ def _mean_over_batches(
     batches: int,
     params: Any,
     batch_stats: Any,
-    data: Images,
+    data: Images | Encoded,
     key: jax.Array,
 ) -> Any:
     """Return the mean of a function's trees over random batches of training images."""
-    order = epoch_order(key, len(data.labels), min(config.batch_size, len(data.labels)))
+    order = epoch_order(key, data.size, min(config.batch_size, data.size))
+    parts = [order[i % len(order)] for i in range(batches)]
     variables = {"params": params, "batch_stats": batch_stats}
     total = None
-    for i in range(batches):
-        batch = layout.feed(data, order[i % len(order)])
+    for i, batch in enumerate(feed(layout, data, parts, key=key_data(key))):
         row = function(variables, batch, key_data(jax.random.fold_in(key, i)))
         total = row if total is None else jax.tree.map(jnp.add, total, row)
     return jax.tree.map(lambda x: x / batches, total)
@@ -458,7 +484,7 @@ def recalibrate(
     average: Callable[..., Any],
     params: Any,
     batch_stats: Any,
-    data: Images,
+    data: Images | Encoded,
     key: jax.Array,
 ) -> Any:
     """Return batch-norm statistics averaged over batches of training images; weights stay.
@@ -494,7 +520,7 @@ def sensitivity(
     average: Callable[..., Any],
     params: Any,
     batch_stats: Any,
-    data: Images,
+    data: Images | Encoded,
     key: jax.Array,
 ) -> Any:
     """Return the mean of squared gradients over batches, or None if the plan does not want it.

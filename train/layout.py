@@ -6,6 +6,7 @@ communication in between.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,8 +55,9 @@ class Layout(NamedTuple):
 
     def take(self, data: Any, rows: jax.Array) -> Any:
         """Return in a compiled function a batch of what each device has all of, split over them."""
-        split = NamedSharding(self.mesh, PartitionSpec(_AXIS))
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x[rows], split), data)
+        return jax.tree.map(
+            lambda x: jax.lax.with_sharding_constraint(x[rows], self._batches(0)), data
+        )
 
     def place(self, tree: Any) -> Any:
         """Return arrays of the host, the same in each process, on the devices, as weights lie."""
@@ -65,18 +67,38 @@ class Layout(NamedTuple):
         """Return arrays of the host, the same in each process, all of them on each device."""
         return jax.tree.map(lambda x: _place(np.asarray(x), self.everywhere), tree)
 
+    def columns(self, batch_size: int, devices: Sequence[Any] | None = None) -> np.ndarray:
+        """Return which of a batch's rows lie on these devices, by default on this process's own."""
+        places = self._batches(0).devices_indices_map((batch_size,))
+        own = self.mesh.local_devices if devices is None else devices
+        return np.unique([np.arange(batch_size)[places[device]] for device in own])
+
+    def join(self, own: Any, batch_size: int, axis: int) -> Any:
+        """Return batches, along an axis of these arrays, of which each process gives its columns.
+
+        They are split over the devices, as those of `feed`.
+        """
+
+        def one(array: np.ndarray) -> jax.Array:
+            shape = (*array.shape[:axis], batch_size, *array.shape[axis + 1 :])
+            return jax.make_array_from_process_local_data(self._batches(axis), array, shape)
+
+        return jax.tree.map(one, own)
+
+    def _batches(self, axis: int) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*(None,) * axis, _AXIS))
+
     def feed(self, split: Any, rows: np.ndarray) -> Any:
         """Return rows of the arrays of a split, [..., batch, ...] for rows [..., batch].
 
         The batch is split over the devices; each process reads the rows of its own devices alone.
         """
-        spec = PartitionSpec(*(None,) * (rows.ndim - 1), _AXIS)
 
         def one(array: np.ndarray) -> jax.Array:
             shape = (*rows.shape, *array.shape[1:])
             return jax.make_array_from_callback(
                 shape,
-                NamedSharding(self.mesh, spec),
+                self._batches(rows.ndim - 1),
                 lambda index: array[rows[(index or ())[: rows.ndim]]],
             )
 

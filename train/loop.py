@@ -21,7 +21,7 @@ from jaxquant.packing import MOST_CENTROIDS
 from train import config as configs
 from train import data, engine, layout, models, pretrained, products, program, summary
 from train.checkpoints import Checkpoints
-from train.config import Config, Fit
+from train.config import Config, Data, Fit
 from train.logs import Log, say, show_progress, write_text
 
 
@@ -90,15 +90,16 @@ def check(config: Config) -> Job:
     Raises:
       ValueError, OSError: with one line that says what is wrong and where.
     """
-    dataset = _load_data(config.data.name, config.data.dir, config.data.allow_unofficial)
+    dataset = _load_data(dataclasses.replace(config.data, train_limit=0))
     if config.data.train_limit:
-        dataset = dataset._replace(
-            train_images=dataset.train_images[: config.data.train_limit],
-            train_labels=dataset.train_labels[: config.data.train_limit],
-        )
-    if config.batch_size > len(dataset.train_labels):
+        dataset = dataset._replace(train=dataset.train.first(config.data.train_limit))
+    if config.batch_size > dataset.train.size:
         raise ValueError(
-            f"batch_size: expected at most {len(dataset.train_labels)}, got {config.batch_size}"
+            f"batch_size: expected at most {dataset.train.size}, got {config.batch_size}"
+        )
+    if config.one_program and not isinstance(dataset.train, data.Images):
+        raise ValueError(
+            f"one_program: expected images that are in memory, got those of {dataset.name}"
         )
     model = models.build(config.model, num_classes=dataset.num_classes)
     shapes = jax.eval_shape(lambda: _init(model, dataset, jax.random.key(0)))
@@ -131,17 +132,23 @@ def check(config: Config) -> Job:
 def _check_products(config: Config, model: nn.Module, shapes: Any, dataset: data.Dataset) -> None:
     if config.mesh.devices != 1 or jax.process_count() > 1:
         raise ValueError("mesh.devices: expected 1, product quantization runs on one device")
-    image = jax.ShapeDtypeStruct((1, *dataset.train_images.shape[1:]), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *dataset.train.image_shape), jnp.float32)
     products.check(model, shapes, image, config.quantize)
 
 
 @functools.lru_cache(maxsize=1)  # the experiments of a study share it
-def _load_data(name: str, folder: str, allow_unofficial: bool) -> data.Dataset:
-    return data.load(name, data_dir=folder, allow_unofficial=allow_unofficial)
+def _load_data(settings: Data) -> data.Dataset:
+    return data.load(
+        settings.name,
+        data_dir=settings.dir,
+        allow_unofficial=settings.allow_unofficial,
+        image_size=settings.image_size,
+        workers=settings.workers,
+    )
 
 
 def _init(model: nn.Module, dataset: data.Dataset, key: jax.Array) -> Any:
-    image = jnp.zeros((1, *dataset.train_images.shape[1:]))
+    image = jnp.zeros((1, *dataset.train.image_shape))
     return model.init(key, image, train=False)
 
 
@@ -220,10 +227,7 @@ def units(config: Config, plan: jq.Plan | None) -> list[Unit]:
 
 def run(job: Job) -> dict[str, Any]:
     """Run, or continue, an experiment; returns the content of report.json."""
-    config, dataset = job.config, job.dataset
-    functions = _functions(job)
-    train_data = engine.Images(dataset.train_images, dataset.train_labels)
-    test_data = engine.Images(dataset.test_images, dataset.test_labels)
+    config, functions = job.config, _functions(job)
     # Closing waits for the save that is under way, after an interrupt too.
     with contextlib.closing(Checkpoints(job.workdir / "checkpoints")) as checkpoints:
         state, progress, events = _start(job, functions, checkpoints)
@@ -235,7 +239,7 @@ def run(job: Job) -> dict[str, Any]:
             write=layout.is_primary(),
         )
         with contextlib.closing(log), _keeper(config, checkpoints, log) as keeper:
-            worker = _Worker(job, functions, train_data, test_data, log, keeper)
+            worker = _Worker(job, functions, log, keeper)
             run_units = units(config, job.plan)
             while progress.units < len(run_units):
                 number, unit = progress.units, run_units[progress.units]
@@ -352,8 +356,6 @@ class _Worker:
 
     job: Job
     functions: engine.Engine
-    train_data: engine.Images
-    test_data: engine.Images
     log: Log
     keeper: _Keeper
 
@@ -390,13 +392,14 @@ class _Worker:
         assert plan is not None
         params, batch_stats = state.train.params, state.train.batch_stats
         key = self._key(number, 1)
-        sensitivity = self.functions.sensitivity(params, batch_stats, self.train_data, key)
+        train_data = self.job.dataset.train
+        sensitivity = self.functions.sensitivity(params, batch_stats, train_data, key)
         params, quant, info = self.functions.quantize(
             plan, params, state.quant, sensitivity, engine.key_data(self._key(number, 2))
         )
         self._check_finite(unit, info)
         batch_stats = self.functions.recalibrate(
-            params, batch_stats, self.train_data, self._key(number, 3)
+            params, batch_stats, train_data, self._key(number, 3)
         )
         state = state._replace(
             quant=quant, train=state.train._replace(params=params, batch_stats=batch_stats)
@@ -406,19 +409,21 @@ class _Worker:
 
     def quantize_products(self, number: int, state: RunState) -> RunState:
         """Quantize the trained network by products: a stage without epochs, so not saved within."""
-        config, dataset, split = self.job.config, self.job.dataset, self.train_data
-        rows = engine.epoch_order(self._key(number, 1), len(split.labels), 1).ravel()
+        config, dataset = self.job.config, self.job.dataset
+        rows = engine.epoch_order(self._key(number, 1), dataset.train.size, 1).ravel()
         size = min(config.quantize.calibration_images, len(rows))
+        parts = np.array_split(rows[:size], -(-size // config.batch_size))
+        key = engine.key_data(self._key(number, 4))
         batches = [
-            engine.normalize(jnp.asarray(split.images[part]), dataset)
-            for part in np.array_split(rows[:size], -(-size // config.batch_size))
+            engine.normalize(batch.images, dataset)
+            for batch in engine.feed(self.job.layout, dataset.train, parts, key=key)
         ]
         variables = {"params": state.train.params, "batch_stats": state.train.batch_stats}
         params, errors = products.quantize(
             self.job.model, variables, batches, config.quantize, key=self._key(number, 2), tell=say
         )
         batch_stats = self.functions.recalibrate(
-            jq.unpack(params), state.train.batch_stats, split, self._key(number, 3)
+            jq.unpack(params), state.train.batch_stats, dataset.train, self._key(number, 3)
         )
         train = state.train._replace(params=params, batch_stats=batch_stats)
         state = state._replace(train=train)
@@ -446,31 +451,38 @@ class _Worker:
             size=size * config.batch_size,
             total=-(-(steps - progress.steps) // size),
         )
-        feed = functools.partial(self.job.layout.feed, self.train_data)
-        batches = feed(epoch.order[progress.steps : progress.steps + size])
-        for start in starts:
-            train, quant, metrics = self.functions.train(
-                state.train,
-                state.quant,
-                state.reference,
-                batches,
-                np.int32(start),
-                epoch.key,
-                epoch.rates[start : start + size],
-                distill=unit.round >= 0 and config.retrain.has_teacher,
-                move_centroids=unit.round >= 0 and config.retrain.centroid_rate > 0,
-            )
-            if start + size < steps:  # while the devices are at work
-                batches = feed(epoch.order[start + size : start + 2 * size])
-            state = state._replace(train=train, quant=quant)
-            progress = Progress(
-                units=number,
-                steps=min(start + size, steps),
-                loss=progress.loss + float(metrics["loss"]),
-                correct=progress.correct + float(metrics["correct"]),
-            )
-            if self.keeper.due() and progress.steps < steps:
-                self.keeper.save(state, progress)
+        feed = engine.feed(
+            self.job.layout,
+            self.job.dataset.train,
+            [epoch.order[start : start + size] for start in range(progress.steps, steps, size)],
+            key=epoch.key,
+            first=progress.steps * config.batch_size,
+        )
+        with contextlib.closing(feed):
+            batches = next(feed)
+            for start in starts:
+                train, quant, metrics = self.functions.train(
+                    state.train,
+                    state.quant,
+                    state.reference,
+                    batches,
+                    np.int32(start),
+                    epoch.key,
+                    epoch.rates[start : start + size],
+                    distill=unit.round >= 0 and config.retrain.has_teacher,
+                    move_centroids=unit.round >= 0 and config.retrain.centroid_rate > 0,
+                )
+                if start + size < steps:  # while the devices are at work
+                    batches = next(feed)
+                state = state._replace(train=train, quant=quant)
+                progress = Progress(
+                    units=number,
+                    steps=min(start + size, steps),
+                    loss=progress.loss + float(metrics["loss"]),
+                    correct=progress.correct + float(metrics["correct"]),
+                )
+                if self.keeper.due() and progress.steps < steps:
+                    self.keeper.save(state, progress)
         self._log_epoch(number, unit, progress.loss / steps, progress.correct / steps)
         return state
 
@@ -479,7 +491,7 @@ class _Worker:
         config = self.job.config
         stage: Fit = config.fit if unit.round < 0 else config.retrain
         order = engine.epoch_order(
-            self._key(number, 4), len(self.train_data.labels), config.batch_size
+            self._key(number, 4), self.job.dataset.train.size, config.batch_size
         )
         rates = engine.learning_rates(stage, unit.epochs, len(order))
         return program.Epoch(
@@ -494,7 +506,9 @@ class _Worker:
     def work_through(self, first: int, run_units: Sequence[Unit], state: RunState) -> RunState:
         """Do all rounds in one program, and log what the loop would have logged."""
         config, plan = self.job.config, self.job.plan
+        train_data, test_data = self.job.dataset.train, self.job.dataset.test
         assert plan is not None
+        assert isinstance(train_data, data.Images) and isinstance(test_data, data.Images)
         numbered = list(enumerate(run_units, first))
         epochs = [self._epoch(*item) for item in numbered]
         keys = [
@@ -508,14 +522,14 @@ class _Worker:
             state.train,
             state.quant,
             state.reference,
-            *program.put_data(self.functions.parts, self.train_data, self.test_data),
+            *program.put_data(self.functions.parts, train_data, test_data),
             np.array(keys),
             np.float32(config.retrain.momentum),
             np.float32(config.retrain.weight_decay),
             program.make_steps(epochs),
         )
         records = jax.tree.map(np.asarray, records)
-        size = len(self.test_data.labels)
+        size = test_data.size
         for index, (number, unit) in enumerate(numbered):
             steps = len(epochs[index].order)
             if unit.first:
@@ -566,7 +580,8 @@ class _Worker:
         say(f"round {unit.round + 1}: {result['accuracy']:.2%} after {count} of re-training")
 
     def _evaluate(self, state: RunState) -> dict[str, float]:
-        return self.functions.evaluate(state.train.params, state.train.batch_stats, self.test_data)
+        params, batch_stats = state.train.params, state.train.batch_stats
+        return self.functions.evaluate(params, batch_stats, self.job.dataset.test)
 
     def _key(self, number: int, purpose: int) -> jax.Array:
         """Keys depend on the seed and the unit alone: a resumed run draws the same numbers."""
@@ -587,8 +602,8 @@ def evaluate(config: Config, workdir: Path | None) -> dict[str, float]:
         assert workdir is not None
         job, functions, state = _restore(config, workdir)
         variables = {"params": state.train.params, "batch_stats": state.train.batch_stats}
-    test_data = engine.Images(job.dataset.test_images, job.dataset.test_labels)
-    return functions.evaluate(variables["params"], variables.get("batch_stats", {}), test_data)
+    batch_stats = variables.get("batch_stats", {})
+    return functions.evaluate(variables["params"], batch_stats, job.dataset.test)
 
 
 def export(config: Config, workdir: Path, output: Path, *, pytorch: bool) -> int:
