@@ -1,4 +1,4 @@
-"""The experiments on ImageNet: each builds; each runs two steps of every stage on a small archive."""
+"""The experiments on ImageNet: each builds, and runs two steps of every stage (slow)."""
 
 import functools
 import json

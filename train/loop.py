@@ -432,8 +432,8 @@ class _Worker:
             path: {"error_before": error.before, "error_after": error.after}
             for path, error in errors.items()
         }
-        self.log.add("quantized", number, round=0, weights_frozen=1.0, layers=layers, **result)
-        self.log.add("retrained", number, round=0, **result)
+        self.log.add("quantized", number, round=1, weights_frozen=1.0, layers=layers, **result)
+        self.log.add("retrained", number, round=1, **result)
         say(f"quantized: accuracy {result['accuracy']:.2%}")
         return state
 
