@@ -75,7 +75,8 @@ def test_two_steps_of_every_stage_run_on_a_small_archive(name, tmp_path):
     assert cli.main([*arguments, *flags]) == 0
     report = json.loads((workdir / name / "report.json").read_text())
     assert report["quantized"]["on_codebook"] is True
-    events = [json.loads(line) for line in (workdir / name / "metrics.jsonl").open()]
+    lines = (workdir / name / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
     rounds = {"slq5": 5, "mlq": 5, "inq5": 4, "inq2": 10, "qcnn": 1}[name.partition("_")[2]]
     assert len(report["rounds"]) == rounds
     trained = [event for event in events if event["kind"] == "epoch"]
