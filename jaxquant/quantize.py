@@ -148,7 +148,9 @@ def _share_weights(
     weights, frozen = _freeze(joins, active, new_centroids, frozen, weights, *extras)
     importance = jnp.float32(1.0) if sensitivity is None else sensitivity
     free = measure(weights, new_centroids, jnp.where(frozen, 0.0, importance))
+    # Weights of zero everywhere would count alike.
     used = measure(weights, new_centroids, frozen.astype(jnp.float32)).lows < jnp.inf
+    used &= _count(frozen) > 0
     return _Shared(
         weights,
         frozen,

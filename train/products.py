@@ -66,13 +66,15 @@ def quantize(
     errors = {}
     for number, (path, options) in enumerate(layers.items()):
         observe = jax.jit(functools.partial(jq.product.observe, **options))
-        responses = [
+        responses = (
             observe(
                 run({**variables, "params": params}, images)[path].inputs,
                 run(variables, images)[path].responses,
             )
             for images in batches
-        ]
+        )
+        # One after the other: of a wide layer the sums take gigabytes.
+        total = functools.reduce(functools.partial(jax.tree.map, jnp.add), responses)
         kernel = _kernel(params, path)
         array = cluster(
             kernel,
@@ -80,7 +82,6 @@ def quantize(
             length=piece(kernel.shape[-2], settings.length),
             key=jax.random.fold_in(key, number),
         )
-        total = functools.reduce(functools.partial(jax.tree.map, jnp.add), responses)
         array, history = correct(array, total, sweeps=settings.sweeps)
         packed = _with_kernel(packed, path, array)
         params = _with_kernel(params, path, jq.unpack(array))
