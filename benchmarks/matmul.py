@@ -3,18 +3,22 @@ r"""Products with packed weights against dense ones, side by side.
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m benchmarks.matmul        # some minutes
     ... python -m benchmarks.matmul --shapes 4096x4096 --k 3 --batch 1       # one case
     ... python -m benchmarks.matmul --shapes --conv                          # convolutions only
+    ... python -m benchmarks.matmul --shapes --words                         # kernels of words only
 
 For each weight [rows, columns], k and number of input vectors: milliseconds of the dense product in
 float32 and bfloat16 and of each implementation of `jaxquant.matmul` that is made for this platform;
 the packed size over that in float32; the memory that the best of them takes beside its arguments,
 over the size of the float32 weight; and the share of its time that reading the packed weight must
 take at the bandwidth that the copy of a large array reaches. With `--conv`, the 3x3 convolutions of
-ResNet-20. The programs take turns, so that a slow moment of the machine meets all of them; figures
-are the least of all turns. Page faults in the memory of an unpacked weight cost more than unpacking
-it: the first line has glibc use huge pages.
+ResNet-20. With `--words`, a weight and these convolutions as words of four channels (Q-CNN): the
+float32 product, that with the unpacked kernel, and the sums of table entries. The programs take
+turns, so that a slow moment of the machine meets all of them; figures are the least of all turns.
+Page faults in the memory of an unpacked weight cost more than unpacking it: the first line has
+glibc use huge pages.
 """
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +27,7 @@ import jax.numpy as jnp
 
 import jaxquant as jq
 from benchmarks import common
+from jaxquant.packing import pack_product
 
 SHAPES = ((4096, 4096), (8192, 8192), (4096, 14336))
 CONVS = ((32, 16), (16, 32), (8, 64))  # height and width, channels: the stages of ResNet-20
@@ -84,12 +89,47 @@ def convs(size: int, channels: int, k: int, batch: int) -> tuple[dict[str, Progr
     kernel = jax.jit(jq.unpack)(packed)
     x = jax.random.normal(jax.random.key(1), (batch, size, size, channels))
 
-    def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(
-            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+    return {"float32": Program(convolve, x, kernel), "unpack": Program(jq.conv, x, packed)}, packed
 
-    return {"float32": Program(dense, x, kernel), "unpack": Program(jq.conv, x, packed)}, packed
+
+def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return the convolution with a float kernel."""
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def words_kernel(shape: tuple[int, ...], k: int, length: int = 4) -> jq.ProductArray:
+    """Return a kernel of k random words of so many channels."""
+    *window, channels, features = shape
+    subspaces = channels // length
+    codes = jax.random.randint(jax.random.key(0), (*window, subspaces, features), 0, k)
+    words = jax.random.normal(jax.random.key(1), (subspaces, k, length))
+    return jax.jit(pack_product)(codes, words)
+
+
+def words_rows(ks: list[int], batches: list[int], turns: int) -> Iterator[list[object]]:
+    """Yield a row for each case, dense and convolution."""
+    shapes = [((4096, 4096), ()), *(((3, 3, c, c), (size, size)) for size, c in CONVS)]
+    for shape, space in shapes:
+        for k in ks:
+            array = words_kernel(shape, k)
+            kernel = jax.jit(jq.unpack)(array)
+            for batch in batches:
+                x = jax.random.normal(jax.random.key(1), (batch, *space, shape[-2]))
+                product = jq.conv if space else jq.matmul
+                made = {"float32": Program(convolve if space else jnp.matmul, x, kernel)}
+                for name in ("unpack", "words"):
+                    call = functools.partial(product, implementation=name)
+                    made[name] = Program(call, x, array)
+                times = common.least(made, turns)
+                yield [
+                    " x ".join(map(str, (*space, *shape[-2:]))),
+                    k,
+                    batch,
+                    *(f"{1e3 * times[name]:.3f}" for name in made),
+                    f"{array.nbytes / (4 * array.size):.3f}",
+                ]
 
 
 def bandwidth() -> float:
@@ -156,6 +196,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--conv", action="store_true", help="convolutions too")
+    parser.add_argument("--words", action="store_true", help="kernels of 16, 64, 256 words too")
     options = parser.parse_args()
     shapes = [(int(a), int(b)) for a, b in (text.split("x") for text in options.shapes)]
     print(common.machine())
@@ -169,6 +210,10 @@ def main() -> None:
         header += ["float32 / unpack", "bytes / float32"]
         rows = conv_rows(options.k, options.batch, options.turns)
         print(common.markdown(header, rows), flush=True)
+    if options.words:
+        header = ["weight", "words", "inputs", "float32, ms", "unpack, ms", "words, ms"]
+        rows = words_rows([16, 64, 256], options.batch, options.turns)
+        print(common.markdown([*header, "bytes / float32"], rows), flush=True)
 
 
 if __name__ == "__main__":

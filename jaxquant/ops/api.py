@@ -19,6 +19,7 @@ _PARTIAL = {
 }
 IMPLEMENTATIONS = ("unpack", *_PARTIAL)
 _MOST_LOOKUPS = 11  # centroids; above, a read from a table stands for two codes only
+_FEW_FOR_WORDS = 16  # vectors; tables are read for each, a kernel is unpacked once for all
 _FEW_VECTORS = 64  # more are bound by arithmetic, for which XLA's own product is the best
 
 
@@ -180,6 +181,9 @@ def _fastest(x: jax.Array, packed: PackedArray | ProductArray) -> str:
     vectors = math.prod(x.shape[:-1])
     if not platform.is_one_device():
         return "unpack"  # which XLA takes apart as the arrays are
+    if isinstance(packed, ProductArray):
+        few = vectors <= _FEW_FOR_WORDS and platform.name() == "cpu"
+        return "words" if few and _supports("words", x, packed) else "unpack"
     few = vectors <= _FEW_VECTORS
     names = {
         "cpu": ("lookup", "blocks") if vectors == 1 and packed.k <= _MOST_LOOKUPS else ("blocks",),
