@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import jaxquant as jq
 from jaxquant import product
+from jaxquant.ops import api, platform
 from jaxquant.packing import pack_product, product_codes, unpack_product
 from tests.test_quantize import jit
 
@@ -267,6 +268,34 @@ def test_sums_of_table_entries_are_the_convolution(stride, padding, dilation):
     for name in ("words", "unpack", None):
         got = jq.conv(x, array, implementation=name, **options)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_derivatives_of_sums_of_table_entries_are_those_of_the_product():
+    x, kernel = normal((3, 12)), normal((12, 9), seed=1)
+    array = cluster(kernel, words=4, length=3, key=KEY)
+
+    def loss(name, x, words):
+        changed = pack_product(product_codes(array), words)
+        return jnp.sum(jnp.sin(jq.matmul(x, changed, implementation=name)))
+
+    got, want = (
+        jit(jax.grad(functools.partial(loss, name), argnums=(0, 1)))(x, array.words)
+        for name in ("words", "unpack")
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, want)
+
+
+def test_few_vectors_are_looked_up_and_many_unpack(monkeypatch):
+    monkeypatch.setattr(platform, "is_one_device", lambda: True)
+    array = cluster(normal((12, 9)), words=4, length=3, key=KEY)
+    monkeypatch.setattr(platform, "name", lambda: "cpu")
+    assert [api._fastest(jnp.ones((n, 12)), array) for n in (1, 16, 17)] == [
+        *["words"] * 2,
+        "unpack",
+    ]
+    monkeypatch.setattr(platform, "name", lambda: "gpu")
+    assert api._fastest(jnp.ones((1, 12)), array) == "unpack"
+    assert jq.matmul(jnp.ones((2, 0, 12)), array, implementation="words").shape == (2, 0, 9)
 
 
 @pytest.mark.default_promotion
