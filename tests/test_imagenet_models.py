@@ -330,7 +330,7 @@ def test_auxiliary_heads_of_googlenet_are_left_out(published):
 def test_the_program_starts_from_a_published_googlenet(published, monkeypatch):
     variables, file = published
     split = engine.Images(np.zeros((4, 32, 32, 3), np.uint8), np.arange(4, dtype=np.int32))
-    dataset = Dataset("x", *split, *split, 1000, (0.5,) * 3, (0.5,) * 3, 0, True)
+    dataset = Dataset("x", split, split, 1000, (0.5,) * 3, (0.5,) * 3, 0, True)
     monkeypatch.setattr(loop, "_load_data", lambda *_: dataset)
     job = loop.check(Config(model="googlenet", init=str(file), batch_size=4))
     jax.tree.map(np.testing.assert_array_equal, job.initial, variables)

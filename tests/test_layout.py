@@ -193,6 +193,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_network_in_parts(on_one, cache_folder, tmp_path):
     workdir, port = tmp_path / "run", free_port()
     processes = [start(cache_folder, workdir, port, index) for index in range(2)]
