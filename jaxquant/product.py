@@ -243,7 +243,7 @@ def correct(
     Raises:
       ValueError: if the response is not of such a kernel.
 
-    >>> kernel, x = jax.random.normal(jax.random.key(0), (8, 16)), jnp.eye(8)
+    >>> kernel, x = jax.random.normal(jax.random.key(0), (8, 16)), jnp.tril(jnp.ones((8, 8)))
     >>> array = cluster(kernel, words=4, length=2, key=jax.random.key(1))
     >>> _, errors = correct(array, observe(x, x @ kernel))
     >>> bool(errors[-1] < errors[0])
