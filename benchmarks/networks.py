@@ -1,6 +1,6 @@
 r"""A round on AlexNet, VGG-16, GoogLeNet and ResNet-18, and scikit-learn beside it.
 
-    python -m benchmarks.networks    # six minutes on two cores, 4 GB of memory
+    python -m benchmarks.networks
 
 The trees have their real shapes and random He-normal weights, as clustering cares for shapes and
 distributions only. A row for each network, in a process of its own: the seconds of the fastest of

@@ -6,11 +6,11 @@ r"""The rows of the paper's ImageNet tables: four networks, SLQ and MLQ, INQ and
 From torchvision's published weights (`docs/imagenet.md` says how to prepare the data). Rates and
 rounds of SLQ are those of the paper's released solver for AlexNet (18 epochs a round at 1e-4, a
 tenth of it in the end; here on a cosine); fewer epochs serve, `--config.retrain.epochs=2`. INQ's
-shares are its authors'. None of these has been run on ImageNet by us: they are checked to build and
-to run two steps of every stage (`pytest tests/test_imagenet_configs.py --run-slow`).
+shares are its authors'. None of these has been run on ImageNet by us; the slow tests of
+`tests/test_imagenet_configs.py` run two steps of every stage on a small archive.
 """
 
-from train.config import Config, Data, Fit, Mesh, Quantize, vary
+from train.config import Config, Data, Fit, Mesh, vary
 
 NETWORKS = {"alexnet": 5e-4, "vgg16": 5e-4, "googlenet": 1e-4, "resnet18": 1e-4}  # weight decay
 _INQ_SHARES = {
@@ -41,6 +41,6 @@ def get_configs() -> dict[str, Config]:
             epochs = {"slq5": 18, "mlq": 18, "inq5": 8, "inq2": 8}[row]
             retrain = {"epochs": (epochs,)}
             configs[f"{network}_{row}"] = vary(base, quantize=quantize, retrain=retrain)
-        qcnn = Quantize(method="qcnn", words=128, length=4, calibration_images=500)
-        configs[f"{network}_qcnn"] = vary(base, quantize=vars(qcnn), mesh={"devices": 1})
+        qcnn = {"method": "qcnn", "words": 128, "length": 4, "calibration_images": 500}
+        configs[f"{network}_qcnn"] = vary(base, quantize=qcnn, mesh={"devices": 1})
     return configs

@@ -12,6 +12,7 @@ from jaxquant.codebooks import assign
 from jaxquant.packing import (
     MOST_CENTROIDS,
     ProductArray,
+    is_product,
     packed_rows,
     product_codes,
     split_shape,
@@ -154,7 +155,7 @@ def report(
     [('bias', None), ('kernel', 3)]
     """
     pairs = _leaves(params)
-    structure = jax.tree.structure(params, is_leaf=_is_product)
+    structure = jax.tree.structure(params, is_leaf=is_product)
     if state is None:
         nothing = jax.tree.unflatten(structure, [jnp.zeros(())] * len(pairs))
         trees = [nothing, nothing]
@@ -178,11 +179,7 @@ def report(
 
 
 def _leaves(params: Any) -> list[tuple[str, Any]]:
-    return leaves_with_paths(params, is_leaf=_is_product)
-
-
-def _is_product(node: Any) -> bool:
-    return isinstance(node, ProductArray)
+    return leaves_with_paths(params, is_leaf=is_product)
 
 
 def _layer(

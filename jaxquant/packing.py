@@ -455,6 +455,11 @@ def is_packed(node: Any) -> bool:
     return isinstance(node, PackedArray)
 
 
+def is_product(node: Any) -> bool:
+    """Return whether a node of a tree is a ProductArray."""
+    return isinstance(node, ProductArray)
+
+
 def is_quantized(node: Any) -> bool:
     """Return whether a node of a tree stands for a weight: a PackedArray or a ProductArray."""
     return isinstance(node, PackedArray | ProductArray)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.kmeans import check_finite
+from jaxquant.ops.reference import channels_last, each_axis
 from jaxquant.packing import MOST_CENTROIDS, ProductArray, pack_product, product_codes
 
 _BLOCK = 1 << 20  # distances held at once, in each of the subspaces that run side by side
@@ -176,14 +177,10 @@ def observe(
         rows = jax.lax.conv_general_dilated_patches(
             rows,
             tuple(window),
-            _each(window_strides, space),
+            each_axis(window_strides, space),
             padding if isinstance(padding, str) else [(low, high) for low, high in padding],
-            rhs_dilation=_each(kernel_dilation, space),
-            dimension_numbers=jax.lax.ConvDimensionNumbers(
-                (0, space + 1, *range(1, space + 1)),
-                (space + 1, space, *range(space)),
-                (0, space + 1, *range(1, space + 1)),
-            ),
+            rhs_dilation=each_axis(kernel_dilation, space),
+            dimension_numbers=channels_last(space),
             precision=_PRECISION,
         )
     if rows.shape[:-1] != wanted.shape[:-1]:
@@ -195,10 +192,6 @@ def observe(
     wanted = wanted.astype(jnp.float32).reshape(-1, wanted.shape[-1])
     dot = functools.partial(jnp.matmul, precision=_PRECISION)
     return Response(dot(rows.T, rows), dot(rows.T, wanted), jnp.sum(jnp.square(wanted)))
-
-
-def _each(value: Sequence[int] | int, space: int) -> tuple[int, ...]:
-    return (value,) * space if isinstance(value, int) else tuple(value)
 
 
 def response_error(kernel: jax.Array, response: Response) -> jax.Array:

@@ -111,7 +111,7 @@ def _share_clusters(
         frozen,
         jnp.where(active, new_centroids, centroids),
         still,
-        _share_of(frozen),
+        _count(frozen).astype(jnp.float32) / frozen.size,
         jnp.sum(jnp.where(still, 0.0, clustered.clusters.losses)),
     )
 
@@ -139,32 +139,32 @@ def _share_weights(
     extras = () if extra is None else (extra,)
     number = jnp.floor(share * frozen.size + 0.5).astype(jnp.int32)
     number = jnp.where(share < 1, number, frozen.size) - _count(frozen)
-    rank = functools.partial(_rank, partition, new_centroids)
+
+    def rank(weights: jax.Array, *extras: jax.Array) -> jax.Array:
+        return weight_priority(partition, weights, new_centroids, *extras)
+
     least = threshold(rank, (weights, *extras), frozen, number)
 
     def joins(weights: jax.Array, *extras: jax.Array) -> jax.Array:
         return (rank(weights, *extras) >= least) & (number > 0)
 
     weights, frozen = _freeze(joins, active, new_centroids, frozen, weights, *extras)
-    importance = jnp.float32(1.0) if sensitivity is None else sensitivity
-    free = measure(weights, new_centroids, jnp.where(frozen, 0.0, importance))
-    # Weights of zero everywhere would count alike.
-    used = measure(weights, new_centroids, frozen.astype(jnp.float32)).lows < jnp.inf
-    used &= _count(frozen) > 0
+    count = _count(frozen)
+    importance = jnp.where(frozen, 0.0, jnp.float32(1.0) if sensitivity is None else sensitivity)
+    free = measure(weights, new_centroids, importance)
+    if fixed:
+        used = jnp.ones_like(frozen_centroids)
+    else:  # sample weights of zero everywhere would count alike
+        members = measure(weights, new_centroids, frozen.astype(jnp.float32))
+        used = (members.lows < jnp.inf) & (count > 0)
     return _Shared(
         weights,
         frozen,
         jnp.where(active, new_centroids, centroids),
-        jnp.where(active, used | fixed, frozen_centroids),
-        _share_of(frozen),
-        jnp.sum(free.losses) * weight_scale(jnp.where(frozen, 0.0, importance)),
+        jnp.where(active, used, frozen_centroids),
+        count.astype(jnp.float32) / frozen.size,
+        jnp.sum(free.losses) * weight_scale(importance),
     )
-
-
-def _rank(
-    partition: str, centroids: jax.Array, weights: jax.Array, extra: jax.Array | None = None
-) -> jax.Array:
-    return weight_priority(partition, weights, centroids, extra)
 
 
 def _freeze(
@@ -197,10 +197,6 @@ def _count(frozen: jax.Array) -> jax.Array:
     return fold(count, jnp.int32(0), frozen)  # of a whole mask XLA would write floats to memory
 
 
-def _share_of(frozen: jax.Array) -> jax.Array:
-    return _count(frozen).astype(jnp.float32) / frozen.size
-
-
 def _flags_of(codes: jax.Array, flags: jax.Array) -> jax.Array:
     """Return the flag of each code's cluster."""
     return flags.at[codes].get(mode="promise_in_bounds")
@@ -224,7 +220,7 @@ def init(plan: Plan, params: Any) -> QuantState:
     """Return the state before the first round: nothing is frozen.
 
     Args:
-      plan: from `slq`, `mlq`.
+      plan: from `slq`, `mlq`, `inq`.
       params: the tree the plan was made for.
 
     Raises:
@@ -281,7 +277,8 @@ def quantize_round(
     weights is left as it was and reported in `finite`; outside of jit it is an error.
 
     Layers of all sizes share one compiled solver: only the histogram and the passes over the
-    weights are compiled for each shape. Cost: about four reads of the weights.
+    weights are compiled for each shape. Cost: about four reads of the weights, more than twice that
+    for shares of weights.
 
     Args:
       plan: static.

@@ -23,6 +23,7 @@ from jaxquant.packing import (
     PackedArray,
     ProductArray,
     is_packed,
+    is_product,
     is_quantized,
     pack_codes,
     unpack_codes,
@@ -199,12 +200,8 @@ def _encode(packed: Any) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
 
 def _product_paths(packed: Any) -> list[list[str]]:
     """Return the paths of ProductArrays, whose codes and words are leaves of the file."""
-    pairs = jax.tree_util.tree_flatten_with_path(packed, is_leaf=_is_product)[0]
-    return [_path_text(path) for path, leaf in pairs if _is_product(leaf)]
-
-
-def _is_product(node: Any) -> bool:
-    return isinstance(node, ProductArray)
+    pairs = jax.tree_util.tree_flatten_with_path(packed, is_leaf=is_product)[0]
+    return [_path_text(path) for path, leaf in pairs if is_product(leaf)]
 
 
 def _path_text(key_path: Sequence[Any]) -> list[str]:

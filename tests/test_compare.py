@@ -97,3 +97,20 @@ def test_products_on_several_devices_are_refused():
     )
     with pytest.raises(ValueError, match=r"mesh\.devices: expected 1, product"):
         loop.check(config)
+
+
+def test_a_float_network_that_another_process_still_trains_is_waited_for(study, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    (runs / "float").mkdir(parents=True)
+    with loop.lock(runs / "float"):
+        assert cli.main(["compare", "--configs", str(study), "--workdir", str(runs)]) == 2
+    assert "float: another process trains the float network" in capsys.readouterr().err
+    assert not (runs / "float" / "float.safetensors").exists()
+
+
+def test_a_row_that_cannot_run_is_refused_before_the_float_network_is_trained(tmp_path):
+    base = Config(fit=Fit(epochs=(1,)))
+    wrong = dataclasses.replace(base, quantize=Quantize(partition="size"))
+    with pytest.raises(ValueError, match="expected partition to be one of"):
+        compare.run({"a": base, "b": wrong}, ["a", "b"], tmp_path)
+    assert not any(tmp_path.iterdir())

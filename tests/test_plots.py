@@ -493,3 +493,17 @@ def test_same_figure_under_any_settings(tmp_path):
 def test_pyplot_is_not_imported():
     code = "import sys; from train import plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_comparison_draws_a_curve_for_each_family_and_tells_what_fell_off(tmp_path):
+    families = {"SLQ": [(300.0, 0.9), (200.0, 0.88)], "INQ": [(100.0, 0.42), (250.0, 0.87)]}
+    figure = plots.plot_comparison(tmp_path / "a.png", families=families, full=(1000.0, 0.91))
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.lines}
+    np.testing.assert_allclose(lines["SLQ"].get_xydata(), [[200, 88], [300, 90]])
+    np.testing.assert_allclose(lines["INQ"].get_xydata(), [[100, 76], [250, 87]])  # the foot
+    np.testing.assert_allclose(lines["float"].get_xydata(), [[1000, 91]])
+    assert [text.get_text() for text in axes.texts] == ["42"]
+    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+    np.testing.assert_allclose(hollow[0].get_xydata(), [[100, 76]])
+    assert axes.get_xscale() == "log" and (tmp_path / "a.png").stat().st_size > 5000

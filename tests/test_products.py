@@ -158,3 +158,13 @@ def test_all_networks_of_the_program_can_be_quantized(name):
 
 def test_pieces_divide_the_channels():
     assert [products.piece(n, 4) for n in (3, 16, 6, 1, 7)] == [3, 4, 3, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "shape"), [(256, 100, (3, 85)), (8, 4, (2, 4)), (5, 9, (1, 5))]
+)
+def test_calibration_images_come_in_parts_of_equal_size(size, most, shape):
+    rows = np.random.default_rng(0).permutation(size)
+    parts = products.equal_parts(rows, most)
+    assert np.shape(parts) == shape and max(map(len, parts)) <= most
+    np.testing.assert_array_equal(np.ravel(parts), rows[: np.prod(shape)])

@@ -124,7 +124,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "verb", nargs="?", choices=("train", "eval", "export", "report", "compare"), default="train"
     )
-    parser.add_argument("--config", metavar="FILE[,FILE...]")
+    parser.add_argument("--config", "--configs", metavar="FILE[,FILE...]")
     parser.add_argument("--workdir", metavar="DIR", type=Path)
     parser.add_argument("--output", metavar="FILE", type=Path, help="for export")
     parser.add_argument("--format", choices=("packed", "pytorch"), default="packed")
@@ -165,15 +165,7 @@ def _train_study(loaded: dict[str, "Config"], chosen: Collection[str], workdir: 
 
     # All of them are checked before the first one starts.
     jobs = {name: loop.prepare(loaded[name], workdir / name) for name in chosen}
-    for name, job in jobs.items():
-        if (job.workdir / "report.json").is_file():
-            continue
-        with loop.lock(job.workdir) as free:
-            if free:
-                say(f"== {name}: {job.config.model} on {job.dataset.name}")
-                loop.run(job)
-            else:
-                say(f"== {name}: another process is at it")
+    loop.run_all(jobs)
     done = [name for name in loaded if (workdir / name / "report.json").is_file()]
     results = {name: summary.read(workdir / name) for name in done}
     text = f"{summary.table(results)}\n\n{summary.curves(results)}\n"

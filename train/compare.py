@@ -72,25 +72,36 @@ def run(configs: Mapping[str, Config], chosen: Iterable[str], workdir: Path) -> 
     from train.logs import write_text
 
     start = _shared_start(configs)
+    for name in chosen:  # all of them, before the first one starts
+        loop.check(configs[name])
     if not start.init:
-        init = workdir / _FLOAT / "float.safetensors"
-        if not init.is_file():
-            float_config = dataclasses.replace(start, quantize=Quantize(method="none"))
-            _run(_FLOAT, float_config, workdir)
-            loop.export(float_config, workdir / _FLOAT, init, pytorch=True)
+        init = _train_float(start, workdir / _FLOAT)
         fit = dataclasses.replace(start.fit, epochs=(0,))
         configs = {
             name: dataclasses.replace(config, init=str(init), fit=fit)
             for name, config in configs.items()
         }
-    for name in chosen:
-        _run(name, configs[name], workdir)
+    loop.run_all({name: loop.prepare(configs[name], workdir / name) for name in chosen})
     done = [name for name in configs if (workdir / name / "report.json").is_file()]
     reports = {name: summary.read(workdir / name) for name in done}
     text = table(reports, {name: configs[name] for name in done})
     write_text(workdir / "comparison.md", text + "\n")
     write_figure(workdir / "comparison.png", reports)
     return text
+
+
+def _train_float(config: Config, workdir: Path) -> Path:
+    """Return the file of the float network, which is trained if it has not been."""
+    from train import loop
+
+    path = workdir / "float.safetensors"
+    if not path.is_file():
+        config = dataclasses.replace(config, quantize=Quantize(method="none"))
+        loop.run_all({_FLOAT: loop.prepare(config, workdir)})
+        if not (workdir / "report.json").is_file():
+            raise ValueError(f"{workdir}: another process trains the float network, wait for it")
+        loop.export(config, workdir, path, pytorch=True)
+    return path
 
 
 def table(reports: Mapping[str, Mapping[str, Any]], configs: Mapping[str, Config]) -> str:
@@ -156,18 +167,3 @@ def _shared_start(configs: Mapping[str, Config]) -> Config:
                 f"{getattr(config, odd[0])!r}"
             )
     return first
-
-
-def _run(name: str, config: Config, workdir: Path) -> None:
-    from train import loop
-    from train.logs import say
-
-    job = loop.prepare(config, workdir / name)
-    if (job.workdir / "report.json").is_file():
-        return
-    with loop.lock(job.workdir) as free:
-        if free:
-            say(f"== {name}: {config.model} on {job.dataset.name}")
-            loop.run(job)
-        else:
-            say(f"== {name}: another process is at it")

@@ -7,7 +7,7 @@ import functools
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,6 +182,19 @@ def lock(workdir: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
+
+
+def run_all(jobs: Mapping[str, Job]) -> None:
+    """Run experiments one after the other, but for those done or in another process' hands."""
+    for name, job in jobs.items():
+        if (job.workdir / "report.json").is_file():
+            continue
+        with lock(job.workdir) as free:
+            if free:
+                say(f"== {name}: {job.config.model} on {job.dataset.name}")
+                run(job)
+            else:
+                say(f"== {name}: another process is at it")
 
 
 def make_plan(config: Config, params: Any) -> jq.Plan | None:
@@ -411,8 +424,8 @@ class _Worker:
         """Quantize the trained network by products: a stage without epochs, so not saved within."""
         config, dataset = self.job.config, self.job.dataset
         rows = engine.epoch_order(self._key(number, 1), dataset.train.size, 1).ravel()
-        size = min(config.quantize.calibration_images, len(rows))
-        parts = np.array_split(rows[:size], -(-size // config.batch_size))
+        rows = rows[: config.quantize.calibration_images]
+        parts = products.equal_parts(rows, config.batch_size)
         key = engine.key_data(self._key(number, 4))
         batches = [
             engine.normalize(batch.images, dataset)

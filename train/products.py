@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
+from jaxquant.ops.layers import zero_padding
+from jaxquant.ops.reference import each_axis
 from train.config import Quantize
 
 _Path = tuple[str, ...]
+_WINDOW = ("window", "window_strides", "padding", "kernel_dilation")
 
 
 class LayerError(NamedTuple):
@@ -62,14 +65,15 @@ def quantize(
     run = jax.jit(functools.partial(_responses, model))
     cluster = jax.jit(jq.product.cluster, static_argnames=("words", "length"))
     correct = jax.jit(jq.product.correct, static_argnames="sweeps")
+    observe = jax.jit(jq.product.observe, static_argnames=_WINDOW)  # once for each shape of layers
     params = packed = variables["params"]
     errors = {}
     for number, (path, options) in enumerate(layers.items()):
-        observe = jax.jit(functools.partial(jq.product.observe, **options))
         responses = (
             observe(
                 run({**variables, "params": params}, images)[path].inputs,
                 run(variables, images)[path].responses,
+                **options,
             )
             for images in batches
         )
@@ -89,6 +93,12 @@ def quantize(
         errors[name] = LayerError(float(history[0]), float(history[-1]))
         tell(f"{name}: response error {errors[name].before:.2%} -> {errors[name].after:.2%}")
     return packed, errors
+
+
+def equal_parts(rows: np.ndarray, most: int) -> list[np.ndarray]:
+    """Return rows in parts of equal size, at most so many in each; a few at the end may sit out."""
+    count = -(-len(rows) // most)
+    return list(rows[: len(rows) // count * count].reshape(count, -1))
 
 
 def piece(channels: int, length: int) -> int:
@@ -134,14 +144,14 @@ def _window(name: str, module: nn.Module) -> dict[str, Any]:
     if isinstance(module, nn.Dense):
         return {}
     assert isinstance(module, nn.Conv)
-    padding = module.padding
-    if module.feature_group_count != 1 or isinstance(padding, int) or padding in ("CIRCULAR",):
-        raise ValueError(f"{name}: expected no groups, and padding of zeros on each side")
+    if module.feature_group_count != 1:
+        raise ValueError(f"{name}: expected no groups of channels")
+    window = tuple(cast(Sequence[int], module.kernel_size))
     return {
-        "window": tuple(np.atleast_1d(module.kernel_size).tolist()),
-        "window_strides": module.strides or 1,
-        "padding": padding,
-        "kernel_dilation": module.kernel_dilation or 1,
+        "window": window,
+        "window_strides": each_axis(module.strides or 1, len(window)),
+        "padding": zero_padding(module),
+        "kernel_dilation": each_axis(module.kernel_dilation or 1, len(window)),
     }
 
 

@@ -151,9 +151,7 @@ def conv(
         channels = packed.rows[-1] * feature_group_count
         raise ValueError(f"expected x with {channels} channels last, got {x.shape}")
 
-    def each(value: Sequence[int] | int) -> tuple[int, ...]:
-        return (value,) * space if isinstance(value, int) else tuple(value)
-
+    each = functools.partial(reference.each_axis, space=space)
     dtype = preferred_element_type or reference.common_dtype(x.dtype, packed.dtype)
     options: dict[str, Any] = {
         "window_strides": each(window_strides),

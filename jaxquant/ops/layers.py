@@ -58,13 +58,7 @@ def _conv(module: Any, params: Any, inputs: Any) -> Any:
     window = tuple(module.kernel_size)
     channels = inputs.shape[-1] // module.feature_group_count
     _check(module, kernel, (*window, channels, module.features))
-    padding = module.padding
-    if module.mask is not None or padding in ("CIRCULAR", "REFLECT", "CAUSAL"):
-        raise ValueError(f"{_path(module)}: expected no mask, and padding of zeros, got {padding}")
-    if isinstance(padding, int):
-        padding = ((padding, padding),) * len(window)
-    elif not isinstance(padding, str):
-        padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
+    padding = zero_padding(module)
     batch = inputs.shape[: inputs.ndim - len(window) - 1]
     x = _cast(module, inputs, kernel).reshape(-1, *inputs.shape[len(batch) :])
     y = conv(
@@ -77,6 +71,22 @@ def _conv(module: Any, params: Any, inputs: Any) -> Any:
         feature_group_count=module.feature_group_count,
     )
     return _finish(module, params, y.reshape(*batch, *y.shape[1:]))
+
+
+def zero_padding(module: Any) -> str | tuple[tuple[int, int], ...]:
+    """Return the padding of an `nn.Conv` as `conv` takes it.
+
+    Raises:
+      ValueError: for a mask, and padding that is not of zeros; names the layer.
+    """
+    padding = module.padding
+    if module.mask is not None or padding in ("CIRCULAR", "REFLECT", "CAUSAL"):
+        raise ValueError(f"{_path(module)}: expected no mask, and padding of zeros, got {padding}")
+    if isinstance(padding, int):
+        return ((padding, padding),) * len(module.kernel_size)
+    if isinstance(padding, str):
+        return padding
+    return tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
 
 
 def _cast(module: Any, inputs: Any, kernel: PackedArray | ProductArray) -> Any:

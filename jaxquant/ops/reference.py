@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,6 @@ def matmul(x: jax.Array, packed: PackedArray | ProductArray) -> jax.Array:
 def conv(x: jax.Array, packed: PackedArray | ProductArray, **options: Any) -> jax.Array:
     """Return [batch, *space, features] from x [batch, *space, channels], in float32 or wider."""
     dtype = accumulator(x, packed)
-    space = "DHW"[-(packed.ndim - 2) :]
     return jax.lax.conv_general_dilated(
         x.astype(dtype),
         unpack_node(packed).astype(dtype),
@@ -28,9 +28,20 @@ def conv(x: jax.Array, packed: PackedArray | ProductArray, **options: Any) -> ja
         padding=options["padding"],
         lhs_dilation=options["input_dilation"],
         rhs_dilation=options["kernel_dilation"],
-        dimension_numbers=(f"N{space}C", f"{space}IO", f"N{space}C"),
+        dimension_numbers=channels_last(packed.ndim - 2),
         feature_group_count=options["feature_group_count"],
     )
+
+
+def channels_last(space: int) -> tuple[str, str, str]:
+    """Return the layout of inputs, kernel and outputs with so many axes of space."""
+    axes = "DHW"[-space:]
+    return f"N{axes}C", f"{axes}IO", f"N{axes}C"
+
+
+def each_axis(value: Sequence[int] | int, space: int) -> tuple[int, ...]:
+    """Return a number for each axis of space, from those or from one for all."""
+    return (value,) * space if isinstance(value, int) else tuple(value)
 
 
 def common_dtype(*dtypes: Any) -> Any:
