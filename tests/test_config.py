@@ -1,13 +1,14 @@
 """Configs: files, overrides by name, one clear line for what is wrong."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from train import config
-from train.config import Config, Fit, Quantize
+from train.config import Config, Data, Fit, Quantize
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -134,3 +135,15 @@ def test_difference_names_the_fields_that_changed():
     text = config.difference(config.to_json(old), config.to_json(new))
     assert text == "fit.momentum: 0.9 -> 0.5, seed: 0 -> 1"
     assert config.difference(config.to_json(old), config.to_json(old)) == ""
+
+
+def test_a_field_that_an_old_config_lacks_had_its_default():
+    full = json.loads(config.to_json(Config()))
+    del full["data"]["image_size"], full["batch_size"]
+    old = json.dumps(full)
+    assert config.difference(old, config.to_json(Config())) == ""
+    other = dataclasses.replace(Config(), data=Data(image_size=64))
+    assert config.difference(old, config.to_json(other)) == "data.image_size: 224 -> 64"
+    full["forgotten"] = 3
+    changed = config.difference(json.dumps(full), config.to_json(Config()))
+    assert changed == "forgotten: 3 -> None"

@@ -270,9 +270,13 @@ def to_json(config: Config) -> str:
 def difference(old: str, new: str) -> str:
     """Return the fields in which two configs in JSON differ, on one line; empty if none.
 
-    What does not change the result does not count: a run may continue on other devices.
+    What does not change the result does not count: a run may continue on other devices. Nor does a
+    field that came later than the old config and has its default, which is what was done before.
     """
-    flat_old, flat_new = (_flatten(json.loads(text)) for text in (old, new))
+    usual, flat_old, flat_new = (
+        _flatten(json.loads(text)) for text in (to_json(Config()), old, new)
+    )
+    flat_old = usual | flat_old
     names = sorted(
         name
         for name in {*flat_old, *flat_new}
