@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from train import __main__ as cli
-from train import compare, loop
+from train import compare, experiment
 from train.config import Config, Fit, Quantize
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -38,7 +38,7 @@ def test_methods_have_equal_budgets():
     families = {name.partition("_")[0] for name in made}
     assert families == set(compare.LABELS)
     for name, config in made.items():
-        job = loop.check(dataclasses.replace(config, init="", fit=Fit(epochs=(1,))))
+        job = experiment.check(dataclasses.replace(config, init="", fit=Fit(epochs=(1,))))
         rounds = 0 if job.plan is None else job.plan.num_rounds
         total = compare._epochs(config, rounds)
         assert total == (0 if name.startswith(("nearest", "qcnn")) else 15), name
@@ -96,13 +96,13 @@ def test_products_on_several_devices_are_refused():
         mesh=dataclasses.replace(Config().mesh, devices=2),
     )
     with pytest.raises(ValueError, match=r"mesh\.devices: expected 1, product"):
-        loop.check(config)
+        experiment.check(config)
 
 
 def test_a_float_network_that_another_process_still_trains_is_waited_for(study, tmp_path, capsys):
     runs = tmp_path / "runs"
     (runs / "float").mkdir(parents=True)
-    with loop.lock(runs / "float"):
+    with experiment.lock(runs / "float"):
         assert cli.main(["compare", "--configs", str(study), "--workdir", str(runs)]) == 2
     assert "float: another process trains the float network" in capsys.readouterr().err
     assert not (runs / "float" / "float.safetensors").exists()

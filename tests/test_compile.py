@@ -20,7 +20,7 @@ from jax.experimental import topologies
 import jaxquant as jq
 from benchmarks.common import collective_sizes
 from jaxquant.packing import packed_rows
-from train import engine, loop, models, program
+from train import engine, experiment, models, program
 from train.config import Config, Data, Fit, Quantize
 from train.layout import Layout
 
@@ -137,7 +137,7 @@ def test_one_program_compiles(target):
         retrain=Fit(epochs=(1,), distill_weight=0.5, feature_weight=1.0),
         batch_size=128,
     )
-    job = loop.check(config)
+    job = experiment.check(config)
     batch_model = models.build(config.model, num_classes=10, bn_momentum=0.0)
     parts = engine.build(config, job.dataset, job.model, batch_model, layout).parts
     quant = jax.eval_shape(lambda p: jq.init(job.plan, p), job.shapes["params"])

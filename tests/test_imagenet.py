@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from PIL import Image
 
 from train import config as configs
-from train import data, engine, imagenet, layout, loop, models
+from train import data, engine, experiment, imagenet, layout, models
 from train.config import Config, Data, Mesh, Quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*unofficial")
@@ -634,26 +634,26 @@ def test_batches_lie_split_over_the_devices(prepared, devices):
 # Experiments -------------------------------------------------------------------------------------
 
 
-def experiment(folder, **changes):
+def small_config(folder, **changes):
     settings = Data("imagenet2012", str(folder), allow_unofficial=True, image_size=32)
     return dataclasses.replace(Config(data=settings, batch_size=4, eval_batch_size=3), **changes)
 
 
 def test_a_job_knows_its_data_without_decoding_them(prepared, monkeypatch):
     monkeypatch.setattr(imagenet, "_picture", None)
-    job = loop.check(experiment(prepared))
+    job = experiment.check(small_config(prepared))
     assert job.shapes["params"]["linear"]["kernel"].shape == (64, 1000)
     assert job.dataset.train.size == 9
-    limited = configs.vary(experiment(prepared), data={"train_limit": 5})
-    assert loop.check(limited).dataset.train.size == 5
-    assert loop.check(limited).dataset.test.size == 4
+    limited = configs.vary(small_config(prepared), data={"train_limit": 5})
+    assert experiment.check(limited).dataset.train.size == 5
+    assert experiment.check(limited).dataset.test.size == 4
     with pytest.raises(ValueError, match="batch_size: expected at most 9, got 10"):
-        loop.check(experiment(prepared, batch_size=10))
+        experiment.check(small_config(prepared, batch_size=10))
 
 
 def test_one_program_is_refused(prepared):
     with pytest.raises(ValueError, match="one_program: expected images that are in memory, got"):
-        loop.check(experiment(prepared, one_program=True, quantize=Quantize(rounds=(17,))))
+        experiment.check(small_config(prepared, one_program=True, quantize=Quantize(rounds=(17,))))
 
 
 @pytest.mark.parametrize(("field", "least"), [("image_size", 1), ("workers", 0)])
@@ -664,13 +664,13 @@ def test_sizes_that_no_run_could_use_are_named(field, least):
 
 
 def test_a_run_may_go_on_with_other_workers(prepared):
-    texts = [configs.to_json(experiment(prepared))]
-    texts.append(configs.to_json(configs.vary(experiment(prepared), data={"workers": 3})))
+    texts = [configs.to_json(small_config(prepared))]
+    texts.append(configs.to_json(configs.vary(small_config(prepared), data={"workers": 3})))
     assert configs.difference(*texts) == ""
 
 
 def test_it_is_evaluated_as_images_in_memory_are(prepared):
-    config, dataset = experiment(prepared), load(prepared)
+    config, dataset = small_config(prepared), load(prepared)
     model = models.build("small_cnn", num_classes=1000)
     functions = engine.build(config, dataset, model, model, layout.make(config))
     variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))

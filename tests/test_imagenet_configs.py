@@ -11,7 +11,7 @@ import jaxquant as jq
 from tests.test_imagenet import write_archives
 from train import __main__ as cli
 from train import config as configs
-from train import loop, models, products
+from train import experiment, models, products
 
 STUDY = "configs/imagenet.py"
 CONFIGS = configs.load(STUDY)
@@ -40,7 +40,7 @@ def test_every_layer_has_a_place_in_the_plan(name):
     if config.quantize.method == "qcnn":
         assert len(products.check(model, variables, image, config.quantize)) == kernels
         return
-    plan = loop.make_plan(config, variables["params"])
+    plan = experiment.make_plan(config, variables["params"])
     assert plan is not None and len(plan.selection.selected) == kernels
     rounds = {"slq5": 5, "mlq": 5, "inq5": 4, "inq2": 10}[name.partition("_")[2]]
     assert plan.num_rounds == rounds and len(config.retrain.epochs) in (1, rounds)

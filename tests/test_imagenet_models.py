@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from train import engine, layers, layout, loop, models, pretrained
+from train import engine, experiment, layers, layout, models, pretrained
 from train.config import Config, Quantize
 from train.data import Dataset
 
@@ -116,11 +116,11 @@ def test_layer_groups_of_mlq_go_from_input_to_output(name):
 def test_a_plan_of_the_program_has_the_head_in_the_last_group():
     params = abstract("resnet18")["params"]
     config = Config(model="resnet18", quantize=Quantize(method="mlq", groups=2))
-    plan = loop.make_plan(config, params)
+    plan = experiment.make_plan(config, params)
     assert plan.selection.by_depth()[-1].path == "fc/kernel"
     assert plan.selection.by_depth()[-1].groups == (1,)
     own = Quantize(method="mlq", groups=1, rules=(jq.LayerRule("fc/kernel"),))
-    plan = loop.make_plan(dataclasses.replace(config, quantize=own), params)
+    plan = experiment.make_plan(dataclasses.replace(config, quantize=own), params)
     assert [layer.path for layer in plan.selection.selected] == ["fc/kernel"]
 
 
@@ -331,8 +331,8 @@ def test_the_program_starts_from_a_published_googlenet(published, monkeypatch):
     variables, file = published
     split = engine.Images(np.zeros((4, 32, 32, 3), np.uint8), np.arange(4, dtype=np.int32))
     dataset = Dataset("x", split, split, 1000, (0.5,) * 3, (0.5,) * 3, 0, True)
-    monkeypatch.setattr(loop, "_load_data", lambda *_: dataset)
-    job = loop.check(Config(model="googlenet", init=str(file), batch_size=4))
+    monkeypatch.setattr(experiment, "_load_data", lambda *_: dataset)
+    job = experiment.check(Config(model="googlenet", init=str(file), batch_size=4))
     jax.tree.map(np.testing.assert_array_equal, job.initial, variables)
 
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from train import __main__ as cli
 from train import config as configs
-from train import layout, loop
+from train import experiment, layout, loop
 from train.checkpoints import Checkpoints
 from train.config import Config, Mesh
 
@@ -100,7 +100,7 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, capsys):
 def restored(workdir, *mesh):
     """Return the arrays of the latest checkpoint, on these devices."""
     overrides = [argument.removeprefix("--config.") for argument in (*TERNARY, *mesh)]
-    job = loop.check(configs.load("configs/digits_slq.py", overrides)["digits_slq"])
+    job = experiment.check(configs.load("configs/digits_slq.py", overrides)["digits_slq"])
     checkpoints = Checkpoints(workdir / "checkpoints")
     found = checkpoints.restore(loop._fresh(job, loop._functions(job)))
     checkpoints.close()

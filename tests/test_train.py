@@ -19,7 +19,7 @@ import pytest
 import jaxquant as jq
 from train import __main__ as cli
 from train import config as configs
-from train import loop, pretrained
+from train import experiment, loop, pretrained
 from train.checkpoints import Checkpoints
 from train.config import Config, Fit, Quantize
 
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("compilation_cache")
 def final_params(workdir, *more):
     """Return what the latest checkpoint of a SHORT run holds: arrays and progress."""
     overrides = [a.removeprefix("--config.") for a in (*SHORT, *more)]
-    job = loop.check(configs.load("configs/digits_slq.py", overrides)["digits_slq"])
+    job = experiment.check(configs.load("configs/digits_slq.py", overrides)["digits_slq"])
     checkpoints = Checkpoints(workdir / "checkpoints")
     restored = checkpoints.restore(loop._fresh(job, loop._functions(job)))
     checkpoints.close()
@@ -117,17 +117,17 @@ def test_a_workdir_that_another_process_is_at_is_left_to_it(tmp_path, capsys):
     runs = tmp_path / "runs"
     (runs / "two").mkdir(parents=True)
     arguments = ["--config", write_study(tmp_path), "--workdir", str(runs)]
-    with loop.lock(runs / "two") as free:
+    with experiment.lock(runs / "two") as free:
         assert free
         assert cli.main(arguments) == 0
         assert "== two: another process is at it" in capsys.readouterr().out
         assert not (runs / "two" / "report.json").exists()
         assert "two" not in (runs / "summary.md").read_text()
     (tmp_path / "one").mkdir()
-    with loop.lock(tmp_path / "one"):
+    with experiment.lock(tmp_path / "one"):
         assert cli.main([*SLQ, "--workdir", str(tmp_path / "one")]) == 2
     assert "one: another process is at it" in capsys.readouterr().err
-    with loop.lock(tmp_path / "one") as free:
+    with experiment.lock(tmp_path / "one") as free:
         assert free
 
 

@@ -136,12 +136,12 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _train(loaded: dict[str, "Config"], workdir: Path) -> int:
-    from train import loop, summary
+    from train import experiment, loop, summary
     from train.logs import say
 
     ((name, config),) = loaded.items()
-    job = loop.prepare(config, workdir)
-    with loop.lock(workdir) as free:
+    job = experiment.prepare(config, workdir)
+    with experiment.lock(workdir) as free:
         if not free:
             raise ValueError(f"{workdir}: another process is at it")
         say(f"== {name}: {config.model} on {job.dataset.name}")
@@ -160,11 +160,11 @@ def _compare(loaded: dict[str, "Config"], chosen: Collection[str], workdir: Path
 
 
 def _train_study(loaded: dict[str, "Config"], chosen: Collection[str], workdir: Path) -> int:
-    from train import loop, summary
+    from train import experiment, loop, summary
     from train.logs import say, write_text
 
     # All of them are checked before the first one starts.
-    jobs = {name: loop.prepare(loaded[name], workdir / name) for name in chosen}
+    jobs = {name: experiment.prepare(loaded[name], workdir / name) for name in chosen}
     loop.run_all(jobs)
     done = [name for name in loaded if (workdir / name / "report.json").is_file()]
     results = {name: summary.read(workdir / name) for name in done}

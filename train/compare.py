@@ -66,14 +66,14 @@ def run(configs: Mapping[str, Config], chosen: Iterable[str], workdir: Path) -> 
       The table.
 
     Raises:
-      ValueError: as `loop.prepare`, and for configs that do not start alike.
+      ValueError: as `experiment.prepare`, and for configs that do not start alike.
     """
-    from train import loop, summary
+    from train import experiment, loop, summary
     from train.logs import write_text
 
     start = _shared_start(configs)
     for name in chosen:  # all of them, before the first one starts
-        loop.check(configs[name])
+        experiment.check(configs[name])
     if not start.init:
         init = _train_float(start, workdir / _FLOAT)
         fit = dataclasses.replace(start.fit, epochs=(0,))
@@ -81,7 +81,7 @@ def run(configs: Mapping[str, Config], chosen: Iterable[str], workdir: Path) -> 
             name: dataclasses.replace(config, init=str(init), fit=fit)
             for name, config in configs.items()
         }
-    loop.run_all({name: loop.prepare(configs[name], workdir / name) for name in chosen})
+    loop.run_all({name: experiment.prepare(configs[name], workdir / name) for name in chosen})
     done = [name for name in configs if (workdir / name / "report.json").is_file()]
     reports = {name: summary.read(workdir / name) for name in done}
     text = table(reports, {name: configs[name] for name in done})
@@ -92,12 +92,12 @@ def run(configs: Mapping[str, Config], chosen: Iterable[str], workdir: Path) -> 
 
 def _train_float(config: Config, workdir: Path) -> Path:
     """Return the file of the float network, which is trained if it has not been."""
-    from train import loop
+    from train import experiment, loop
 
     path = workdir / "float.safetensors"
     if not path.is_file():
         config = dataclasses.replace(config, quantize=Quantize(method="none"))
-        loop.run_all({_FLOAT: loop.prepare(config, workdir)})
+        loop.run_all({_FLOAT: experiment.prepare(config, workdir)})
         if not (workdir / "report.json").is_file():
             raise ValueError(f"{workdir}: another process trains the float network, wait for it")
         loop.export(config, workdir, path, pytorch=True)

@@ -13,7 +13,8 @@ from jaxquant.selection import leaves_with_paths
 from train.logs import write_text
 
 if TYPE_CHECKING:
-    from train.loop import Job, RunState
+    from train.experiment import Job
+    from train.loop import RunState
 
 
 MODEL = "model.safetensors"  # in the workdir: the packed network

@@ -1,0 +1,176 @@
+"""An experiment before it runs: what a user may have got wrong, and whose the workdir is."""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import jaxquant as jq
+from jaxquant.packing import MOST_CENTROIDS
+from train import config as configs
+from train import data, layout, models, pretrained, products
+from train.config import Config, Data
+from train.logs import write_text
+
+
+class Job(NamedTuple):
+    """A checked experiment: nothing in it lies on a device yet."""
+
+    config: Config
+    workdir: Path
+    dataset: data.Dataset
+    model: nn.Module
+    shapes: Any  # variables as shape and dtype structs
+    initial: Any  # variables from config.init, maybe packed, or None
+    plan: jq.Plan | None
+    layout: layout.Layout
+
+
+def prepare(config: Config, workdir: Path) -> Job:
+    """Check an experiment and claim its workdir, before any device work.
+
+    Raises:
+      ValueError, OSError: as `check`, and for a workdir of another config.
+    """
+    job = check(config)
+    _claim(config, workdir)
+    return job._replace(workdir=workdir)
+
+
+def check(config: Config) -> Job:
+    """Check everything that a user may have got wrong, before any device work.
+
+    Raises:
+      ValueError, OSError: with one line that says what is wrong and where.
+    """
+    dataset = _load_data(dataclasses.replace(config.data, train_limit=0))
+    if config.data.train_limit:
+        dataset = dataset._replace(train=dataset.train.first(config.data.train_limit))
+    if config.batch_size > dataset.train.size:
+        raise ValueError(
+            f"batch_size: expected at most {dataset.train.size}, got {config.batch_size}"
+        )
+    if config.one_program and not isinstance(dataset.train, data.Images):
+        raise ValueError(
+            f"one_program: expected images that are in memory, got those of {dataset.name}"
+        )
+    model = models.build(config.model, num_classes=dataset.num_classes)
+    shapes = jax.eval_shape(lambda: init_variables(model, dataset, jax.random.key(0)))
+    unused = models.unused_tensors(config.model)
+    initial = pretrained.load(config.init, shapes, unused=unused) if config.init else None
+    if initial is None and not config.fit.epochs[0]:
+        raise ValueError("expected init=FILE or fit.epochs above 0, got neither")
+    plan = make_plan(config, shapes["params"])
+    if config.quantize.method == "qcnn":
+        _check_products(config, model, shapes, dataset)
+    if plan is not None and len(config.retrain.epochs) not in (1, plan.num_rounds):
+        raise ValueError(
+            f"retrain.epochs: expected 1 or {plan.num_rounds} numbers, one a round, "
+            f"got {len(config.retrain.epochs)}"
+        )
+    if config.one_program and (plan is None or 0 in config.retrain.epochs):
+        raise ValueError(
+            "one_program: expected rounds of at least one epoch each, got "
+            + ("no plan" if plan is None else f"retrain.epochs {config.retrain.epochs}")
+        )
+    for layer in () if plan is None else plan.selection.selected:
+        if layer.k > MOST_CENTROIDS:
+            raise ValueError(
+                f"{layer.path}: expected at most {MOST_CENTROIDS} centroids, as many as can be "
+                f"packed, got {layer.k}"
+            )
+    return Job(config, Path(), dataset, model, shapes, initial, plan, layout.make(config))
+
+
+def _check_products(config: Config, model: nn.Module, shapes: Any, dataset: data.Dataset) -> None:
+    if config.mesh.devices != 1 or jax.process_count() > 1:
+        raise ValueError("mesh.devices: expected 1, product quantization runs on one device")
+    image = jax.ShapeDtypeStruct((1, *dataset.train.image_shape), jnp.float32)
+    products.check(model, shapes, image, config.quantize)
+
+
+@functools.lru_cache(maxsize=1)  # the experiments of a study share it
+def _load_data(settings: Data) -> data.Dataset:
+    return data.load(
+        settings.name,
+        data_dir=settings.dir,
+        allow_unofficial=settings.allow_unofficial,
+        image_size=settings.image_size,
+        workers=settings.workers,
+    )
+
+
+def init_variables(model: nn.Module, dataset: data.Dataset, key: jax.Array) -> Any:
+    """Return the variables of an untrained network."""
+    image = jnp.zeros((1, *dataset.train.image_shape))
+    return model.init(key, image, train=False)
+
+
+def _claim(config: Config, workdir: Path) -> None:
+    """Create the workdir, or refuse one that another config has been run in."""
+    if not layout.is_primary():
+        return  # the first process does it for all
+    path, text = workdir / "config.json", configs.to_json(config)
+    if path.is_file():
+        changed = configs.difference(path.read_text(), text)
+        if changed:
+            raise ValueError(f"{workdir}: expected the config it was started with, got {changed}")
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[bool]:
+    """Hold a workdir; gives whether no other process does. A killed process holds nothing.
+
+    Of several processes that run together, the first one holds it for all.
+    """
+    if not layout.is_primary():
+        yield True
+        return
+    with (workdir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def make_plan(config: Config, params: Any) -> jq.Plan | None:
+    """Return the config's plan, or None."""
+    q = config.quantize
+    if q.method in ("none", "qcnn"):
+        return None
+    rules = models.depth_rules(config.model) if q.rules is None else q.rules
+    options: dict[str, Any] = {"bits": q.bits, "rules": rules, "zero": q.zero}
+    options |= _given(partition=q.partition, init=q.init)
+    if q.iterations >= 0:
+        options["iterations"] = q.iterations
+    if q.method == "inq":
+        return jq.inq(params, **options, **_given(shares=q.shares))
+    options["powers_of_two"] = q.powers_of_two
+    if q.method == "slq":
+        return jq.slq(params, rounds=q.rounds, **options)
+    return jq.mlq(
+        params,
+        groups=q.groups,
+        equal=q.equal,
+        order=q.order,
+        reverse=q.reverse,
+        **options,
+        **_given(rounds=q.shares),
+    )
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Return the options that a config sets; for the others the plan has its own defaults."""
+    return {name: value for name, value in options.items() if value}
