@@ -433,17 +433,22 @@ def pack(params: Any, state: QuantState) -> Any:
 def _pack_leaf(path: str, weights: jax.Array, codebook: jax.Array) -> PackedArray:
     codebook = codebook + jnp.zeros((), codebook.dtype)  # -0.0, which comes and goes, becomes 0.0
     try:
-        packed = pack_array(weights, codebook)
+        packed, off = _pack_and_count(weights, codebook)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if not isinstance(weights, jax.core.Tracer):
-        off = int(with_auto_axes(_count_other, (packed, weights), like=None))
-        if off:
-            raise ValueError(
-                f"{path}: expected every weight on the codebook, as after the last round, "
-                f"got {off} of {weights.size} that are not"
-            )
+    if not isinstance(weights, jax.core.Tracer) and off:
+        raise ValueError(
+            f"{path}: expected every weight on the codebook, as after the last round, "
+            f"got {off} of {weights.size} that are not"
+        )
     return packed
+
+
+@jax.jit  # the codes are many small operations, several times as fast in one program
+def _pack_and_count(weights: jax.Array, codebook: jax.Array) -> tuple[PackedArray, jax.Array]:
+    """Return the packed weight, and how many of its entries are not on the codebook."""
+    packed = pack_array(weights, codebook)
+    return packed, with_auto_axes(_count_other, (packed, weights), like=None)
 
 
 def _count_other(packed: PackedArray, weights: jax.Array) -> jax.Array:
@@ -489,6 +494,7 @@ def unpack(packed: Any) -> Any:
     )
 
 
+@jax.jit  # as `_pack_and_count`
 def unpack_node(node: PackedArray | ProductArray) -> jax.Array:
     """Return the weight that a node stands for."""
     return unpack_product(node) if isinstance(node, ProductArray) else unpack_array(node)
