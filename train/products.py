@@ -66,6 +66,7 @@ def quantize(
     cluster = jax.jit(jq.product.cluster, static_argnames=("words", "length"))
     correct = jax.jit(jq.product.correct, static_argnames="sweeps")
     observe = jax.jit(jq.product.observe, static_argnames=_WINDOW)  # once for each shape of layers
+    add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
     params = packed = variables["params"]
     errors = {}
     for number, (path, options) in enumerate(layers.items()):
@@ -77,8 +78,8 @@ def quantize(
             )
             for images in batches
         )
-        # One after the other: of a wide layer the sums take gigabytes.
-        total = functools.reduce(functools.partial(jax.tree.map, jnp.add), responses)
+        # One after the other and in place: of a wide layer the sums take gigabytes.
+        total = functools.reduce(add, responses)
         kernel = _kernel(params, path)
         array = cluster(
             kernel,
