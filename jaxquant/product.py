@@ -242,8 +242,13 @@ def response_error(kernel: jax.Array, response: Response) -> jax.Array:
     """Return the squared error of a float kernel's responses over their squares, float32 scalar."""
     matrix = kernel.astype(jnp.float32).reshape(response.cross.shape)
     rest = response.cross - jnp.matmul(response.gram, matrix, precision=_PRECISION)
-    squares = response.energy - jnp.sum(matrix * response.cross) - jnp.sum(matrix * rest)
-    return squares / jnp.where(response.energy > 0, response.energy, 1.0)
+    return _error(matrix, response.cross, rest, response.energy)
+
+
+def _error(kernel: jax.Array, cross: jax.Array, rest: jax.Array, energy: jax.Array) -> jax.Array:
+    """Return the error of a kernel, given inputs by what is missing from the wanted responses."""
+    squares = energy - jnp.sum(kernel * cross) - jnp.sum(kernel * rest)
+    return squares / jnp.where(energy > 0, energy, 1.0)
 
 
 # Error correction --------------------------------------------------------------------------------
@@ -298,33 +303,30 @@ def correct(
     cross = response.cross.reshape(*by_subspace, features).transpose(1, 0, 2, 3)
     codes = jnp.moveaxis(product_codes(array).reshape(positions, subspaces, features), 1, 0)
 
-    def sweep(carry: tuple[jax.Array, jax.Array], _: None):
-        words, codes = carry
-        rest = cross - _apply(gram, _kernel(words, codes))  # anew: roundings do not add up
-        correct_run = functools.partial(_correct_run, gram, run)
-        words, codes, _ = jax.lax.fori_loop(0, subspaces // run, correct_run, (words, codes, rest))
-        return (words, codes), error(words, codes)
-
-    def error(words: jax.Array, codes: jax.Array) -> jax.Array:
-        kernel = _kernel(words, codes).transpose(1, 0, 2, 3)
-        return response_error(kernel, response)
-
     run = max(n for n in range(1, min(subspaces, _RUN) + 1) if subspaces % n == 0)
-    words = array.words.astype(jnp.float32)
-    start = error(words, codes)
-    (words, codes), errors = jax.lax.scan(sweep, (words, codes), length=sweeps)
+
+    def missing(words: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return inputs by what is missing from the wanted responses, and the error."""
+        kernel = _kernel(words, codes)
+        got = jnp.einsum("mpdnqe,nqet->mpdt", gram, kernel, precision=_PRECISION)
+        return cross - got, _error(kernel, cross, cross - got, response.energy)
+
+    def sweep(carry: tuple[jax.Array, jax.Array], _: None):
+        rest, error = missing(*carry)  # anew: roundings do not add up
+        correct_run = functools.partial(_correct_run, gram, run)
+        words, codes, _ = jax.lax.fori_loop(0, subspaces // run, correct_run, (*carry, rest))
+        return (words, codes), error
+
+    start = array.words.astype(jnp.float32), codes
+    (words, codes), errors = jax.lax.scan(sweep, start, length=sweeps)
+    errors = jnp.append(errors, missing(words, codes)[1])
     codes = jnp.moveaxis(codes, 0, 1).reshape(array.codes.shape)
-    return pack_product(codes, words.astype(array.dtype)), jnp.append(start, errors)
+    return pack_product(codes, words.astype(array.dtype)), errors
 
 
 def _kernel(words: jax.Array, codes: jax.Array) -> jax.Array:
     """Return the weights [M, P, D, features] of words [M, K, D] and codes [M, P, features]."""
     return jnp.moveaxis(jax.vmap(lambda table, code: table[code])(words, codes), -1, -2)
-
-
-def _apply(gram: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Return inputs by responses [M, P, D, features], of weights of that shape."""
-    return jnp.einsum("mpdnqe,nqet->mpdt", gram, kernel, precision=_PRECISION)
 
 
 def _correct_run(
