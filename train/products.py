@@ -63,13 +63,13 @@ def quantize(
     """
     layers = check(model, variables, batches[0], settings)
     run = jax.jit(functools.partial(_responses, model))
-    cluster = jax.jit(jq.product.cluster, static_argnames=("words", "length"))
-    correct = jax.jit(jq.product.correct, static_argnames="sweeps")
-    observe = jax.jit(jq.product.observe, static_argnames=_WINDOW)  # once for each shape of layers
     add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
     params = packed = variables["params"]
-    errors = {}
+    errors, shape = {}, None
     for number, (path, options) in enumerate(layers.items()):
+        kernel = _kernel(params, path)
+        if kernel.shape != shape:  # those of a shape mostly stand together
+            shape, (cluster, observe, correct) = kernel.shape, _programs()
         responses = (
             observe(
                 run({**variables, "params": params}, images)[path].inputs,
@@ -80,7 +80,6 @@ def quantize(
         )
         # One after the other and in place: of a wide layer the sums take gigabytes.
         total = functools.reduce(add, responses)
-        kernel = _kernel(params, path)
         array = cluster(
             kernel,
             words=settings.words,
@@ -94,6 +93,20 @@ def quantize(
         errors[name] = LayerError(float(history[0]), float(history[-1]))
         tell(f"{name}: response error {errors[name].before:.2%} -> {errors[name].after:.2%}")
     return packed, errors
+
+
+def _programs() -> tuple[Callable[..., Any], ...]:
+    """Return `cluster`, `observe` and `correct`, compiled, for as long as they are held.
+
+    Programs for all shapes of a deep network at once can take more memory maps than Linux gives a
+    process (65,530), which then dies compiling. A partial is a function of its own to `jax.jit`.
+    """
+    product = jq.product
+    return (
+        jax.jit(functools.partial(product.cluster), static_argnames=("words", "length")),
+        jax.jit(functools.partial(product.observe), static_argnames=_WINDOW),
+        jax.jit(functools.partial(product.correct), static_argnames="sweeps"),
+    )
 
 
 def equal_parts(rows: np.ndarray, most: int) -> list[np.ndarray]:
