@@ -28,6 +28,8 @@ def get_configs() -> dict[str, Config]:
     )
     soft_t4 = vary(base, retrain=dict(distill_weight=1.0, temperature=4.0))
     soft_t16 = vary(base, retrain=dict(distill_weight=1.0, temperature=16.0))
+    features_100 = vary(soft_t16, retrain=dict(feature_weight=100.0))
+    channels = dict(rules=(LayerRule(".*kernel", axis=-1),))
     return {
         "base": base,
         "seed_1": replace(base, seed=1),
@@ -59,10 +61,11 @@ def get_configs() -> dict[str, Config]:
             base, retrain=dict(distill_weight=1.0, temperature=8.0, learning_rate=0.05)
         ),
         "features_10": vary(soft_t16, retrain=dict(feature_weight=10.0)),
-        "features_100": vary(soft_t16, retrain=dict(feature_weight=100.0)),
+        "features_100": features_100,
         "decay_0": vary(base, retrain=dict(weight_decay=0.0)),
         "decay_0.0005": vary(base, retrain=dict(weight_decay=5e-4)),
-        "channels": vary(base, quantize=dict(rules=(LayerRule(".*kernel", axis=-1),))),
+        "channels": vary(base, quantize=channels),
+        "features_100_channels": vary(features_100, quantize=channels),
         "epochs_2": vary(base, retrain=dict(epochs=(2,))),
         "groups_6": vary(base, quantize=dict(groups=6)),
     }
