@@ -5,12 +5,14 @@ import os
 import platform
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
+import numpy as np
 
 
 def machine() -> str:
@@ -50,6 +52,18 @@ def least(functions: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, f
             spent = seconds(function, 1)
             times[name] += spent if turn else []  # the first warms up
     return {name: min(spent) for name, spent in times.items()}
+
+
+def scikit_learn(problems: Iterable[np.ndarray], k: int, passes: int = 300) -> float:
+    """Return the seconds of KMeans(k, n_init=1) on points [n, D], one problem after the other."""
+    from sklearn.cluster import KMeans
+
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fewer distinct points than clusters
+        for points in problems:
+            KMeans(k, n_init=cast(Any, 1), max_iter=passes, random_state=0).fit(points)
+    return time.perf_counter() - start
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

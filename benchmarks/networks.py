@@ -14,8 +14,6 @@ same process.
 import argparse
 import subprocess
 import sys
-import time
-from typing import Any, cast
 
 import jax
 import numpy as np
@@ -32,10 +30,7 @@ def measure(name: str) -> list[str]:
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     clustered = [np.asarray(x).reshape(-1, 1) for x in jax.tree.leaves(params) if x.ndim > 1]
     rounds = time_rounds(params)
-    start = time.perf_counter()
-    for weights in clustered:
-        _sklearn(weights)
-    other = time.perf_counter() - start
+    other = common.scikit_learn(clustered, 17)
     return [
         name,
         f"{size:,}",
@@ -64,12 +59,6 @@ def _params(name: str) -> dict:
         return jax.numpy.asarray(values)
 
     return jax.tree.map(draw, shapes["params"])
-
-
-def _sklearn(weights: np.ndarray) -> None:
-    from sklearn.cluster import KMeans
-
-    KMeans(17, n_init=cast(Any, 1), random_state=0).fit(weights)
 
 
 def main() -> None:

@@ -9,10 +9,6 @@ much with the same start and number of passes on the first subspaces, and its ti
 of them. Correction is two sweeps on the sums of 512 random inputs, or 8 x 8 places of 8 images.
 """
 
-import time
-import warnings
-from typing import Any, cast
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +47,8 @@ def measure(shape: tuple[int, ...]) -> list[str]:
     correct_seconds = min(common.seconds(lambda: correct(array, response, sweeps=SWEEPS), 3))
     vectors = np.asarray(kernel).reshape(-1, channels // LENGTH, LENGTH, features)
     vectors = vectors.transpose(1, 0, 3, 2).reshape(channels // LENGTH, -1, LENGTH)
-    other = _sklearn(vectors[:_COMPARED]) * len(vectors) / min(len(vectors), _COMPARED)
+    compared = vectors[:_COMPARED]
+    other = common.scikit_learn(compared, WORDS, PASSES) * len(vectors) / len(compared)
     distances = vectors[..., 0].size * WORDS * (PASSES + 1)
     return [
         " x ".join(map(str, shape)),
@@ -62,17 +59,6 @@ def measure(shape: tuple[int, ...]) -> list[str]:
         f"{correct_seconds:.2f}",
         f"{float(errors[0]):.1%} -> {float(errors[-1]):.1%}",
     ]
-
-
-def _sklearn(subspaces: np.ndarray) -> float:
-    from sklearn.cluster import KMeans
-
-    start = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fewer distinct points than words, not converged
-        for vectors in subspaces:
-            KMeans(WORDS, n_init=cast(Any, 1), max_iter=PASSES, random_state=0).fit(vectors)
-    return time.perf_counter() - start
 
 
 def main() -> None:

@@ -101,11 +101,9 @@ def _spread_out(vectors: jax.Array, words: int, key: jax.Array) -> jax.Array:
         word = vectors[_draw(distances, key)]
         return jnp.minimum(distances, _distances(vectors.T, word)), word
 
-    first_key, *keys = jax.random.split(key, words)
-    first = vectors[jax.random.randint(first_key, (), 0, len(vectors))]
-    if not keys:
-        return first[None]
-    others = jax.lax.scan(draw, _distances(vectors.T, first), jnp.stack(keys))[1]
+    keys = jax.random.split(key, words)
+    first = vectors[jax.random.randint(keys[0], (), 0, len(vectors), jnp.int32)]
+    others = jax.lax.scan(draw, _distances(vectors.T, first), keys[1:])[1]
     return jnp.concatenate([first[None], others])
 
 
@@ -114,7 +112,8 @@ def _draw(weights: jax.Array, key: jax.Array) -> jax.Array:
     side = math.isqrt(len(weights) - 1) + 1
     rows = jnp.pad(weights, (0, side**2 - len(weights))).reshape(side, side)
     sums = jnp.sum(rows, axis=1)  # a running sum of all weights would be slower, and less exact
-    row, rest = _reach(sums, jax.random.uniform(key) * jnp.sum(sums))
+    share = jax.random.uniform(key, dtype=weights.dtype)  # under jax_enable_x64 too
+    row, rest = _reach(sums, share * jnp.sum(sums))
     return row * side + _reach(rows[row], rest)[0]
 
 
@@ -146,8 +145,8 @@ def _least(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the least of all words' scores [n] and of the start's, and whose it is, int32 [n].
 
-    A word after the other against all of n: nothing [n, words] is held, and on CPU it is 50 times
-    as fast as argmin over one. Of equal scores the start's counts, then that of the lowest word.
+    A word after the other against all of n: nothing [n, words] is held, and on CPU argmin over one
+    is slow. Of equal scores the start's counts, then that of the lowest word.
     """
 
     def compare(least: tuple[jax.Array, jax.Array], item: tuple[jax.Array, Any]):
@@ -162,7 +161,7 @@ def _least(
 
 def _lloyd(vectors: jax.Array, table: jax.Array) -> jax.Array:
     codes = _nearest(vectors, table)
-    members = jnp.zeros(len(table)).at[codes].add(1.0)
+    members = jnp.zeros(len(table), table.dtype).at[codes].add(1.0)
     # About the old words: a cluster of equal sub-vectors lands on them exactly.
     shift = jnp.zeros_like(table).at[codes].add(vectors - table[codes])
     return table + shift / jnp.maximum(members, 1.0)[:, None]
@@ -396,7 +395,7 @@ def _move_word(own: jax.Array, block: _Block, number: jax.Array) -> tuple[_Block
 def _regular(matrix: jax.Array) -> jax.Array:
     """Return a Gram matrix that can be solved for: inputs that are always zero move nothing."""
     ridge = _RIDGE * jnp.trace(matrix) / len(matrix)
-    return matrix + jnp.where(ridge > 0, ridge, 1.0) * jnp.eye(len(matrix))
+    return matrix + jnp.where(ridge > 0, ridge, 1.0) * jnp.eye(len(matrix), dtype=matrix.dtype)
 
 
 def _move_codes(own: jax.Array, block: _Block, position: jax.Array) -> tuple[_Block, None]:

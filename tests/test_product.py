@@ -175,7 +175,10 @@ def port_of_dense_descent(words, codes, inputs, wanted):
     return words, codes
 
 
-def test_a_sweep_over_a_dense_layer_is_that_of_a_numpy_port():
+@pytest.mark.parametrize("run", [1, 2, 32])
+def test_a_sweep_over_a_dense_layer_is_that_of_a_numpy_port(run, monkeypatch):
+    monkeypatch.setattr(product, "_RUN", run)  # of four subspaces
+    correct = jit(functools.partial(product.correct), static_argnames="sweeps")  # traced anew
     x, kernel = relu_inputs((200, 12), 0), normal((12, 30), seed=3)
     wanted = x @ kernel
     array = cluster(kernel, words=4, length=3, key=KEY)
@@ -187,6 +190,47 @@ def test_a_sweep_over_a_dense_layer_is_that_of_a_numpy_port():
     np.testing.assert_allclose(got.words, words, rtol=0.01, atol=0.01)
     port = np.asarray(pack_unpack(words, codes))
     assert float(errors[1]) == pytest.approx(relative(x @ port, wanted), rel=1e-2)
+
+
+@pytest.mark.parametrize("run", [1, 3])
+def test_subspaces_of_a_convolution_that_are_corrected_together_hear_of_each_other(
+    run, monkeypatch
+):
+    x, kernel = relu_inputs((4, 6, 6, 12), 0), normal((3, 3, 12, 10), seed=3)
+    array = cluster(kernel, words=4, length=2, key=KEY)
+    wanted = jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    response = product.observe(x, wanted, window=(3, 3))
+    want, want_errors = correct(array, response, sweeps=1)  # six subspaces at once
+    monkeypatch.setattr(product, "_RUN", run)
+    anew = jit(functools.partial(product.correct), static_argnames="sweeps")
+    got, errors = anew(array, response, sweeps=1)
+    np.testing.assert_array_equal(product_codes(got), product_codes(want))
+    np.testing.assert_allclose(got.words, want.words, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(errors, want_errors, rtol=1e-3)
+
+
+def test_words_are_drawn_in_proportion_to_their_weights():
+    weights = jnp.array([0.0, 1.0, 0.0, 3.0, 6.0, 0.0, 0.0, 10.0, 0.0, 0.0, 20.0, 0.0])
+    drawn = jax.vmap(functools.partial(product._draw, weights))(jax.random.split(KEY, 40_000))
+    shares = np.bincount(np.asarray(drawn), minlength=12) / 40_000
+    np.testing.assert_allclose(shares, weights / 40, atol=0.0125)  # five standard deviations
+    assert not shares[np.asarray(weights) == 0].any()
+
+
+def test_64_bit_types_change_nothing():
+    kernel, x = normal((6, 9)), relu_inputs((30, 6), 1)
+
+    def quantize():
+        array = product.cluster(kernel, words=3, length=2, key=KEY)
+        return product.correct(array, product.observe(x, x @ kernel), sweeps=1)[0]
+
+    want = quantize()
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        got = quantize()
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(product_codes(got), product_codes(want))
 
 
 def pack_unpack(words, codes):
