@@ -62,6 +62,7 @@ def get_configs() -> dict[str, Config]:
         ),
         "features_10": vary(soft_t16, retrain=dict(feature_weight=10.0)),
         "features_100": features_100,
+        "features_100_zero": vary(features_100, quantize=dict(zero=True)),
         "decay_0": vary(base, retrain=dict(weight_decay=0.0)),
         "decay_0.0005": vary(base, retrain=dict(weight_decay=5e-4)),
         "channels": vary(base, quantize=channels),

@@ -5,6 +5,7 @@ from jaxquant.centroids import centroid_gradients, set_centroids
 from jaxquant.codebooks import assign, num_centroids, reconstruct
 from jaxquant.kmeans import KMeansResult, kmeans
 from jaxquant.metrics import LayerReport, Report, report
+from jaxquant.moments import input_moments
 from jaxquant.ops import conv, intercept_linen, matmul
 from jaxquant.packing import PackedArray, ProductArray, pack, pack_array, unpack
 from jaxquant.quantize import QuantState, RoundInfo, init, is_on_codebook, quantize_round
@@ -33,6 +34,7 @@ __all__ = [
     "freeze_quantized",
     "incremental",
     "init",
+    "input_moments",
     "inq",
     "intercept_linen",
     "is_on_codebook",

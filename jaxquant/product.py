@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.kmeans import check_finite
-from jaxquant.ops.reference import channels_last, each_axis
+from jaxquant.moments import windows
 from jaxquant.packing import MOST_CENTROIDS, ProductArray, pack_product, product_codes
 
 _TOGETHER = 8  # subspaces that run side by side
@@ -209,29 +209,12 @@ def observe(
     >>> observe(jnp.ones((5, 4)), jnp.ones((5, 3))).gram.shape
     (4, 4)
     """
-    space, channels = len(window), inputs.shape[-1]
-    if inputs.ndim != space + 2 or wanted.ndim != space + 2:
-        raise ValueError(
-            f"expected inputs and wanted responses of {space + 2} axes, "
-            f"got {inputs.shape} and {wanted.shape}"
-        )
-    rows = inputs.astype(jnp.float32)
-    if window:
-        rows = jax.lax.conv_general_dilated_patches(
-            rows,
-            tuple(window),
-            each_axis(window_strides, space),
-            padding if isinstance(padding, str) else [(low, high) for low, high in padding],
-            rhs_dilation=each_axis(kernel_dilation, space),
-            dimension_numbers=channels_last(space),
-            precision=_PRECISION,
-        )
+    rows = windows(inputs, window, window_strides, padding, kernel_dilation)
     if rows.shape[:-1] != wanted.shape[:-1]:
         raise ValueError(
             f"expected wanted responses of shape {rows.shape[:-1]} and features, got {wanted.shape}"
         )
-    positions = math.prod(window)
-    rows = jnp.swapaxes(rows.reshape(-1, channels, positions), 1, 2).reshape(-1, rows.shape[-1])
+    rows = rows.reshape(-1, rows.shape[-1])
     wanted = wanted.astype(jnp.float32).reshape(-1, wanted.shape[-1])
     dot = functools.partial(jnp.matmul, precision=_PRECISION)
     return Response(dot(rows.T, rows), dot(rows.T, wanted), jnp.sum(jnp.square(wanted)))

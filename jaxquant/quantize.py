@@ -1,7 +1,8 @@
 """One round of quantization: what happens to one layer, and then to a tree of them."""
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 
 from jaxquant.clusters import Clusters, measure, settle, weight_scale
 from jaxquant.codebooks import assign, reconstruct, to_powers_of_two
+from jaxquant.compensation import Compensated, compensate
 from jaxquant.histogram import Histogram, bin_width, fold, histogram, rewrite
 from jaxquant.kmeans import check_finite, is_finite, lloyd, named_start, pin
 from jaxquant.meshes import with_auto_axes
@@ -167,6 +169,52 @@ def _share_weights(
     )
 
 
+def _share_compensated(
+    weights: jax.Array,
+    frozen: jax.Array,
+    centroids: jax.Array,
+    frozen_centroids: jax.Array,
+    clustered: _Clustered,
+    chosen: jax.Array,
+    active: jax.Array,
+    fixed: jax.Array,
+    moments: jax.Array,
+) -> _Shared:
+    """Freeze the chosen clusters if the layer is active, so that its answers change least."""
+    start = clustered.centroids
+    equal = start[:, None] == start[None, :]  # see `_share_clusters`
+    joining = jnp.any(equal & chosen[None, :], axis=-1)
+    shape = (-1, weights.shape[-1])
+    matrix, mask = weights.reshape(shape).astype(jnp.float32), frozen.reshape(shape)
+    values = start.astype(jnp.float32)
+
+    def run() -> Compensated:
+        return compensate(matrix, mask, values, joining, joining & ~fixed, moments)
+
+    def keep() -> Compensated:
+        codes = jnp.zeros_like(assign(matrix, values))
+        return Compensated(matrix, codes, jnp.zeros_like(mask), values)
+
+    found = jax.lax.cond(active, run, keep)
+    new_centroids = jnp.where(fixed, start, found.centroids.astype(start.dtype))
+    joined = found.joined.reshape(weights.shape)
+    shared = reconstruct(found.codes, new_centroids).reshape(weights.shape)
+    free = jnp.where(
+        frozen | ~active, weights, found.weights.reshape(weights.shape).astype(weights.dtype)
+    )
+    weights, frozen = jnp.where(joined, shared, free), frozen | joined
+    nearest = reconstruct(assign(weights, new_centroids), new_centroids)
+    distance = jnp.where(frozen, 0.0, weights.astype(jnp.float32) - nearest.astype(jnp.float32))
+    return _Shared(
+        weights,
+        frozen,
+        jnp.where(active, new_centroids, centroids),
+        jnp.where(active, chosen, frozen_centroids),
+        _count(frozen).astype(jnp.float32) / frozen.size,
+        jnp.sum(jnp.square(distance)),
+    )
+
+
 def _freeze(
     joins: Callable[..., jax.Array],
     active: jax.Array,
@@ -263,6 +311,7 @@ def quantize_round(
     state: QuantState,
     *,
     sensitivity: Any = None,
+    moments: Mapping[str, jax.Array] | None = None,
     key: jax.Array | None = None,
 ) -> tuple[Any, QuantState, RoundInfo]:
     """Apply row `state.round` of the plan: cluster, partition, share.
@@ -280,19 +329,28 @@ def quantize_round(
     weights are compiled for each shape. Cost: about four reads of the weights, more than twice that
     for shares of weights.
 
+    Weights take the centroid that is nearest. With `moments` a layer's freeze so that what it
+    answers changes least: weights that are still free make up for those that freeze, centroids that
+    have no members yet are refitted, and the answers' squared error is never above that of the
+    nearest centroids (Frantar et al., "GPTQ", ICLR 2023; `jaxquant.compensation`). Of D inputs and
+    N outputs that costs O(D**2 (D + k N)) and gathers the layer.
+
     Args:
       plan: static.
       params: tree of weights.
       state: from `init` or the last round.
       sensitivity: tree like `params` of non-negative squared gradients (diagonal Fisher). They
         weigh the clustering and the loss of the clusters. Leaves left alone are not read.
+      moments: of the inputs of some layers, by path, from `input_moments`: [D, D] for a kernel
+        [..., N] with D entries for each of N outputs, [slices, D, D] for layers stacked along axis
+        0. For layers without, the nearest centroid. Plans of shares of clusters only.
       key: typed key, for `partition="random"` only.
 
     Returns:
       New params, new state, RoundInfo.
 
     Raises:
-      ValueError: if trees do not fit the plan, or the key is missing; names the leaf.
+      ValueError: if trees or moments do not fit the plan, or the key is missing; names the leaf.
 
     >>> import jaxquant as jq
     >>> params = {"kernel": jnp.linspace(-1.0, 1.0, 64).reshape(8, 8)}
@@ -304,15 +362,22 @@ def quantize_round(
     if plan.partition == "random" and key is None:
         raise ValueError("expected a key for partition='random', got None")
     _check(plan, params, state, sensitivity)
+    moments = dict(moments or {})
+    _check_moments(plan, moments)
     return with_auto_axes(
         functools.partial(_round, plan),
-        (params, state, sensitivity, key),
+        (params, state, sensitivity, moments, key),
         like=(params, state, None),
     )
 
 
 def _round(
-    plan: Plan, params: Any, state: QuantState, sensitivity: Any, key: jax.Array | None
+    plan: Plan,
+    params: Any,
+    state: QuantState,
+    sensitivity: Any,
+    moments: dict[str, jax.Array],
+    key: jax.Array | None,
 ) -> tuple[Any, QuantState, RoundInfo]:
     work = _gather(plan, params, state, sensitivity)
     share, growing = _row(plan, state.round)
@@ -336,10 +401,16 @@ def _round(
     if plan.shares_of == "clusters":
         chosen = _partition(plan, work, clustered, shares, active, key)
     # 3. Share.
-    shared = [
-        _on_slices(w.layer, *_sharing(plan, w, i, key), (w.centroids, w.frozen_centroids, *results))
-        for i, (w, *results) in enumerate(zip(work, clustered, chosen, active, strict=True))
-    ]
+    shared = []
+    for i, (w, *results) in enumerate(zip(work, clustered, chosen, active, strict=True)):
+        share_layer, arrays = _sharing(plan, w, i, key)
+        tables = (w.centroids, w.frozen_centroids, *results)
+        if w.layer.path in moments:
+            share_layer = _share_compensated
+            own = moments[w.layer.path].astype(jnp.float32)
+            fixed = _immovable(plan, w, clustered[i].centroids)
+            tables = (*tables, fixed, own[None] if w.layer.axis is None else own)
+        shared.append(_on_slices(w.layer, share_layer, arrays, tables))
     info = _describe(work, clustered, shared, finite)
     return *_scatter(plan, params, state, work, shared), info
 
@@ -570,6 +641,26 @@ def _check(plan: Plan, params: Any, state: QuantState, sensitivity: Any) -> None
             if layer.reason is None:
                 shape = layer.shape if name == "frozen" else _codebook_shape(layer)
                 _check_shape(f"state.{name}: {layer.path}", leaf, shape)
+
+
+def _check_moments(plan: Plan, moments: dict[str, jax.Array]) -> None:
+    """Raise a ValueError that names the first layer that cannot be compensated for so."""
+    layers = {layer.path: layer for layer in plan.selection.selected}
+    if moments and plan.shares_of == "weights":
+        raise ValueError("moments: expected a plan of shares of clusters, got shares of weights")
+    for path, own in moments.items():
+        layer = layers.get(path)
+        if layer is None:
+            raise ValueError(f"moments: expected paths of selected leaves, got {path}")
+        if layer.axis not in (None, 0) or len(layer.shape) < (2 if layer.axis is None else 3):
+            raise ValueError(
+                f"moments: {path}: expected a codebook for the whole layer, or for each slice of "
+                f"layers stacked along axis 0, got axis {layer.axis} of shape {layer.shape}"
+            )
+        lead = layer.shape[:1] if layer.axis == 0 else ()
+        inputs = math.prod(layer.shape[len(lead) : -1])
+        _check_shape(f"moments: {path}", own, (*lead, inputs, inputs))
+    check_finite({f"moments: {path}": own for path, own in moments.items()})
 
 
 def _gather(plan: Plan, params: Any, state: QuantState, sensitivity: Any) -> list[_Work]:

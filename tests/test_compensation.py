@@ -1,0 +1,300 @@
+"""Freezing that changes a layer's answers least: ports, brute force, laws, rounds, bad input."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxquant as jq
+from jaxquant import compensation
+from jaxquant.compensation import compensate
+
+quick = jax.jit(compensate)
+one_round = jax.jit(jq.quantize_round, static_argnums=0)
+CENTROIDS = np.array([-0.1, 0.0, 0.1], np.float32)
+ALL = np.ones(3, bool)
+OUTER = np.array([True, False, True])
+
+
+def make_layer(rows, outputs, seed=0):
+    """Return weights, and second moments of inputs that depend on each other."""
+    rng = np.random.default_rng(seed)
+    mix = rng.normal(size=(rows, rows)) * np.exp(0.5 * rng.normal(size=rows))[:, None]
+    inputs = rng.normal(size=(8 * rows, rows)) @ mix
+    weights = rng.normal(0, 0.1, (rows, outputs)).astype(np.float32)
+    return weights, (inputs.T @ inputs / len(inputs)).astype(np.float32)
+
+
+def errors(new, old, moments):
+    """Return the squared error of each output's answers."""
+    off = np.asarray(new, np.float64) - np.asarray(old, np.float64)
+    return np.einsum("in,ij,jn->n", off, moments.astype(np.float64), off)
+
+
+def with_nearest(weights, frozen, centroids, chosen):
+    codes = np.asarray(jq.assign(weights, centroids))
+    return np.where(~frozen & chosen[codes], np.asarray(centroids)[codes], weights)
+
+
+def port_of_gptq(weights, centroids, moments):
+    """GPTQ as published: float64, a column of the inverse's Cholesky factor at a time."""
+    order = np.argsort(-np.diag(moments), kind="stable")
+    rest = weights[order].astype(np.float64)
+    damped = moments[order][:, order].astype(np.float64)
+    damped += 0.01 * np.mean(np.diag(damped)) * np.eye(len(damped))
+    upper = np.linalg.cholesky(np.linalg.inv(damped)).T
+    new = np.zeros_like(rest)
+    for i in range(len(rest)):
+        new[i] = centroids[np.abs(rest[i][:, None] - centroids).argmin(-1)]
+        rest[i + 1 :] -= np.outer(upper[i, i + 1 :], (rest[i] - new[i]) / upper[i, i])
+    result = np.empty_like(new)
+    result[order] = new
+    return result
+
+
+@pytest.mark.parametrize("rows", [5, 64, 150])  # one block, exactly one, several
+def test_one_pass_is_gptq(rows, monkeypatch):
+    monkeypatch.setattr(compensation, "_PASSES", 1)
+    monkeypatch.setattr(compensation, "_SWEEPS", 0)
+    weights, moments = make_layer(rows, 12)
+    found = jax.jit(lambda *x: compensate(*x))(
+        weights, np.zeros(weights.shape, bool), CENTROIDS, ALL, ~ALL, moments
+    )
+    port = port_of_gptq(weights, CENTROIDS.astype(np.float64), moments)
+    nearest = with_nearest(weights, np.zeros(weights.shape, bool), CENTROIDS, ALL)
+    port_is_better = errors(port, weights, moments) < errors(nearest, weights, moments)
+    expected = np.where(port_is_better, port, nearest)
+    # Float32 may turn a tie, and all that comes after it in that output.
+    same = np.all(np.abs(found.weights - expected) < 1e-6, axis=0)
+    assert same.mean() > 0.8
+    np.testing.assert_allclose(
+        errors(found.weights, weights, moments).sum(),
+        errors(expected, weights, moments).sum(),
+        rtol=0.05,
+    )
+
+
+def test_the_error_is_a_fraction_of_the_nearest_centroids():
+    weights, moments = make_layer(144, 16)
+    frozen = np.zeros(weights.shape, bool)
+    nearest = errors(with_nearest(weights, frozen, CENTROIDS, ALL), weights, moments).sum()
+    found = quick(weights, frozen, CENTROIDS, ALL, ~ALL, moments)
+    assert errors(found.weights, weights, moments).sum() < 0.5 * nearest
+    moved = quick(weights, frozen, CENTROIDS, ALL, OUTER, moments)
+    assert (
+        errors(moved.weights, weights, moments).sum()
+        < errors(found.weights, weights, moments).sum()
+    )
+    assert float(moved.centroids[1]) == 0.0
+
+
+def test_small_layers_come_near_the_best_of_all_choices():
+    ratios = []
+    for seed in range(20):
+        weights, moments = make_layer(6, 1, seed)
+        choices = np.array(list(itertools.product(CENTROIDS, repeat=6))).T
+        best = errors(choices, weights, moments).min()
+        frozen = np.zeros(weights.shape, bool)
+        found = quick(weights, frozen, CENTROIDS, ALL, ~ALL, moments)
+        ratios.append(errors(found.weights, weights, moments)[0] / best)
+    assert min(ratios) > 1 - 1e-4
+    assert np.median(ratios) < 1.05
+
+
+def test_no_single_weight_could_do_better():
+    weights, moments = make_layer(40, 8)
+    found = quick(weights, np.zeros(weights.shape, bool), CENTROIDS, ALL, ~ALL, moments)
+    new = np.asarray(found.weights)
+    now = errors(new, weights, moments)
+    worse = [
+        errors(np.where(np.arange(40)[:, None] == row, centroid, new), weights, moments)
+        for row in range(40)
+        for centroid in CENTROIDS
+    ]
+    improved = np.min(worse, axis=0) < now * (1 - 1e-3)
+    assert improved.mean() < 0.3  # sweeps are few
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    share=st.sampled_from([0.0, 0.3, 1.0]),
+    chosen=st.sampled_from([ALL, OUTER, np.array([False, True, False])]),
+    refit=st.booleans(),
+    dead=st.booleans(),
+)
+def test_what_compensation_promises(seed, share, chosen, refit, dead):
+    weights, moments = make_layer(20, 6, seed)
+    if dead:  # inputs that are always zero
+        moments[3], moments[:, 3] = 0, 0
+    frozen = np.random.default_rng(seed).random(weights.shape) < share
+    movable = chosen & OUTER & refit
+    found = jax.tree.map(np.asarray, quick(weights, frozen, CENTROIDS, chosen, movable, moments))
+    np.testing.assert_array_equal(found.weights[frozen], weights[frozen])
+    np.testing.assert_array_equal(found.centroids[~movable], CENTROIDS[~movable])
+    assert not (found.joined & frozen).any()
+    assert chosen[found.codes[found.joined]].all()
+    np.testing.assert_array_equal(
+        found.weights[found.joined], found.centroids[found.codes[found.joined]]
+    )
+    if chosen.all():
+        assert (found.joined | frozen).all()
+    nearest = errors(with_nearest(weights, frozen, CENTROIDS, chosen), weights, moments)
+    got = errors(found.weights, weights, moments)
+    assert got.sum() <= nearest.sum() * (1 + 1e-3) + 1e-9
+
+
+def test_inputs_that_do_not_depend_on_each_other_leave_the_nearest_centroid():
+    weights, _ = make_layer(30, 5)
+    found = quick(
+        weights, np.zeros(weights.shape, bool), CENTROIDS, ALL, ~ALL, np.eye(30, dtype=np.float32)
+    )
+    np.testing.assert_array_equal(found.codes, jq.assign(weights, CENTROIDS))
+
+
+def test_moments_that_say_nothing_leave_the_nearest_centroid():
+    weights, _ = make_layer(30, 5)
+    for value in (0.0, np.nan):
+        moments = np.full((30, 30), value, np.float32)
+        found = quick(weights, np.zeros(weights.shape, bool), CENTROIDS, ALL, OUTER, moments)
+        np.testing.assert_array_equal(found.codes, jq.assign(weights, CENTROIDS))
+        np.testing.assert_array_equal(found.centroids, CENTROIDS)
+
+
+# Moments of inputs --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("padding", ["SAME", [(0, 1), (2, 0)]])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_moments_give_the_mean_square_of_a_convolutions_answers(strides, padding, dilation):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 7, 8, 4)).astype(np.float32)
+    kernel = rng.normal(size=(3, 2, 4, 5)).astype(np.float32)
+    answers = jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (strides, strides),
+        padding,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    options = {"window": (3, 2), "window_strides": strides, "padding": padding}
+    moments = jq.input_moments(x, **options, kernel_dilation=dilation)
+    matrix = kernel.reshape(-1, 5)
+    got = np.einsum("in,ij,jn->n", matrix, moments, matrix)
+    np.testing.assert_allclose(got, jnp.mean(answers**2, (0, 1, 2)), rtol=1e-4)
+
+
+def test_moments_of_a_dense_layer():
+    x = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
+    np.testing.assert_allclose(jq.input_moments(x), x.T @ x / 50, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"expected inputs of 4 axes, got \(50, 6\)"):
+        jq.input_moments(x, window=(3, 3))
+
+
+# Rounds -------------------------------------------------------------------------------------------
+
+
+def make_tree(dtype=np.float32):
+    first, first_moments = make_layer(36, 8, 1)
+    second, second_moments = make_layer(20, 6, 2)
+    params = {
+        "a": {"kernel": jnp.asarray(first.reshape(3, 3, 4, 8), dtype), "bias": jnp.zeros(8)},
+        "b": {"kernel": jnp.asarray(second, dtype)},
+    }
+    return params, {"a/kernel": first_moments, "b/kernel": second_moments}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("order", ["boundaries_together", "layer_by_layer"])
+def test_rounds_with_moments_freeze_for_good_and_end_on_the_codebook(dtype, order):
+    params, moments = make_tree(dtype)
+    plan = jq.mlq(params, groups=2, order=order, zero=True)
+    state = jq.init(plan, params)
+    for number in range(plan.num_rounds):
+        before = params, state
+        params, state, info = one_round(plan, params, state, moments=moments)
+        for path in ("a", "b"):
+            old, new = before[0][path]["kernel"], params[path]["kernel"]
+            frozen = before[1].frozen[path]["kernel"]
+            np.testing.assert_array_equal(np.asarray(new)[frozen], np.asarray(old)[frozen])
+        noise = jax.random.normal(jax.random.key(number), (36 * 8,)) * 0.01
+        params["a"]["kernel"] = jnp.where(
+            state.frozen["a"]["kernel"],
+            params["a"]["kernel"],
+            params["a"]["kernel"] + noise.reshape(3, 3, 4, 8).astype(dtype),
+        )
+    for path in ("a", "b"):
+        assert bool(jnp.all(state.frozen[path]["kernel"]))
+        assert bool(jq.is_on_codebook(params, state)[path]["kernel"])
+        assert float(info.error_after[f"{path}/kernel"]) == 0
+        assert float(jnp.min(jnp.abs(state.codebooks[path]["kernel"]))) == 0  # pinned
+    packed = jq.pack(params, state)
+    jax.tree.map(np.testing.assert_array_equal, jq.unpack(packed), params)
+
+
+def test_a_round_with_moments_answers_better_and_touches_no_other_layer():
+    params, moments = make_tree()
+    plan = jq.mlq(params, groups=2, order="layer_by_layer")
+    state = jq.init(plan, params)
+    plain, _, _ = one_round(plan, params, state)
+    got, new_state, _ = one_round(plan, params, state, moments=moments)
+    np.testing.assert_array_equal(got["b"]["kernel"], params["b"]["kernel"])
+    assert not np.any(new_state.frozen["b"]["kernel"])
+    old = params["a"]["kernel"].reshape(36, 8)
+    error, plain_error = (
+        errors(x["a"]["kernel"].reshape(36, 8), old, moments["a/kernel"]).sum()
+        for x in (got, plain)
+    )
+    assert error < 0.5 * plain_error
+
+
+def test_a_layer_without_moments_is_assigned_as_before():
+    params, moments = make_tree()
+    plan = jq.slq(params, bits=2, rounds=(3,))
+    state = jq.init(plan, params)
+    plain, _, _ = one_round(plan, params, state)
+    got, _, _ = one_round(plan, params, state, moments={"a/kernel": moments["a/kernel"]})
+    np.testing.assert_array_equal(got["b"]["kernel"], plain["b"]["kernel"])
+    assert np.any(got["a"]["kernel"] != plain["a"]["kernel"])
+
+
+def test_stacked_layers_are_compensated_for_one_by_one():
+    layers = [make_layer(12, 4, seed) for seed in range(3)]
+    stack = {"w": jnp.stack([weights for weights, _ in layers])}
+    plan = jq.slq(stack, bits=2, rounds=(3,), rules=[jq.LayerRule("w", axis=0)])
+    moments = {"w": jnp.stack([m for _, m in layers])}
+    got, state, _ = one_round(plan, stack, jq.init(plan, stack), moments=moments)
+    for i, (weights, own) in enumerate(layers):
+        alone = {"w": jnp.asarray(weights)}
+        plan = jq.slq(alone, bits=2, rounds=(3,))
+        expected, alone_state, _ = one_round(plan, alone, jq.init(plan, alone), moments={"w": own})
+        np.testing.assert_allclose(got["w"][i], expected["w"], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            state.codebooks["w"][i].reshape(-1), alone_state.codebooks["w"], rtol=1e-5
+        )
+
+
+def test_moments_that_do_not_fit_are_named():
+    params, moments = make_tree()
+    plan = jq.slq(params, bits=2, rounds=(3,))
+    state = jq.init(plan, params)
+    call = functools.partial(jq.quantize_round, plan, params, state)
+    with pytest.raises(ValueError, match="moments: expected paths of selected leaves, got a/bias"):
+        call(moments={"a/bias": moments["a/kernel"]})
+    with pytest.raises(ValueError, match=r"moments: b/kernel: expected shape \(20, 20\), got"):
+        call(moments={"b/kernel": moments["a/kernel"]})
+    with pytest.raises(ValueError, match="moments: b/kernel"):
+        call(moments={"b/kernel": np.full((20, 20), np.nan, np.float32)})
+    plan = jq.inq(params)
+    with pytest.raises(ValueError, match="moments: expected a plan of shares of clusters"):
+        jq.quantize_round(plan, params, jq.init(plan, params), moments=moments)
+    plan = jq.slq(params, bits=2, rounds=(3,), rules=[jq.LayerRule(".*kernel", axis=-1)])
+    with pytest.raises(ValueError, match="expected a codebook for the whole layer"):
+        jq.quantize_round(plan, params, jq.init(plan, params), moments=moments)
