@@ -46,7 +46,7 @@ def compensate(
        with the nearest centroids keeps these.
     2. The movable centroids go to the least squares of these codes, and 1. begins again with them;
        the best of a few passes stays.
-    3. Coordinate descent: each frozen weight to the best centroid given all others, and the
+    3. Coordinate descent: each weight that joined to the best centroid given all others, and the
        centroids once more to the least squares.
 
     So the error is never above that of the nearest centroids, but for rounding. Weights that are
@@ -191,8 +191,12 @@ def _first(layer: _Layer, centroids: jax.Array) -> Compensated:
     """Return for each output the better of both, under the same centroids."""
     new, nearest = _by_input(layer, centroids), _nearest(layer, centroids)
     better = _error(layer, new) < _error(layer, nearest)  # not where it is NaN
-    pairs = zip(new[:3], nearest[:3], strict=True)
-    return Compensated(*(jnp.where(better, x, y) for x, y in pairs), centroids)
+    return Compensated(
+        weights=jnp.where(better, new.weights, nearest.weights),
+        codes=jnp.where(better, new.codes, nearest.codes),
+        joined=jnp.where(better, new.joined, nearest.joined),
+        centroids=centroids,
+    )
 
 
 def _where(condition: jax.Array, new: Compensated, old: Compensated) -> Compensated:

@@ -36,9 +36,13 @@ def errors(new, old, moments):
     return np.einsum("in,ij,jn->n", off, moments.astype(np.float64), off)
 
 
-def with_nearest(weights, frozen, centroids, chosen):
-    codes = np.asarray(jq.assign(weights, centroids))
-    return np.where(~frozen & chosen[codes], np.asarray(centroids)[codes], weights)
+def nearest_codes(weights):
+    return jq.assign(jnp.asarray(weights), jnp.asarray(CENTROIDS))
+
+
+def with_nearest(weights, frozen, chosen):
+    codes = np.asarray(nearest_codes(weights))
+    return np.where(~frozen & chosen[codes], CENTROIDS[codes], weights)
 
 
 def port_of_gptq(weights, centroids, moments):
@@ -66,7 +70,7 @@ def test_one_pass_is_gptq(rows, monkeypatch):
         weights, np.zeros(weights.shape, bool), CENTROIDS, ALL, ~ALL, moments
     )
     port = port_of_gptq(weights, CENTROIDS.astype(np.float64), moments)
-    nearest = with_nearest(weights, np.zeros(weights.shape, bool), CENTROIDS, ALL)
+    nearest = with_nearest(weights, np.zeros(weights.shape, bool), ALL)
     port_is_better = errors(port, weights, moments) < errors(nearest, weights, moments)
     expected = np.where(port_is_better, port, nearest)
     # Float32 may turn a tie, and all that comes after it in that output.
@@ -82,7 +86,7 @@ def test_one_pass_is_gptq(rows, monkeypatch):
 def test_the_error_is_a_fraction_of_the_nearest_centroids():
     weights, moments = make_layer(144, 16)
     frozen = np.zeros(weights.shape, bool)
-    nearest = errors(with_nearest(weights, frozen, CENTROIDS, ALL), weights, moments).sum()
+    nearest = errors(with_nearest(weights, frozen, ALL), weights, moments).sum()
     found = quick(weights, frozen, CENTROIDS, ALL, ~ALL, moments)
     assert errors(found.weights, weights, moments).sum() < 0.5 * nearest
     moved = quick(weights, frozen, CENTROIDS, ALL, OUTER, moments)
@@ -144,7 +148,7 @@ def test_what_compensation_promises(seed, share, chosen, refit, dead):
     )
     if chosen.all():
         assert (found.joined | frozen).all()
-    nearest = errors(with_nearest(weights, frozen, CENTROIDS, chosen), weights, moments)
+    nearest = errors(with_nearest(weights, frozen, chosen), weights, moments)
     got = errors(found.weights, weights, moments)
     assert got.sum() <= nearest.sum() * (1 + 1e-3) + 1e-9
 
@@ -154,7 +158,7 @@ def test_inputs_that_do_not_depend_on_each_other_leave_the_nearest_centroid():
     found = quick(
         weights, np.zeros(weights.shape, bool), CENTROIDS, ALL, ~ALL, np.eye(30, dtype=np.float32)
     )
-    np.testing.assert_array_equal(found.codes, jq.assign(weights, CENTROIDS))
+    np.testing.assert_array_equal(found.codes, nearest_codes(weights))
 
 
 def test_moments_that_say_nothing_leave_the_nearest_centroid():
@@ -162,7 +166,7 @@ def test_moments_that_say_nothing_leave_the_nearest_centroid():
     for value in (0.0, np.nan):
         moments = np.full((30, 30), value, np.float32)
         found = quick(weights, np.zeros(weights.shape, bool), CENTROIDS, ALL, OUTER, moments)
-        np.testing.assert_array_equal(found.codes, jq.assign(weights, CENTROIDS))
+        np.testing.assert_array_equal(found.codes, nearest_codes(weights))
         np.testing.assert_array_equal(found.centroids, CENTROIDS)
 
 
@@ -174,8 +178,8 @@ def test_moments_that_say_nothing_leave_the_nearest_centroid():
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_moments_give_the_mean_square_of_a_convolutions_answers(strides, padding, dilation):
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(3, 7, 8, 4)).astype(np.float32)
-    kernel = rng.normal(size=(3, 2, 4, 5)).astype(np.float32)
+    x = jnp.asarray(rng.normal(size=(3, 7, 8, 4)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3, 2, 4, 5)), jnp.float32)
     answers = jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -192,7 +196,7 @@ def test_moments_give_the_mean_square_of_a_convolutions_answers(strides, padding
 
 
 def test_moments_of_a_dense_layer():
-    x = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(50, 6)), jnp.float32)
     np.testing.assert_allclose(jq.input_moments(x), x.T @ x / 50, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"expected inputs of 4 axes, got \(50, 6\)"):
         jq.input_moments(x, window=(3, 3))
@@ -208,7 +212,7 @@ def make_tree(dtype=np.float32):
         "a": {"kernel": jnp.asarray(first.reshape(3, 3, 4, 8), dtype), "bias": jnp.zeros(8)},
         "b": {"kernel": jnp.asarray(second, dtype)},
     }
-    return params, {"a/kernel": first_moments, "b/kernel": second_moments}
+    return params, {"a/kernel": jnp.asarray(first_moments), "b/kernel": jnp.asarray(second_moments)}
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -249,7 +253,7 @@ def test_a_round_with_moments_answers_better_and_touches_no_other_layer():
     assert not np.any(new_state.frozen["b"]["kernel"])
     old = params["a"]["kernel"].reshape(36, 8)
     error, plain_error = (
-        errors(x["a"]["kernel"].reshape(36, 8), old, moments["a/kernel"]).sum()
+        errors(x["a"]["kernel"].reshape(36, 8), old, np.asarray(moments["a/kernel"])).sum()
         for x in (got, plain)
     )
     assert error < 0.5 * plain_error
@@ -274,7 +278,9 @@ def test_stacked_layers_are_compensated_for_one_by_one():
     for i, (weights, own) in enumerate(layers):
         alone = {"w": jnp.asarray(weights)}
         plan = jq.slq(alone, bits=2, rounds=(3,))
-        expected, alone_state, _ = one_round(plan, alone, jq.init(plan, alone), moments={"w": own})
+        expected, alone_state, _ = one_round(
+            plan, alone, jq.init(plan, alone), moments={"w": jnp.asarray(own)}
+        )
         np.testing.assert_allclose(got["w"][i], expected["w"], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(
             state.codebooks["w"][i].reshape(-1), alone_state.codebooks["w"], rtol=1e-5
@@ -291,7 +297,7 @@ def test_moments_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"moments: b/kernel: expected shape \(20, 20\), got"):
         call(moments={"b/kernel": moments["a/kernel"]})
     with pytest.raises(ValueError, match="moments: b/kernel"):
-        call(moments={"b/kernel": np.full((20, 20), np.nan, np.float32)})
+        call(moments={"b/kernel": jnp.full((20, 20), jnp.nan)})
     plan = jq.inq(params)
     with pytest.raises(ValueError, match="moments: expected a plan of shares of clusters"):
         jq.quantize_round(plan, params, jq.init(plan, params), moments=moments)

@@ -135,6 +135,11 @@ def test_the_examples_of_other_methods_run(capsys):
         exec(block, names)
     assert jq.is_on_codebook(names["params"], names["state"])["dense"]["kernel"]
     assert names["errors"][-1] < names["errors"][0]
+    near, close = (
+        jnp.sum(jnp.square(names["x"] @ (names[name]["dense"]["kernel"] - names["kernel"])))
+        for name in ("near", "close")
+    )
+    assert close < 0.5 * near
     assert "dense/kernel" in capsys.readouterr().out
     got = names["inputs"] @ jq.unpack(names["array"])
     np.testing.assert_allclose(names["y"], got, rtol=1e-3, atol=1e-3)
