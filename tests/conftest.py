@@ -49,6 +49,13 @@ def strict_promotion(request):
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def release_programs():
+    """Let go of what a file compiled: Linux gives a process 65,530 memory maps, and XLA dies."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def cache_folder(tmp_path_factory):
     """Compiled programs of experiments, for all workers of pytest-xdist."""
