@@ -209,6 +209,12 @@ def observe(
     >>> observe(jnp.ones((5, 4)), jnp.ones((5, 3))).gram.shape
     (4, 4)
     """
+    space = len(window)
+    if inputs.ndim != space + 2 or wanted.ndim != space + 2:
+        raise ValueError(
+            f"expected inputs and wanted responses of {space + 2} axes, "
+            f"got {inputs.shape} and {wanted.shape}"
+        )
     rows = windows(inputs, window, window_strides, padding, kernel_dilation)
     if rows.shape[:-1] != wanted.shape[:-1]:
         raise ValueError(
