@@ -3,6 +3,7 @@
 Arrays only: one layer as a matrix [inputs, outputs] and the second moments of its inputs.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -80,7 +81,8 @@ def compensate(
         new = _refit(layer, _by_input(layer, best.centroids), movable)
         return _where(_error(layer, new).sum() < _error(layer, best).sum(), new, best)
 
-    best = jax.lax.fori_loop(1, _PASSES, again, best)
+    passes = jnp.where(jnp.any(movable), _PASSES, 1)  # under the same centroids all are the same
+    best = jax.lax.fori_loop(1, passes, again, best)
     best = _refit(layer, _descend(layer, best), movable)
     back = jnp.argsort(order)
     return best._replace(
@@ -118,10 +120,10 @@ def _by_rows(
     step: Callable[..., tuple[jax.Array, ...]],
     coupling: jax.Array,
     state: jax.Array,
-    reached: jax.Array | None,
+    reached: jax.Array,
     rows: tuple[jax.Array, ...],
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Go through the rows of a state that each row's change reaches; return it and the results.
+) -> tuple[jax.Array, ...]:
+    """Go through the rows of a state that each row's change reaches; return the steps' results.
 
     `change, *results = step(state[j], *(x[j] for x in rows))`, then
     `state -= coupling[j, :, None] * change[None]` where `reached`. In blocks, whose changes reach
@@ -138,13 +140,13 @@ def _by_rows(
 
         own, own_rows = cut(coupling), tuple(map(cut, rows))
         inside = jax.lax.dynamic_slice_in_dim(own, start, _BLOCK, axis=1)
-        mask = None if reached is None else cut(reached)
+        mask = cut(reached)
 
         def row(j: jax.Array, carry: tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]):
             part, changes, found = carry
             change, *new = step(part[j], *(x[j] for x in own_rows))
             moved = inside[j][:, None] * change[None]
-            part = part - (moved if mask is None else jnp.where(mask, moved, 0.0))
+            part = part - jnp.where(mask, moved, 0.0)
             found = tuple(x.at[j].set(y) for x, y in zip(found, new, strict=True))
             return part, changes.at[j].set(change), found
 
@@ -153,7 +155,7 @@ def _by_rows(
             0, _BLOCK, row, (cut(state), zeros, tuple(map(cut, results)))
         )
         moved = jnp.matmul(own.T, changes, precision=_PRECISION)
-        state = state - (moved if reached is None else jnp.where(reached, moved, 0.0))
+        state = state - jnp.where(reached, moved, 0.0)
         results = tuple(
             jax.lax.dynamic_update_slice_in_dim(x, y, start, 0)
             for x, y in zip(results, found, strict=True)
@@ -162,34 +164,38 @@ def _by_rows(
 
     shapes = jax.eval_shape(step, state[0], *(x[0] for x in rows))[1:]
     results = tuple(jnp.zeros((size, *x.shape), x.dtype) for x in shapes)
-    return jax.lax.fori_loop(0, size // _BLOCK, block, (state, results))
+    return jax.lax.fori_loop(0, size // _BLOCK, block, (state, results))[1]
 
 
 def _by_input(layer: _Layer, centroids: jax.Array) -> Compensated:
     """Freeze one input's weights after the other; those that come later make up for them."""
 
     def step(weights: jax.Array, frozen: jax.Array) -> tuple[jax.Array, ...]:
-        codes = assign(weights, centroids)
-        joined = ~frozen & layer.chosen[codes]
-        new = jnp.where(joined, reconstruct(codes, centroids), weights)
-        return weights - new, new, codes, joined
+        new = _to_nearest(weights, frozen, layer.chosen, centroids)
+        return weights - new[0], *new
 
-    _, (weights, codes, joined) = _by_rows(
-        step, layer.spreading, layer.weights, ~layer.frozen, (layer.frozen,)
+    reached = ~layer.frozen
+    weights, codes, joined = _by_rows(
+        step, layer.spreading, layer.weights, reached, (layer.frozen,)
     )
     return Compensated(weights, codes, joined, centroids)
 
 
-def _nearest(layer: _Layer, centroids: jax.Array) -> Compensated:
-    codes = assign(layer.weights, centroids)
-    joined = ~layer.frozen & layer.chosen[codes]
-    weights = jnp.where(joined, reconstruct(codes, centroids), layer.weights)
-    return Compensated(weights, codes, joined, centroids)
+def _to_nearest(
+    weights: jax.Array, frozen: jax.Array, chosen: jax.Array, centroids: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Freeze what is nearest to a chosen centroid; return weights, codes and what joined."""
+    codes = assign(weights, centroids)
+    joined = ~frozen & chosen[codes]
+    return jnp.where(joined, reconstruct(codes, centroids), weights), codes, joined
 
 
 def _first(layer: _Layer, centroids: jax.Array) -> Compensated:
     """Return for each output the better of both, under the same centroids."""
-    new, nearest = _by_input(layer, centroids), _nearest(layer, centroids)
+    new = _by_input(layer, centroids)
+    nearest = Compensated(
+        *_to_nearest(layer.weights, layer.frozen, layer.chosen, centroids), centroids
+    )
     better = _error(layer, new) < _error(layer, nearest)  # not where it is NaN
     return Compensated(
         weights=jnp.where(better, new.weights, nearest.weights),
@@ -211,7 +217,12 @@ def _error(layer: _Layer, found: Compensated) -> jax.Array:
 
 
 def _refit(layer: _Layer, found: Compensated, movable: jax.Array) -> Compensated:
-    """Return the movable centroids at the least squares of these codes; others stay."""
+    """Move the movable centroids, if any, to the least squares of these codes; others stay."""
+    refit = functools.partial(_least_squares, layer)
+    return jax.lax.cond(jnp.any(movable), refit, lambda found, _: found, found, movable)
+
+
+def _least_squares(layer: _Layer, found: Compensated, movable: jax.Array) -> Compensated:
     k = found.centroids.shape[0]
     slots = jnp.where(found.joined & movable[found.codes], found.codes, k).astype(jnp.int32)
 
@@ -248,7 +259,7 @@ def _descend(layer: _Layer, found: Compensated) -> Compensated:
     def sweep(_: int, weights: jax.Array) -> jax.Array:
         slope = jnp.matmul(layer.moments, weights - layer.weights, precision=_PRECISION)
         rows = (weights, found.joined, energy)
-        return _by_rows(step, layer.moments, slope, None, rows)[1][0]
+        return _by_rows(step, layer.moments, slope, jnp.ones_like(layer.frozen), rows)[0]
 
     weights = jax.lax.fori_loop(0, _SWEEPS, sweep, found.weights)
     codes = jnp.where(found.joined, assign(weights, found.centroids), found.codes)

@@ -98,10 +98,7 @@ def _share_clusters(
 ) -> _Shared:
     """Freeze the chosen clusters if the layer is active: all their weights onto the centroids."""
     new_centroids = clustered.centroids
-    # Centroids that are equal (of bfloat16 weights, say) share their members' fate: which of them
-    # a weight gets depends on where it comes from.
-    equal = new_centroids[:, None] == new_centroids[None, :]
-    moving = jnp.any(equal & (chosen & active)[None, :], axis=-1)
+    moving = _with_equals(new_centroids, chosen & active)
 
     def joins(weights: jax.Array) -> jax.Array:
         return _flags_of(assign(weights, new_centroids), moving)
@@ -182,8 +179,7 @@ def _share_compensated(
 ) -> _Shared:
     """Freeze the chosen clusters if the layer is active, so that its answers change least."""
     start = clustered.centroids
-    equal = start[:, None] == start[None, :]  # see `_share_clusters`
-    joining = jnp.any(equal & chosen[None, :], axis=-1)
+    joining = _with_equals(start, chosen)
     shape = (-1, weights.shape[-1])
     matrix, mask = weights.reshape(shape).astype(jnp.float32), frozen.reshape(shape)
     values = start.astype(jnp.float32)
@@ -213,6 +209,16 @@ def _share_compensated(
         _count(frozen).astype(jnp.float32) / frozen.size,
         jnp.sum(jnp.square(distance)),
     )
+
+
+def _with_equals(centroids: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Return the chosen clusters, and those with the same centroid.
+
+    Centroids that are equal (of bfloat16 weights, say) share their members' fate: which of them a
+    weight gets depends on where it comes from.
+    """
+    equal = centroids[:, None] == centroids[None, :]
+    return jnp.any(equal & chosen[None, :], axis=-1)
 
 
 def _freeze(
@@ -333,7 +339,7 @@ def quantize_round(
     answers changes least: weights that are still free make up for those that freeze, centroids that
     have no members yet are refitted, and the answers' squared error is never above that of the
     nearest centroids (Frantar et al., "GPTQ", ICLR 2023; `jaxquant.compensation`). Of D inputs and
-    N outputs that costs O(D**2 (D + k N)) and gathers the layer.
+    N outputs that costs O(D**2 (D + k N)) and gathers the layer; of stacked layers in every round.
 
     Args:
       plan: static.

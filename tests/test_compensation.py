@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
 from jaxquant import compensation
@@ -83,6 +85,18 @@ def test_one_pass_is_gptq(rows, monkeypatch):
     )
 
 
+def test_no_output_answers_worse_than_with_the_nearest_centroids(monkeypatch):
+    monkeypatch.setattr(compensation, "_PASSES", 1)
+    monkeypatch.setattr(compensation, "_SWEEPS", 0)
+    weights, moments = make_layer(4, 300)
+    frozen = np.zeros(weights.shape, bool)
+    nearest = errors(with_nearest(weights, frozen, ALL), weights, moments)
+    port = errors(port_of_gptq(weights, CENTROIDS.astype(np.float64), moments), weights, moments)
+    assert np.any(port > 1.1 * nearest)  # GPTQ alone does
+    found = jax.jit(lambda *x: compensate(*x))(weights, frozen, CENTROIDS, ALL, ~ALL, moments)
+    assert np.all(errors(found.weights, weights, moments) <= nearest * (1 + 1e-3))
+
+
 def test_the_error_is_a_fraction_of_the_nearest_centroids():
     weights, moments = make_layer(144, 16)
     frozen = np.zeros(weights.shape, bool)
@@ -110,18 +124,20 @@ def test_small_layers_come_near_the_best_of_all_choices():
     assert np.median(ratios) < 1.05
 
 
-def test_no_single_weight_could_do_better():
-    weights, moments = make_layer(40, 8)
-    found = quick(weights, np.zeros(weights.shape, bool), CENTROIDS, ALL, ~ALL, moments)
+def test_after_enough_sweeps_no_single_weight_could_do_better(monkeypatch):
+    monkeypatch.setattr(compensation, "_SWEEPS", 50)
+    weights, moments = make_layer(70, 8)
+    found = jax.jit(lambda *x: compensate(*x))(
+        weights, np.zeros(weights.shape, bool), CENTROIDS, ALL, ~ALL, moments
+    )
     new = np.asarray(found.weights)
     now = errors(new, weights, moments)
-    worse = [
-        errors(np.where(np.arange(40)[:, None] == row, centroid, new), weights, moments)
-        for row in range(40)
+    others = [
+        errors(np.where(np.arange(70)[:, None] == row, centroid, new), weights, moments)
+        for row in range(70)
         for centroid in CENTROIDS
     ]
-    improved = np.min(worse, axis=0) < now * (1 - 1e-3)
-    assert improved.mean() < 0.3  # sweeps are few
+    assert (np.min(others, axis=0) >= now * (1 - 1e-4)).all()
 
 
 @settings(max_examples=30, deadline=None)
@@ -205,6 +221,9 @@ def test_moments_of_a_dense_layer():
 # Rounds -------------------------------------------------------------------------------------------
 
 
+assert_equal = np.testing.assert_array_equal
+
+
 def make_tree(dtype=np.float32):
     first, first_moments = make_layer(36, 8, 1)
     second, second_moments = make_layer(20, 6, 2)
@@ -220,20 +239,22 @@ def make_tree(dtype=np.float32):
 def test_rounds_with_moments_freeze_for_good_and_end_on_the_codebook(dtype, order):
     params, moments = make_tree(dtype)
     plan = jq.mlq(params, groups=2, order=order, zero=True)
-    state = jq.init(plan, params)
+    state, shares = jq.init(plan, params), np.zeros(2)
     for number in range(plan.num_rounds):
         before = params, state
         params, state, info = one_round(plan, params, state, moments=moments)
-        for path in ("a", "b"):
+        for group, path in enumerate(("a", "b")):
             old, new = before[0][path]["kernel"], params[path]["kernel"]
             frozen = before[1].frozen[path]["kernel"]
-            np.testing.assert_array_equal(np.asarray(new)[frozen], np.asarray(old)[frozen])
-        noise = jax.random.normal(jax.random.key(number), (36 * 8,)) * 0.01
-        params["a"]["kernel"] = jnp.where(
-            state.frozen["a"]["kernel"],
-            params["a"]["kernel"],
-            params["a"]["kernel"] + noise.reshape(3, 3, 4, 8).astype(dtype),
-        )
+            assert_equal(np.asarray(new)[frozen], np.asarray(old)[frozen])
+            if plan.schedule[number, group] == shares[group]:
+                assert_equal(new, old)
+                assert_equal(state.frozen[path]["kernel"], frozen)
+            # Far enough for free weights to come near a frozen centroid.
+            noise = 0.03 * jax.random.normal(jax.random.key(number), new.shape)
+            moved = jnp.where(state.frozen[path]["kernel"], new, new + noise.astype(dtype))
+            params[path] = {**params[path], "kernel": moved}
+        shares = plan.schedule[number]
     for path in ("a", "b"):
         assert bool(jnp.all(state.frozen[path]["kernel"]))
         assert bool(jq.is_on_codebook(params, state)[path]["kernel"])
@@ -257,6 +278,22 @@ def test_a_round_with_moments_answers_better_and_touches_no_other_layer():
         for x in (got, plain)
     )
     assert error < 0.5 * plain_error
+
+
+def test_a_round_moves_the_centroids_that_are_neither_pinned_nor_frozen():
+    params, moments = make_tree()
+    matrix = params["b"]["kernel"]
+    plan = jq.slq(params, bits=2, rounds=(3,), zero=True)
+    start = jq.init(plan, params)
+    _, plain, _ = one_round(plan, params, start)
+    got, state, _ = one_round(plan, params, start, moments=moments)
+    centroids = plain.codebooks["b"]["kernel"]
+    found = quick(
+        matrix, jnp.zeros(matrix.shape, bool), centroids, ALL, centroids != 0, moments["b/kernel"]
+    )
+    np.testing.assert_allclose(got["b"]["kernel"], found.weights, rtol=1e-5)
+    np.testing.assert_allclose(state.codebooks["b"]["kernel"], found.centroids, rtol=1e-5)
+    assert np.any(found.centroids != centroids)
 
 
 def test_a_layer_without_moments_is_assigned_as_before():
@@ -284,6 +321,31 @@ def test_stacked_layers_are_compensated_for_one_by_one():
         np.testing.assert_allclose(got["w"][i], expected["w"], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(
             state.codebooks["w"][i].reshape(-1), alone_state.codebooks["w"], rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_sharded_layer_is_compensated_for_as_a_whole_one(axis_type):
+    params, moments = make_tree()
+    plan = jq.slq(params, bits=2, rounds=(3,), zero=True)
+    expected, expected_state, _ = one_round(plan, params, jq.init(plan, params), moments=moments)
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
+    specs = {
+        "a": {"kernel": P(None, None, "model", "data"), "bias": P()},
+        "b": {"kernel": P("data")},
+    }
+    put = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), params, specs)
+    with jax.set_mesh(mesh):
+        got, state, _ = one_round(plan, put, jq.init(plan, put), moments=moments)
+    for path in ("a", "b"):
+        assert got[path]["kernel"].sharding.is_equivalent_to(
+            put[path]["kernel"].sharding, put[path]["kernel"].ndim
+        )
+        np.testing.assert_allclose(
+            got[path]["kernel"], expected[path]["kernel"], rtol=1e-5, atol=1e-6
+        )
+        np.testing.assert_allclose(
+            state.codebooks[path]["kernel"], expected_state.codebooks[path]["kernel"], rtol=1e-5
         )
 
 
