@@ -47,7 +47,8 @@ def compensate(
        with the nearest centroids keeps these.
     2. The movable centroids go to the least squares of these codes, and 1. begins again with them;
        the best of a few passes stays.
-    3. Coordinate descent: each weight that joined to the best centroid given all others, and the
+    3. Coordinate descent: each weight that joined to the best centroid given all others, each that
+       stays free to its best value, so that those of inputs that came before make up too; and the
        centroids once more to the least squares.
 
     So the error is never above that of the nearest centroids, but for rounding. Weights that are
@@ -246,19 +247,21 @@ def _least_squares(layer: _Layer, found: Compensated, movable: jax.Array) -> Com
 
 
 def _descend(layer: _Layer, found: Compensated) -> Compensated:
-    """Move each weight that joined to the best chosen centroid given all others, in sweeps."""
+    """Move each weight to its best value given the others, in sweeps; what joined, to a centroid."""
     allowed = jnp.where(layer.chosen, found.centroids, found.centroids[jnp.argmax(layer.chosen)])
     energy = jnp.diag(layer.moments)
 
-    def step(slope: jax.Array, weights: jax.Array, joined: jax.Array, own: jax.Array):
+    def step(
+        slope: jax.Array, weights: jax.Array, joined: jax.Array, frozen: jax.Array, own: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         target = weights - slope / jnp.where(own > 0, own, 1.0)
-        codes = assign(target, allowed)
-        new = jnp.where(joined & (own > 0), reconstruct(codes, allowed), weights)
+        best = jnp.where(joined, reconstruct(assign(target, allowed), allowed), target)
+        new = jnp.where(frozen | (own <= 0), weights, best)
         return weights - new, new
 
     def sweep(_: int, weights: jax.Array) -> jax.Array:
         slope = jnp.matmul(layer.moments, weights - layer.weights, precision=_PRECISION)
-        rows = (weights, found.joined, energy)
+        rows = (weights, found.joined, layer.frozen, energy)
         return _by_rows(step, layer.moments, slope, jnp.ones_like(layer.frozen), rows)[0]
 
     weights = jax.lax.fori_loop(0, _SWEEPS, sweep, found.weights)

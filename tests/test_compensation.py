@@ -140,6 +140,25 @@ def test_after_enough_sweeps_no_single_weight_could_do_better(monkeypatch):
     assert (np.min(others, axis=0) >= now * (1 - 1e-4)).all()
 
 
+def test_after_enough_sweeps_the_free_weights_are_the_least_squares(monkeypatch):
+    monkeypatch.setattr(compensation, "_SWEEPS", 300)
+    weights, moments = make_layer(20, 6)
+    frozen = np.zeros(weights.shape, bool)
+    frozen[:4] = True
+    found = jax.jit(lambda *x: compensate(*x))(weights, frozen, CENTROIDS, OUTER, ~ALL, moments)
+    new, joined = np.asarray(found.weights, np.float64), np.asarray(found.joined)
+    free = ~frozen & ~joined
+    assert 0.2 < free.mean() < 0.6 and joined.mean() > 0.2
+    for column in range(6):
+        own, rest = free[:, column], ~free[:, column]
+        off = (new - weights)[rest, column]
+        best = np.linalg.solve(moments[own][:, own], -moments[own][:, rest] @ off)
+        got = (new - weights)[own, column]
+        energy = best @ moments[own][:, own] @ best
+        error = (got - best) @ moments[own][:, own] @ (got - best)
+        assert error < 1e-3 * energy
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
