@@ -247,7 +247,7 @@ def _least_squares(layer: _Layer, found: Compensated, movable: jax.Array) -> Com
 
 
 def _descend(layer: _Layer, found: Compensated) -> Compensated:
-    """Move each weight to its best value given the others, in sweeps; joined ones, to a centroid."""
+    """Move each weight to its best value given the others; what joined, to a centroid."""
     allowed = jnp.where(layer.chosen, found.centroids, found.centroids[jnp.argmax(layer.chosen)])
     energy = jnp.diag(layer.moments)
 
