@@ -18,6 +18,7 @@ import optax
 import jaxquant as jq
 from train.config import Config, Fit
 from train.data import Dataset, Images
+from train.gradients import in_parts
 from train.imagenet import Encoded
 from train.layout import Layout
 
@@ -208,7 +209,8 @@ def _outputs(
     train = key is not None
     mutable = ["batch_stats", "intermediates"] if train else ["intermediates"]
     rngs = _dropout(key) if train else None
-    logits, new = model.apply(variables, images, train=train, mutable=mutable, rngs=rngs)
+    with nn.intercept_methods(in_parts):
+        logits, new = model.apply(variables, images, train=train, mutable=mutable, rngs=rngs)
     features = jax.tree.leaves(new.get("intermediates", {}))
     return _Outputs(logits, features), new.get("batch_stats", {})
 
