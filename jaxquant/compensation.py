@@ -20,11 +20,10 @@ _BLOCK = 64  # rows whose changes reach the others in one product of matrices
 
 
 class Compensated(NamedTuple):
-    """A layer after some of its clusters froze."""
+    """A layer of which all is frozen."""
 
-    weights: jax.Array  # [D, N] float32: those that stay free, moved to make up for the others
-    codes: jax.Array  # [D, N] of the centroids; says something where a weight joined
-    joined: jax.Array  # [D, N] bool, freeze now
+    weights: jax.Array  # [D, N] float32
+    codes: jax.Array  # [D, N] of the centroids; says something where a weight was free
     centroids: jax.Array  # [k] float32
 
 
@@ -32,24 +31,22 @@ def compensate(
     weights: jax.Array,
     frozen: jax.Array,
     centroids: jax.Array,
-    chosen: jax.Array,
     movable: jax.Array,
     moments: jax.Array,
 ) -> Compensated:
-    """Freeze the chosen clusters of a layer such that its answers change least.
+    """Freeze all that is free of a layer such that its answers change least.
 
     Minimizes the mean of `|x^T (new - old)|**2` over inputs x of the given second moments:
 
-    1. Input after input, a weight whose centroid is chosen takes it, and the weights of the inputs
-       that are still to come make up for it as well as they can: the optimal update of the Optimal
+    1. Input after input, a weight takes its nearest centroid, and the weights of the inputs that
+       are still to come make up for it as well as they can: the optimal update of the Optimal
        Brain Surgeon in the order of GPTQ, the inputs of most energy first (Frantar et al., "GPTQ",
        ICLR 2023; "Optimal Brain Compression", NeurIPS 2022). An output that would answer worse than
        with the nearest centroids keeps these.
     2. The movable centroids go to the least squares of these codes, and 1. begins again with them;
        the best of a few passes stays.
-    3. Coordinate descent: each weight that joined to the best centroid given all others, each that
-       stays free to its best value, so that those of inputs that came before make up too; and the
-       centroids once more to the least squares.
+    3. Coordinate descent: each weight to the best centroid given all others, and the centroids once
+       more to the least squares.
 
     So the error is never above that of the nearest centroids, but for rounding. Weights that are
     frozen already keep their value and take part in nothing.
@@ -58,8 +55,7 @@ def compensate(
       weights: [D, N] float32.
       frozen: [D, N] bool.
       centroids: [k] float32.
-      chosen: [k] bool, clusters that freeze or are frozen.
-      movable: [k] bool, centroids that may change: chosen now, without members so far.
+      movable: [k] bool, centroids that may change: without members so far.
       moments: [D, D] float32, symmetric.
 
     Returns:
@@ -72,7 +68,6 @@ def compensate(
     layer = _Layer(
         jnp.pad(weights[order], ((0, padding), (0, 0))),
         jnp.pad(frozen[order], ((0, padding), (0, 0)), constant_values=True),
-        chosen,
         sorted_moments,
         _spreading(sorted_moments),
     )
@@ -86,11 +81,7 @@ def compensate(
     best = jax.lax.fori_loop(1, passes, again, best)
     best = _refit(layer, _descend(layer, best), movable)
     back = jnp.argsort(order)
-    return best._replace(
-        weights=best.weights[:rows][back],
-        codes=best.codes[:rows][back],
-        joined=best.joined[:rows][back],
-    )
+    return best._replace(weights=best.weights[:rows][back], codes=best.codes[:rows][back])
 
 
 class _Layer(NamedTuple):
@@ -98,7 +89,6 @@ class _Layer(NamedTuple):
 
     weights: jax.Array
     frozen: jax.Array
-    chosen: jax.Array
     moments: jax.Array
     spreading: jax.Array  # [D, D], above the diagonal: what later inputs take over from an input
 
@@ -172,36 +162,29 @@ def _by_input(layer: _Layer, centroids: jax.Array) -> Compensated:
     """Freeze one input's weights after the other; those that come later make up for them."""
 
     def step(weights: jax.Array, frozen: jax.Array) -> tuple[jax.Array, ...]:
-        new = _to_nearest(weights, frozen, layer.chosen, centroids)
+        new = _to_nearest(weights, frozen, centroids)
         return weights - new[0], *new
 
-    reached = ~layer.frozen
-    weights, codes, joined = _by_rows(
-        step, layer.spreading, layer.weights, reached, (layer.frozen,)
-    )
-    return Compensated(weights, codes, joined, centroids)
+    weights, codes = _by_rows(step, layer.spreading, layer.weights, ~layer.frozen, (layer.frozen,))
+    return Compensated(weights, codes, centroids)
 
 
 def _to_nearest(
-    weights: jax.Array, frozen: jax.Array, chosen: jax.Array, centroids: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Freeze what is nearest to a chosen centroid; return weights, codes and what joined."""
+    weights: jax.Array, frozen: jax.Array, centroids: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return weights, those that are free on their nearest centroid, and its codes."""
     codes = assign(weights, centroids)
-    joined = ~frozen & chosen[codes]
-    return jnp.where(joined, reconstruct(codes, centroids), weights), codes, joined
+    return jnp.where(frozen, weights, reconstruct(codes, centroids)), codes
 
 
 def _first(layer: _Layer, centroids: jax.Array) -> Compensated:
     """Return for each output the better of both, under the same centroids."""
     new = _by_input(layer, centroids)
-    nearest = Compensated(
-        *_to_nearest(layer.weights, layer.frozen, layer.chosen, centroids), centroids
-    )
+    nearest = Compensated(*_to_nearest(layer.weights, layer.frozen, centroids), centroids)
     better = _error(layer, new) < _error(layer, nearest)  # not where it is NaN
     return Compensated(
         weights=jnp.where(better, new.weights, nearest.weights),
         codes=jnp.where(better, new.codes, nearest.codes),
-        joined=jnp.where(better, new.joined, nearest.joined),
         centroids=centroids,
     )
 
@@ -225,7 +208,7 @@ def _refit(layer: _Layer, found: Compensated, movable: jax.Array) -> Compensated
 
 def _least_squares(layer: _Layer, found: Compensated, movable: jax.Array) -> Compensated:
     k = found.centroids.shape[0]
-    slots = jnp.where(found.joined & movable[found.codes], found.codes, k).astype(jnp.int32)
+    slots = jnp.where(~layer.frozen & movable[found.codes], found.codes, k).astype(jnp.int32)
 
     def sums(x: jax.Array) -> jax.Array:
         return jnp.zeros(k + 1, jnp.float32).at[slots].add(x)[:k]
@@ -247,24 +230,22 @@ def _least_squares(layer: _Layer, found: Compensated, movable: jax.Array) -> Com
 
 
 def _descend(layer: _Layer, found: Compensated) -> Compensated:
-    """Move each weight to its best value given the others; what joined, to a centroid."""
-    allowed = jnp.where(layer.chosen, found.centroids, found.centroids[jnp.argmax(layer.chosen)])
-    energy = jnp.diag(layer.moments)
+    """Move each weight that was free to the best centroid given all others."""
+    energy, centroids = jnp.diag(layer.moments), found.centroids
 
     def step(
-        slope: jax.Array, weights: jax.Array, joined: jax.Array, frozen: jax.Array, own: jax.Array
+        slope: jax.Array, weights: jax.Array, frozen: jax.Array, own: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         target = weights - slope / jnp.where(own > 0, own, 1.0)
-        best = jnp.where(joined, reconstruct(assign(target, allowed), allowed), target)
+        best = reconstruct(assign(target, centroids), centroids)
         new = jnp.where(frozen | (own <= 0), weights, best)
         return weights - new, new
 
     def sweep(_: int, weights: jax.Array) -> jax.Array:
         slope = jnp.matmul(layer.moments, weights - layer.weights, precision=_PRECISION)
-        rows = (weights, found.joined, layer.frozen, energy)
+        rows = (weights, layer.frozen, energy)
         return _by_rows(step, layer.moments, slope, jnp.ones_like(layer.frozen), rows)[0]
 
     weights = jax.lax.fori_loop(0, _SWEEPS, sweep, found.weights)
-    codes = jnp.where(found.joined, assign(weights, found.centroids), found.codes)
-    new = found._replace(weights=weights, codes=codes)
+    new = found._replace(weights=weights, codes=assign(weights, centroids))
     return _where(_error(layer, new).sum() < _error(layer, found).sum(), new, found)

@@ -1,14 +1,16 @@
 """Second moments of what a layer's kernel is multiplied with."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from jaxquant.ops.reference import channels_last, each_axis
+from jaxquant.ops.reference import each_axis
 
 _PRECISION = jax.lax.Precision.HIGHEST
+_PART_BYTES = 2**28  # of windows; a batch whose windows take more goes in parts
 
 
 def input_moments(
@@ -32,7 +34,8 @@ def input_moments(
       window_strides, padding, kernel_dilation: of the convolution, see `jaxquant.conv`.
 
     Returns:
-      [D, D] float32. Pure, under jit too; costs O(batch places D**2).
+      [D, D] float32. Pure, under jit too; costs O(batch places D**2), in parts of the batch of 256
+      MiB at most where they come out even.
 
     Raises:
       ValueError: if the axes do not fit the window.
@@ -40,9 +43,26 @@ def input_moments(
     >>> input_moments(jnp.array([[1.0, 2.0], [3.0, 0.0]])).tolist()
     [[5.0, 1.0], [1.0, 2.0]]
     """
-    rows = windows(inputs, window, window_strides, padding, kernel_dilation)
-    rows = rows.reshape(-1, rows.shape[-1])
-    return jnp.matmul(rows.T, rows, precision=_PRECISION) / rows.shape[0]
+
+    def rows_of(inputs: jax.Array) -> jax.Array:
+        return windows(inputs, window, window_strides, padding, kernel_dilation)
+
+    def squares(inputs: jax.Array) -> jax.Array:
+        rows = rows_of(inputs)
+        rows = rows.reshape(-1, rows.shape[-1])
+        return jnp.matmul(rows.T, rows, precision=_PRECISION)
+
+    shape = jax.eval_shape(rows_of, inputs).shape
+    count, size = len(inputs), 4 * math.prod(shape)
+    parts = next((n for n in range(1, count) if count % n == 0 and size <= n * _PART_BYTES), count)
+    if parts <= 1:
+        total = squares(inputs)
+    else:
+        # Every n-th entry, not a piece: where the batch is sharded, each device has its share.
+        split = jnp.moveaxis(inputs.reshape(-1, parts, *inputs.shape[1:]), 1, 0)
+        zeros = jnp.zeros((shape[-1],) * 2)
+        total, _ = jax.lax.scan(lambda sums, part: (sums + squares(part), None), zeros, split)
+    return total / math.prod(shape[:-1])
 
 
 def windows(
@@ -53,20 +73,35 @@ def windows(
     kernel_dilation: Sequence[int] | int,
 ) -> jax.Array:
     """Return what the kernel is multiplied with, [batch, *places, positions channels] float32."""
-    space, channels = len(window), inputs.shape[-1]
+    space = len(window)
     if inputs.ndim != space + 2:
         raise ValueError(f"expected inputs of {space + 2} axes, got {inputs.shape}")
     rows = inputs.astype(jnp.float32)
-    if window:
-        rows = jax.lax.conv_general_dilated_patches(
-            rows,
-            tuple(window),
-            each_axis(window_strides, space),
-            padding if isinstance(padding, str) else [(low, high) for low, high in padding],
-            rhs_dilation=each_axis(kernel_dilation, space),
-            dimension_numbers=channels_last(space),
-            precision=_PRECISION,
-        )
-    positions = math.prod(window)
-    by_channel = rows.reshape(*rows.shape[:-1], channels, positions)
-    return jnp.swapaxes(by_channel, -1, -2).reshape(rows.shape)
+    if not window:
+        return rows
+    strides, dilations = each_axis(window_strides, space), each_axis(kernel_dilation, space)
+    reach = [(n - 1) * step + 1 for n, step in zip(window, dilations, strict=True)]
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(rows.shape[1:-1], reach, strides, padding)
+    around = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
+    rows = jax.lax.pad(rows, jnp.float32(0), around)
+    sizes = list(zip(rows.shape[1:-1], reach, strides, strict=True))
+    if any(size < own for size, own, _ in sizes):
+        raise ValueError(f"expected windows of {tuple(reach)} to fit, got inputs {inputs.shape}")
+    last = [(size - own) // stride * stride for size, own, stride in sizes]
+    starts = itertools.product(
+        *(range(0, n * step, step) for n, step in zip(window, dilations, strict=True))
+    )
+    # Slices, one for each position: `conv_general_dilated_patches` multiplies by ones and zeros.
+    return jnp.concatenate(
+        [
+            jax.lax.slice(
+                rows,
+                (0, *start, 0),
+                (len(rows), *(a + b + 1 for a, b in zip(start, last, strict=True)), rows.shape[-1]),
+                (1, *strides, 1),
+            )
+            for start in starts
+        ],
+        axis=-1,
+    )

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxquant.clusters import Clusters, measure, settle, weight_scale
 from jaxquant.codebooks import assign, reconstruct, to_powers_of_two
-from jaxquant.compensation import Compensated, compensate
+from jaxquant.compensation import compensate
 from jaxquant.histogram import Histogram, bin_width, fold, histogram, rewrite
 from jaxquant.kmeans import check_finite, is_finite, lloyd, named_start, pin
 from jaxquant.meshes import with_auto_axes
@@ -177,38 +177,27 @@ def _share_compensated(
     fixed: jax.Array,
     moments: jax.Array,
 ) -> _Shared:
-    """Freeze the chosen clusters if the layer is active, so that its answers change least."""
-    start = clustered.centroids
-    joining = _with_equals(start, chosen)
-    shape = (-1, weights.shape[-1])
-    matrix, mask = weights.reshape(shape).astype(jnp.float32), frozen.reshape(shape)
-    values = start.astype(jnp.float32)
+    """As `_share_clusters`; a layer that is whole after it, so that its answers change least."""
+    near = _share_clusters(weights, frozen, centroids, frozen_centroids, clustered, chosen, active)
+    start, shape = clustered.centroids, (-1, weights.shape[-1])
 
-    def run() -> Compensated:
-        return compensate(matrix, mask, values, joining, joining & ~fixed, moments)
+    def close() -> tuple[jax.Array, jax.Array]:
+        found = compensate(
+            weights.reshape(shape).astype(jnp.float32),
+            frozen.reshape(shape),
+            start.astype(jnp.float32),
+            ~fixed,
+            moments,
+        )
+        centroids = jnp.where(fixed, start, found.centroids.astype(start.dtype))
+        shared = reconstruct(found.codes, centroids).reshape(weights.shape)
+        return jnp.where(frozen, weights, shared), centroids
 
-    def keep() -> Compensated:
-        codes = jnp.zeros_like(assign(matrix, values))
-        return Compensated(matrix, codes, jnp.zeros_like(mask), values)
+    def keep() -> tuple[jax.Array, jax.Array]:
+        return near.weights, near.centroids
 
-    found = jax.lax.cond(active, run, keep)
-    new_centroids = jnp.where(fixed, start, found.centroids.astype(start.dtype))
-    joined = found.joined.reshape(weights.shape)
-    shared = reconstruct(found.codes, new_centroids).reshape(weights.shape)
-    free = jnp.where(
-        frozen | ~active, weights, found.weights.reshape(weights.shape).astype(weights.dtype)
-    )
-    weights, frozen = jnp.where(joined, shared, free), frozen | joined
-    nearest = reconstruct(assign(weights, new_centroids), new_centroids)
-    distance = jnp.where(frozen, 0.0, weights.astype(jnp.float32) - nearest.astype(jnp.float32))
-    return _Shared(
-        weights,
-        frozen,
-        jnp.where(active, new_centroids, centroids),
-        jnp.where(active, chosen, frozen_centroids),
-        _count(frozen).astype(jnp.float32) / frozen.size,
-        jnp.sum(jnp.square(distance)),
-    )
+    weights, centroids = jax.lax.cond(active & jnp.all(chosen), close, keep)
+    return near._replace(weights=weights, centroids=centroids)
 
 
 def _with_equals(centroids: jax.Array, chosen: jax.Array) -> jax.Array:
@@ -335,11 +324,13 @@ def quantize_round(
     weights are compiled for each shape. Cost: about four reads of the weights, more than twice that
     for shares of weights.
 
-    Weights take the centroid that is nearest. With `moments` a layer's freeze so that what it
-    answers changes least: weights that are still free make up for those that freeze, centroids that
-    have no members yet are refitted, and the answers' squared error is never above that of the
-    nearest centroids (Frantar et al., "GPTQ", ICLR 2023; `jaxquant.compensation`). Of D inputs and
-    N outputs that costs O(D**2 (D + k N)) and gathers the layer; of stacked layers in every round.
+    Weights take the centroid that is nearest. With `moments`, a layer of which nothing is free
+    after this round freezes so that what it answers changes least: one input after the other, those
+    still to come make up for it, centroids that have no members yet are refitted, and the answers'
+    squared error is never above that of the nearest centroids (Frantar et al., "GPTQ", ICLR 2023;
+    `jaxquant.compensation`). In rounds before its last, re-training makes up for the nearest
+    centroids better. Of D inputs and N outputs that costs O(D**2 (D + k N)) and gathers the layer;
+    of stacked layers in every round.
 
     Args:
       plan: static.

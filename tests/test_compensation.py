@@ -42,9 +42,8 @@ def nearest_codes(weights):
     return jq.assign(jnp.asarray(weights), jnp.asarray(CENTROIDS))
 
 
-def with_nearest(weights, frozen, chosen):
-    codes = np.asarray(nearest_codes(weights))
-    return np.where(~frozen & chosen[codes], CENTROIDS[codes], weights)
+def with_nearest(weights, frozen):
+    return np.where(frozen, weights, CENTROIDS[np.asarray(nearest_codes(weights))])
 
 
 def port_of_gptq(weights, centroids, moments):
@@ -69,10 +68,10 @@ def test_one_pass_is_gptq(rows, monkeypatch):
     monkeypatch.setattr(compensation, "_SWEEPS", 0)
     weights, moments = make_layer(rows, 12)
     found = jax.jit(lambda *x: compensate(*x))(
-        weights, np.zeros(weights.shape, bool), CENTROIDS, ALL, ~ALL, moments
+        weights, np.zeros(weights.shape, bool), CENTROIDS, ~ALL, moments
     )
     port = port_of_gptq(weights, CENTROIDS.astype(np.float64), moments)
-    nearest = with_nearest(weights, np.zeros(weights.shape, bool), ALL)
+    nearest = with_nearest(weights, np.zeros(weights.shape, bool))
     port_is_better = errors(port, weights, moments) < errors(nearest, weights, moments)
     expected = np.where(port_is_better, port, nearest)
     # Float32 may turn a tie, and all that comes after it in that output.
@@ -90,20 +89,20 @@ def test_no_output_answers_worse_than_with_the_nearest_centroids(monkeypatch):
     monkeypatch.setattr(compensation, "_SWEEPS", 0)
     weights, moments = make_layer(4, 300)
     frozen = np.zeros(weights.shape, bool)
-    nearest = errors(with_nearest(weights, frozen, ALL), weights, moments)
+    nearest = errors(with_nearest(weights, frozen), weights, moments)
     port = errors(port_of_gptq(weights, CENTROIDS.astype(np.float64), moments), weights, moments)
     assert np.any(port > 1.1 * nearest)  # GPTQ alone does
-    found = jax.jit(lambda *x: compensate(*x))(weights, frozen, CENTROIDS, ALL, ~ALL, moments)
+    found = jax.jit(lambda *x: compensate(*x))(weights, frozen, CENTROIDS, ~ALL, moments)
     assert np.all(errors(found.weights, weights, moments) <= nearest * (1 + 1e-3))
 
 
 def test_the_error_is_a_fraction_of_the_nearest_centroids():
     weights, moments = make_layer(144, 16)
     frozen = np.zeros(weights.shape, bool)
-    nearest = errors(with_nearest(weights, frozen, ALL), weights, moments).sum()
-    found = quick(weights, frozen, CENTROIDS, ALL, ~ALL, moments)
+    nearest = errors(with_nearest(weights, frozen), weights, moments).sum()
+    found = quick(weights, frozen, CENTROIDS, ~ALL, moments)
     assert errors(found.weights, weights, moments).sum() < 0.5 * nearest
-    moved = quick(weights, frozen, CENTROIDS, ALL, OUTER, moments)
+    moved = quick(weights, frozen, CENTROIDS, OUTER, moments)
     assert (
         errors(moved.weights, weights, moments).sum()
         < errors(found.weights, weights, moments).sum()
@@ -118,7 +117,7 @@ def test_small_layers_come_near_the_best_of_all_choices():
         choices = np.array(list(itertools.product(CENTROIDS, repeat=6))).T
         best = errors(choices, weights, moments).min()
         frozen = np.zeros(weights.shape, bool)
-        found = quick(weights, frozen, CENTROIDS, ALL, ~ALL, moments)
+        found = quick(weights, frozen, CENTROIDS, ~ALL, moments)
         ratios.append(errors(found.weights, weights, moments)[0] / best)
     assert min(ratios) > 1 - 1e-4
     assert np.median(ratios) < 1.05
@@ -128,7 +127,7 @@ def test_after_enough_sweeps_no_single_weight_could_do_better(monkeypatch):
     monkeypatch.setattr(compensation, "_SWEEPS", 50)
     weights, moments = make_layer(70, 8)
     found = jax.jit(lambda *x: compensate(*x))(
-        weights, np.zeros(weights.shape, bool), CENTROIDS, ALL, ~ALL, moments
+        weights, np.zeros(weights.shape, bool), CENTROIDS, ~ALL, moments
     )
     new = np.asarray(found.weights)
     now = errors(new, weights, moments)
@@ -140,50 +139,24 @@ def test_after_enough_sweeps_no_single_weight_could_do_better(monkeypatch):
     assert (np.min(others, axis=0) >= now * (1 - 1e-4)).all()
 
 
-def test_after_enough_sweeps_the_free_weights_are_the_least_squares(monkeypatch):
-    monkeypatch.setattr(compensation, "_SWEEPS", 300)
-    weights, moments = make_layer(20, 6)
-    frozen = np.zeros(weights.shape, bool)
-    frozen[:4] = True
-    found = jax.jit(lambda *x: compensate(*x))(weights, frozen, CENTROIDS, OUTER, ~ALL, moments)
-    new, joined = np.asarray(found.weights, np.float64), np.asarray(found.joined)
-    free = ~frozen & ~joined
-    assert 0.2 < free.mean() < 0.6 and joined.mean() > 0.2
-    for column in range(6):
-        own, rest = free[:, column], ~free[:, column]
-        off = (new - weights)[rest, column]
-        best = np.linalg.solve(moments[own][:, own], -moments[own][:, rest] @ off)
-        got = (new - weights)[own, column]
-        energy = best @ moments[own][:, own] @ best
-        error = (got - best) @ moments[own][:, own] @ (got - best)
-        assert error < 1e-3 * energy
-
-
 @settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     share=st.sampled_from([0.0, 0.3, 1.0]),
-    chosen=st.sampled_from([ALL, OUTER, np.array([False, True, False])]),
     refit=st.booleans(),
     dead=st.booleans(),
 )
-def test_what_compensation_promises(seed, share, chosen, refit, dead):
+def test_what_compensation_promises(seed, share, refit, dead):
     weights, moments = make_layer(20, 6, seed)
     if dead:  # inputs that are always zero
         moments[3], moments[:, 3] = 0, 0
     frozen = np.random.default_rng(seed).random(weights.shape) < share
-    movable = chosen & OUTER & refit
-    found = jax.tree.map(np.asarray, quick(weights, frozen, CENTROIDS, chosen, movable, moments))
+    movable = OUTER & refit
+    found = jax.tree.map(np.asarray, quick(weights, frozen, CENTROIDS, movable, moments))
     np.testing.assert_array_equal(found.weights[frozen], weights[frozen])
     np.testing.assert_array_equal(found.centroids[~movable], CENTROIDS[~movable])
-    assert not (found.joined & frozen).any()
-    assert chosen[found.codes[found.joined]].all()
-    np.testing.assert_array_equal(
-        found.weights[found.joined], found.centroids[found.codes[found.joined]]
-    )
-    if chosen.all():
-        assert (found.joined | frozen).all()
-    nearest = errors(with_nearest(weights, frozen, chosen), weights, moments)
+    np.testing.assert_array_equal(found.weights[~frozen], found.centroids[found.codes[~frozen]])
+    nearest = errors(with_nearest(weights, frozen), weights, moments)
     got = errors(found.weights, weights, moments)
     assert got.sum() <= nearest.sum() * (1 + 1e-3) + 1e-9
 
@@ -191,7 +164,7 @@ def test_what_compensation_promises(seed, share, chosen, refit, dead):
 def test_inputs_that_do_not_depend_on_each_other_leave_the_nearest_centroid():
     weights, _ = make_layer(30, 5)
     found = quick(
-        weights, np.zeros(weights.shape, bool), CENTROIDS, ALL, ~ALL, np.eye(30, dtype=np.float32)
+        weights, np.zeros(weights.shape, bool), CENTROIDS, ~ALL, np.eye(30, dtype=np.float32)
     )
     np.testing.assert_array_equal(found.codes, nearest_codes(weights))
 
@@ -200,7 +173,7 @@ def test_moments_that_say_nothing_leave_the_nearest_centroid():
     weights, _ = make_layer(30, 5)
     for value in (0.0, np.nan):
         moments = np.full((30, 30), value, np.float32)
-        found = quick(weights, np.zeros(weights.shape, bool), CENTROIDS, ALL, OUTER, moments)
+        found = quick(weights, np.zeros(weights.shape, bool), CENTROIDS, OUTER, moments)
         np.testing.assert_array_equal(found.codes, nearest_codes(weights))
         np.testing.assert_array_equal(found.centroids, CENTROIDS)
 
@@ -209,7 +182,9 @@ def test_moments_that_say_nothing_leave_the_nearest_centroid():
 
 
 @pytest.mark.parametrize("strides", [1, 2])
-@pytest.mark.parametrize("padding", ["SAME", [(0, 1), (2, 0)]])
+@pytest.mark.parametrize(
+    "padding", ["SAME", "SAME_LOWER", "VALID", [(0, 1), (2, 0)], [(0, -1), (2, 0)]]
+)
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_moments_give_the_mean_square_of_a_convolutions_answers(strides, padding, dilation):
     rng = np.random.default_rng(0)
@@ -235,6 +210,20 @@ def test_moments_of_a_dense_layer():
     np.testing.assert_allclose(jq.input_moments(x), x.T @ x / 50, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"expected inputs of 4 axes, got \(50, 6\)"):
         jq.input_moments(x, window=(3, 3))
+    with pytest.raises(ValueError, match=r"expected windows of \(3, 5\) to fit, got inputs"):
+        jq.input_moments(
+            jnp.ones((1, 4, 4, 2)), window=(3, 3), kernel_dilation=(1, 2), padding="VALID"
+        )
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(12, 4), (7, 7), (1, 1)])
+def test_moments_of_a_large_batch_come_in_parts(batch, parts, monkeypatch):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(batch, 6, 6, 3)), jnp.float32)
+    whole = jq.input_moments(x, window=(3, 3))
+    monkeypatch.setattr("jaxquant.moments._PART_BYTES", 3 * 36 * 27 * 4)  # windows of three images
+    np.testing.assert_allclose(jq.input_moments(x, window=(3, 3)), whole, rtol=1e-5, atol=1e-6)
+    program = str(jax.make_jaxpr(lambda x: jq.input_moments(x, window=(3, 3)))(x))
+    assert (f"length={parts}" in program) == (parts > 1)
 
 
 # Rounds -------------------------------------------------------------------------------------------
@@ -286,7 +275,7 @@ def test_rounds_with_moments_freeze_for_good_and_end_on_the_codebook(dtype, orde
 def test_a_round_with_moments_answers_better_and_touches_no_other_layer():
     params, moments = make_tree()
     plan = jq.mlq(params, groups=2, order="layer_by_layer")
-    state = jq.init(plan, params)
+    params, state, _ = one_round(plan, params, jq.init(plan, params))  # boundaries of the first
     plain, _, _ = one_round(plan, params, state)
     got, new_state, _ = one_round(plan, params, state, moments=moments)
     np.testing.assert_array_equal(got["b"]["kernel"], params["b"]["kernel"])
@@ -296,7 +285,20 @@ def test_a_round_with_moments_answers_better_and_touches_no_other_layer():
         errors(x["a"]["kernel"].reshape(36, 8), old, np.asarray(moments["a/kernel"])).sum()
         for x in (got, plain)
     )
-    assert error < 0.5 * plain_error
+    assert error < 0.8 * plain_error
+
+
+def test_moments_say_nothing_before_a_layer_is_whole():
+    params, moments = make_tree()
+    plan = jq.slq(params, bits=2, rounds=(1, 2, 3))
+    state = jq.init(plan, params)
+    for last in (False, False, True):
+        plain, plain_state, _ = one_round(plan, params, state)
+        params, state, info = one_round(plan, params, state, moments=moments)
+        same = [np.array_equal(plain[x]["kernel"], params[x]["kernel"]) for x in ("a", "b")]
+        assert same == [not last, not last]
+        jax.tree.map(assert_equal, state.frozen, plain_state.frozen)
+    assert info.weights_frozen == {"a/kernel": 1, "b/kernel": 1}
 
 
 def test_a_round_moves_the_centroids_that_are_neither_pinned_nor_frozen():
@@ -308,7 +310,7 @@ def test_a_round_moves_the_centroids_that_are_neither_pinned_nor_frozen():
     got, state, _ = one_round(plan, params, start, moments=moments)
     centroids = plain.codebooks["b"]["kernel"]
     found = quick(
-        matrix, jnp.zeros(matrix.shape, bool), centroids, ALL, centroids != 0, moments["b/kernel"]
+        matrix, jnp.zeros(matrix.shape, bool), centroids, centroids != 0, moments["b/kernel"]
     )
     np.testing.assert_allclose(got["b"]["kernel"], found.weights, rtol=1e-5)
     np.testing.assert_allclose(state.codebooks["b"]["kernel"], found.centroids, rtol=1e-5)
