@@ -73,6 +73,14 @@ def test_a_wrong_override_is_named(override, message):
         ),
         (Config(quantize=Quantize(words=257)), "quantize.words: expected 1 to 256, got 257"),
         (Config(quantize=Quantize(length=0)), "quantize.length: expected at least 1, got 0"),
+        (
+            Config(quantize=Quantize(moment_batches=-1)),
+            "quantize.moment_batches: expected at least",
+        ),
+        (
+            Config(quantize=Quantize(method="inq", moment_batches=8)),
+            "quantize.moment_batches: expected 0 for inq, got 8",
+        ),
         (Config(batch_size=0), "batch_size: expected at least 1, got 0"),
         (Config(fit=Fit(epochs=(1, 2))), "fit.epochs: expected one number"),
         (Config(fit=Fit(epochs=(1,), distill_weight=0.5)), "fit.distill_weight: expected 0"),

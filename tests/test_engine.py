@@ -46,8 +46,9 @@ def make_dataset(size=40, pad=0, flip=False):
     return Dataset("x", train, train.first(7), 3, (0.5, 0.25), (0.5, 2.0), pad, flip)
 
 
-def make_engine(config, dataset, network=Tiny):
-    functions = engine.build(config, dataset, network(), network(momentum=0.0), layout.make(config))
+def make_engine(config, dataset, network=Tiny, inputs=None):
+    where = layout.make(config)
+    functions = engine.build(config, dataset, network(), network(momentum=0.0), where, inputs)
     variables = network().init(jax.random.key(0), jnp.zeros((1, 4, 4, 2)), train=False)
     return functions, variables, dataset.train
 
@@ -385,3 +386,35 @@ def test_sensitivity_is_the_mean_of_squared_gradients():
     np.testing.assert_allclose(got["dense"]["kernel"], gradient**2, rtol=1e-3, atol=1e-8)
     plain, _, _ = make_engine(Config(), dataset)
     assert plain.sensitivity(None, None, images, jax.random.key(0)) is None
+
+
+def test_moments_are_means_over_batches_of_what_layers_get():
+    config = Config(quantize=Quantize(moment_batches=4), batch_size=10)
+    dataset = make_dataset()
+    functions, variables, images = make_engine(config, dataset, inputs={("dense",): {}})
+    args = variables["params"], variables["batch_stats"], images, jax.random.key(0)
+    got = functions.moments(*args)
+    x = normalized(dataset, dataset.train.images).astype(np.float32).reshape(40, -1)
+    x = x / np.sqrt(1 + 1e-5)  # by the running statistics of an untrained network
+    assert list(got) == ["dense/kernel"]
+    np.testing.assert_allclose(got["dense/kernel"], x.T @ x / 40, rtol=1e-4, atol=1e-4)
+    plain, _, _ = make_engine(Config(), dataset)
+    assert plain.moments(*args) is None
+
+
+def test_a_round_freezes_by_the_moments_it_is_given():
+    config = Config(quantize=Quantize(moment_batches=4), batch_size=10)
+    dataset = make_dataset()
+    functions, variables, images = make_engine(config, dataset, inputs={("dense",): {}})
+    params = variables["params"]
+    moments = functions.moments(params, variables["batch_stats"], images, jax.random.key(0))
+    plan = jq.slq(params, bits=2, rounds=(3,))
+    old = params["dense"]["kernel"]
+
+    def error(moments):
+        new, _, _ = functions.quantize(plan, params, jq.init(plan, params), None, moments, KEY)
+        change = np.asarray(new["dense"]["kernel"] - old)
+        return np.einsum("in,ij,jn->", change, seen, change)
+
+    seen = np.asarray(moments["dense/kernel"])
+    assert error(moments) < 0.8 * error(None)

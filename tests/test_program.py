@@ -28,6 +28,7 @@ RUN = [
     "--config.quantize.groups=1",
     "--config.quantize.sensitivity=fisher",
     "--config.quantize.sensitivity_batches=2",
+    "--config.quantize.moment_batches=2",
     "--config.quantize.recalibrate_batches=2",
     "--config.batch_size=128",
     "--config.plots=false",

@@ -72,6 +72,7 @@ class Quantize:
     powers_of_two: bool = False  # slq, mlq: centroids rounded to them
     sensitivity: str = "none"  # none, or fisher: squared gradients weigh clusters and losses
     sensitivity_batches: int = 32
+    moment_batches: int = 0  # slq, mlq: of layers' inputs, by whose moments they freeze; 0: nearest
     recalibrate_batches: int = 0  # batch-norm statistics renewed after quantizing; 0: kept
     words: int = 16  # qcnn: of each subspace
     length: int = 4  # qcnn: input channels of a subspace; less where it does not divide them
@@ -215,6 +216,12 @@ def validate(config: Config) -> None:
     _at_least("data.workers", config.data.workers, 0)
     _at_least("quantize.iterations", quantize.iterations, -1)
     _at_least("quantize.sensitivity_batches", quantize.sensitivity_batches, 1)
+    _at_least("quantize.moment_batches", quantize.moment_batches, 0)
+    if quantize.moment_batches and quantize.method not in ("slq", "mlq"):
+        raise ValueError(
+            f"quantize.moment_batches: expected 0 for {quantize.method}, got "
+            f"{quantize.moment_batches}"
+        )
     _at_least("quantize.recalibrate_batches", quantize.recalibrate_batches, 0)
     _at_least("quantize.length", quantize.length, 1)
     _at_least("quantize.sweeps", quantize.sweeps, 0)

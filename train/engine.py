@@ -6,7 +6,7 @@ Where the arrays lie is the layout's business: each function settles its results
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 import jaxquant as jq
+from train import passes
 from train.config import Config, Fit
 from train.data import Dataset, Images
 from train.gradients import in_parts
@@ -41,6 +42,7 @@ class Parts(NamedTuple):
     count_correct: Callable[..., tuple[jax.Array, jax.Array]]
     batch_statistics: Callable[..., Any]
     squared_gradient: Callable[..., Any]
+    input_moments: Callable[..., dict[str, jax.Array]]
     quantize: Callable[..., tuple[Any, jq.QuantState, jq.RoundInfo]]
     eval_batch: int
     layout: Layout
@@ -54,13 +56,19 @@ class Engine(NamedTuple):
     evaluate: Callable[[Any, Any, Images | Encoded], dict[str, float]]
     recalibrate: Callable[..., Any]
     sensitivity: Callable[..., Any]
+    moments: Callable[..., Any]
     quantize: Callable[..., tuple[Any, jq.QuantState, jq.RoundInfo]]
     steps_per_call: int
     parts: Parts
 
 
 def build(
-    config: Config, dataset: Dataset, model: nn.Module, batch_model: nn.Module, layout: Layout
+    config: Config,
+    dataset: Dataset,
+    model: nn.Module,
+    batch_model: nn.Module,
+    layout: Layout,
+    inputs: Mapping[passes.Path, Mapping[str, Any]] | None = None,
 ) -> Engine:
     """Return the compiled functions for one network on one dataset.
 
@@ -70,6 +78,7 @@ def build(
       model: the network.
       batch_model: the same with `bn_momentum=0`: its new statistics are those of the batch.
       layout: where arrays lie.
+      inputs: layers whose inputs' moments rounds take, from `train.passes.find`; None: of none.
     """
     prepare = functools.partial(_augment, dataset=dataset)
     tx = _optimizer()
@@ -80,6 +89,7 @@ def build(
         count_correct=functools.partial(_count_correct, model, dataset, layout),
         batch_statistics=functools.partial(_batch_statistics, batch_model, prepare, layout),
         squared_gradient=functools.partial(_squared_gradient, model, prepare, layout),
+        input_moments=functools.partial(_input_moments, model, prepare, layout, inputs or {}),
         quantize=functools.partial(_quantize, layout),
         eval_batch=eval_batch + -eval_batch % layout.size,  # the devices divide a batch
         layout=layout,
@@ -104,6 +114,7 @@ def build(
         ),
         recalibrate=functools.partial(recalibrate, config, averaged(parts.batch_statistics)),
         sensitivity=functools.partial(sensitivity, config, averaged(parts.squared_gradient)),
+        moments=functools.partial(moments, config, averaged(parts.input_moments)),
         quantize=jax.jit(parts.quantize, static_argnums=0),
         steps_per_call=steps_per_call,
         parts=parts,
@@ -395,10 +406,22 @@ def feed(
 
 
 def _quantize(
-    layout: Layout, plan: jq.Plan, params: Any, quant: jq.QuantState, sensitivity: Any, key: Any
+    layout: Layout,
+    plan: jq.Plan,
+    params: Any,
+    quant: jq.QuantState,
+    sensitivity: Any,
+    moments: Any,
+    key: Any,
 ) -> tuple[Any, jq.QuantState, jq.RoundInfo]:
-    key = jax.random.wrap_key_data(key)
-    params, quant, info = jq.quantize_round(plan, params, quant, sensitivity=sensitivity, key=key)
+    params, quant, info = jq.quantize_round(
+        plan,
+        params,
+        quant,
+        sensitivity=sensitivity,
+        moments=moments,
+        key=jax.random.wrap_key_data(key),
+    )
     return *layout.settle((params, quant)), layout.whole(info)
 
 
@@ -533,3 +556,30 @@ def sensitivity(
     if config.quantize.sensitivity == "none":
         return None
     return average(config.quantize.sensitivity_batches, params, batch_stats, data, key)
+
+
+def _input_moments(
+    model: nn.Module,
+    prepare: Callable[..., jax.Array],
+    layout: Layout,
+    inputs: Mapping[passes.Path, Mapping[str, Any]],
+    variables: Any,
+    batch: Images,
+    key: jax.Array,
+) -> dict[str, jax.Array]:
+    images = prepare(jax.random.wrap_key_data(key), batch.images)
+    return layout.settle(passes.input_moments(model, inputs, layout.whole(variables), images))
+
+
+def moments(
+    config: Config,
+    average: Callable[..., Any],
+    params: Any,
+    batch_stats: Any,
+    data: Images | Encoded,
+    key: jax.Array,
+) -> Any:
+    """Return the moments of layers' inputs over batches, or None if the plan does not want them."""
+    if not config.quantize.moment_batches:
+        return None
+    return average(config.quantize.moment_batches, params, batch_stats, data, key)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jaxquant as jq
 from jaxquant.packing import MOST_CENTROIDS
 from train import config as configs
-from train import data, layout, models, pretrained, products
+from train import data, layout, models, passes, pretrained, products
 from train.config import Config, Data
 from train.logs import write_text
 
@@ -31,6 +31,7 @@ class Job(NamedTuple):
     initial: Any  # variables from config.init, maybe packed, or None
     plan: jq.Plan | None
     layout: layout.Layout
+    inputs: dict[passes.Path, dict[str, Any]]  # layers whose inputs' moments rounds take
 
 
 def prepare(config: Config, workdir: Path) -> Job:
@@ -68,8 +69,12 @@ def check(config: Config) -> Job:
     if initial is None and not config.fit.epochs[0]:
         raise ValueError("expected init=FILE or fit.epochs above 0, got neither")
     plan = make_plan(config, shapes["params"])
+    image = jax.ShapeDtypeStruct((1, *dataset.train.image_shape), jnp.float32)
     if config.quantize.method == "qcnn":
-        _check_products(config, model, shapes, dataset)
+        _check_products(config, model, shapes, image)
+    inputs = {}
+    if config.quantize.moment_batches and plan is not None:
+        inputs = _find_inputs(model, shapes, image, plan)
     if plan is not None and len(config.retrain.epochs) not in (1, plan.num_rounds):
         raise ValueError(
             f"retrain.epochs: expected 1 or {plan.num_rounds} numbers, one a round, "
@@ -86,14 +91,25 @@ def check(config: Config) -> Job:
                 f"{layer.path}: expected at most {MOST_CENTROIDS} centroids, as many as can be "
                 f"packed, got {layer.k}"
             )
-    return Job(config, Path(), dataset, model, shapes, initial, plan, layout.make(config))
+    return Job(config, Path(), dataset, model, shapes, initial, plan, layout.make(config), inputs)
 
 
-def _check_products(config: Config, model: nn.Module, shapes: Any, dataset: data.Dataset) -> None:
+def _check_products(config: Config, model: nn.Module, shapes: Any, image: Any) -> None:
     if config.mesh.devices != 1 or jax.process_count() > 1:
         raise ValueError("mesh.devices: expected 1, product quantization runs on one device")
-    image = jax.ShapeDtypeStruct((1, *dataset.train.image_shape), jnp.float32)
     products.check(model, shapes, image, config.quantize)
+
+
+def _find_inputs(
+    model: nn.Module, shapes: Any, image: Any, plan: jq.Plan
+) -> dict[passes.Path, dict[str, Any]]:
+    for layer in plan.selection.selected:
+        if layer.axis is not None:
+            raise ValueError(
+                f"{layer.path}: expected one codebook for the whole layer where "
+                f"quantize.moment_batches is above 0, got one along axis {layer.axis}"
+            )
+    return passes.find(model, shapes, image, [layer.path for layer in plan.selection.selected])
 
 
 @functools.lru_cache(maxsize=1)  # the experiments of a study share it

@@ -166,7 +166,7 @@ def _functions(job: Job) -> engine.Engine:
     batch_model = models.build(
         job.config.model, num_classes=job.dataset.num_classes, bn_momentum=0.0
     )
-    return engine.build(job.config, job.dataset, job.model, batch_model, job.layout)
+    return engine.build(job.config, job.dataset, job.model, batch_model, job.layout, job.inputs)
 
 
 def _fresh(job: Job, functions: engine.Engine) -> RunState:
@@ -249,8 +249,9 @@ class _Worker:
         key = self._key(number, 1)
         train_data = self.job.dataset.train
         sensitivity = self.functions.sensitivity(params, batch_stats, train_data, key)
+        moments = self.functions.moments(params, batch_stats, train_data, key)
         params, quant, info = self.functions.quantize(
-            plan, params, state.quant, sensitivity, engine.key_data(self._key(number, 2))
+            plan, params, state.quant, sensitivity, moments, engine.key_data(self._key(number, 2))
         )
         self._check_finite(unit, info)
         batch_stats = self.functions.recalibrate(

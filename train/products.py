@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
-from jaxquant.ops.layers import zero_padding
-from jaxquant.ops.reference import each_axis
+from train import passes
 from train.config import Quantize
+from train.passes import Path
 
-_Path = tuple[str, ...]
 _WINDOW = ("window", "window_strides", "padding", "kernel_dilation")
 
 
@@ -122,7 +121,7 @@ def piece(channels: int, length: int) -> int:
 
 def check(
     model: nn.Module, variables: Any, images: Any, settings: Quantize
-) -> dict[_Path, dict[str, Any]]:
+) -> dict[Path, dict[str, Any]]:
     """Return the layers to quantize, in the order in which they run, and how their windows move.
 
     Args:
@@ -130,72 +129,22 @@ def check(
       images: [batch, height, width, channels], or a shape.
 
     Raises:
-      ValueError: for a selected leaf that is not the kernel of a plain `nn.Dense` or `nn.Conv`, or
-        of one that runs twice; names it.
+      ValueError: as `train.passes.find`.
     """
     selection = jq.select(variables["params"], settings.rules, k=1)
-    wanted = {layer.path for layer in selection.selected}
-    found: dict[_Path, dict[str, Any]] = {}
-
-    def note(path: _Path, module: nn.Module, *_: Any) -> None:
-        name = "/".join((*path, "kernel"))
-        if name in wanted:
-            if path in found:
-                raise ValueError(f"{name}: expected a layer that runs once in a pass")
-            found[path] = _window(name, module)
-
-    jax.eval_shape(functools.partial(_pass, model, note), variables, images)
-    missing = sorted(wanted - {"/".join((*path, "kernel")) for path in found})
-    if missing:
-        raise ValueError(
-            f"{missing[0]}: expected the kernel of an nn.Dense or nn.Conv; leave it alone by a rule"
-        )
-    return found
+    return passes.find(model, variables, images, [layer.path for layer in selection.selected])
 
 
-def _window(name: str, module: nn.Module) -> dict[str, Any]:
-    """Return the options of `jq.product.observe`."""
-    if isinstance(module, nn.Dense):
-        return {}
-    assert isinstance(module, nn.Conv)
-    if module.feature_group_count != 1:
-        raise ValueError(f"{name}: expected no groups of channels")
-    window = tuple(cast(Sequence[int], module.kernel_size))
-    return {
-        "window": window,
-        "window_strides": each_axis(module.strides or 1, len(window)),
-        "padding": zero_padding(module),
-        "kernel_dilation": each_axis(module.kernel_dilation or 1, len(window)),
-    }
-
-
-def _responses(model: nn.Module, variables: Any, images: jax.Array) -> dict[_Path, _Seen]:
+def _responses(model: nn.Module, variables: Any, images: jax.Array) -> dict[Path, _Seen]:
     """Return what passes through each layer, from a forward pass."""
-    seen: dict[_Path, _Seen] = {}
+    seen: dict[Path, _Seen] = {}
 
-    def note(path: _Path, module: Any, inputs: jax.Array, outputs: jax.Array) -> None:
+    def note(path: Path, module: Any, inputs: jax.Array, outputs: jax.Array) -> None:
         bias = module.variables["params"]["bias"] if module.use_bias else 0.0
         seen[path] = _Seen(inputs, outputs - bias)
 
-    _pass(model, note, variables, images)
+    passes.run(model, note, variables, images)
     return seen
-
-
-def _pass(
-    model: nn.Module, note: Callable[..., None], variables: Any, images: jax.Array
-) -> jax.Array:
-    """Run a forward pass; `note` is told of each dense and convolution layer as it runs."""
-
-    def intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        outputs = next_fun(*args, **kwargs)
-        module = context.module
-        if context.method_name == "__call__" and isinstance(module, nn.Dense | nn.Conv):
-            note(tuple(module.path), module, args[0], outputs)
-        return outputs
-
-    with nn.intercept_methods(intercept):
-        logits: Any = model.apply(variables, images, train=False)
-    return logits
 
 
 def _kernel(params: Any, path: Iterable[str]) -> jax.Array:

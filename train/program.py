@@ -94,9 +94,9 @@ def build(config: Config, plan: jq.Plan, parts: Parts) -> Callable[..., Any]:
 
     `run(state, quant, teacher, train, test, keys, momentum, weight_decay, steps)` returns the
     TrainState and QuantState after the last round, and Records. `test` is filled up
-    (`engine.fill_up`) and cut into batches [batches, batch, ...]; `keys` are uint32
-    [rounds, 3, 2]: for the sensitivity, the partition and the recalibration of each round. It may
-    be mapped by `vmap`, over seeds and hyperparameters; see Steps.
+    (`engine.fill_up`) and cut into batches [batches, batch, ...]; `keys` are uint32 [rounds, 3, 2]:
+    for sensitivity and moments, the partition and the recalibration of each round. It may be mapped
+    by `vmap`, over seeds and hyperparameters; see Steps.
     """
     return functools.partial(_run, config, plan, parts)
 
@@ -127,7 +127,10 @@ def _run(
         sensitivity = engine.sensitivity(
             config, averaged(parts.squared_gradient), params, batch_stats, train, own_keys[0]
         )
-        params, quant, info = parts.quantize(plan, params, quant, sensitivity, own_keys[1])
+        moments = engine.moments(
+            config, averaged(parts.input_moments), params, batch_stats, train, own_keys[0]
+        )
+        params, quant, info = parts.quantize(plan, params, quant, sensitivity, moments, own_keys[1])
         batch_stats = engine.recalibrate(
             config, averaged(parts.batch_statistics), params, batch_stats, train, own_keys[2]
         )
