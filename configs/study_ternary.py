@@ -29,6 +29,8 @@ def get_configs() -> dict[str, Config]:
     soft_t4 = vary(base, retrain=dict(distill_weight=1.0, temperature=4.0))
     soft_t16 = vary(base, retrain=dict(distill_weight=1.0, temperature=16.0))
     features_100 = vary(soft_t16, retrain=dict(feature_weight=100.0))
+    zero = vary(features_100, quantize=dict(zero=True))
+    linear_first = dict(rules=(LayerRule("linear/kernel", depth=-1), LayerRule(".*kernel")))
     channels = dict(rules=(LayerRule(".*kernel", axis=-1),))
     return {
         "base": base,
@@ -62,7 +64,10 @@ def get_configs() -> dict[str, Config]:
         ),
         "features_10": vary(soft_t16, retrain=dict(feature_weight=10.0)),
         "features_100": features_100,
-        "features_100_zero": vary(features_100, quantize=dict(zero=True)),
+        "features_100_zero": zero,
+        "linear_first": vary(zero, quantize=linear_first),
+        "moments": vary(zero, quantize=dict(moment_batches=8)),
+        "linear_first_moments": vary(zero, quantize=dict(moment_batches=8, **linear_first)),
         "decay_0": vary(base, retrain=dict(weight_decay=0.0)),
         "decay_0.0005": vary(base, retrain=dict(weight_decay=5e-4)),
         "channels": vary(base, quantize=channels),
