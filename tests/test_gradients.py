@@ -39,12 +39,11 @@ def gradients(model, variables, x, *, parts):
     return jax.value_and_grad(loss, argnums=(0, 1))
 
 
-@pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize(
-    ("batch", "stride", "parts"),
-    [(24, 1, 8), (24, 2, 8), (15, 2, 5), (17, 1, 1), (2, 1, 1)],
+    ("batch", "stride", "use_bias", "parts"),
+    [(24, 1, False, 8), (15, 2, True, 5), (17, 1, True, 1), (2, 1, False, 1)],
 )
-def test_gradients_in_parts_are_those_of_the_whole_batch(batch, stride, parts, use_bias):
+def test_gradients_in_parts_are_those_of_the_whole_batch(batch, stride, use_bias, parts):
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (batch, 31, 32, 32))  # more than 2**18 bytes for three images
     model = Net(stride, use_bias)

@@ -217,7 +217,7 @@ def validate(config: Config) -> None:
     _at_least("quantize.iterations", quantize.iterations, -1)
     _at_least("quantize.sensitivity_batches", quantize.sensitivity_batches, 1)
     _at_least("quantize.moment_batches", quantize.moment_batches, 0)
-    if quantize.moment_batches and quantize.method not in ("slq", "mlq"):
+    if quantize.moment_batches and quantize.method in ("inq", "qcnn"):
         raise ValueError(
             f"quantize.moment_batches: expected 0 for {quantize.method}, got "
             f"{quantize.moment_batches}"
