@@ -10,6 +10,7 @@ command once for each core. What came out: docs/results.md.
 
 from dataclasses import replace
 
+from jaxquant import LayerRule
 from train.config import Config, Data, Fit, Quantize, vary
 
 
@@ -24,6 +25,10 @@ def get_configs() -> dict[str, Config]:
         plots=False,
         tensorboard=False,
     )
+    features_100 = vary(
+        base, retrain=dict(distill_weight=1.0, temperature=16.0, feature_weight=100.0)
+    )
+    moments = vary(features_100, quantize=dict(moment_batches=8))
     return {
         "base": base,
         "seed_1": replace(base, seed=1),
@@ -37,8 +42,16 @@ def get_configs() -> dict[str, Config]:
         "all_at_once": vary(base, quantize=dict(rounds=(5,)), retrain=dict(epochs=(4,))),
         "fisher": vary(base, quantize=dict(sensitivity="fisher")),
         "soft_t16": vary(base, retrain=dict(distill_weight=1.0, temperature=16.0)),
-        "features_100": vary(
-            base, retrain=dict(distill_weight=1.0, temperature=16.0, feature_weight=100.0)
+        "features_100": features_100,
+        "moments": moments,
+        "moments_groups": vary(
+            moments,
+            quantize=dict(
+                method="mlq",
+                groups=3,
+                order="boundaries_together",
+                rules=(LayerRule("linear/kernel", depth=-1), LayerRule(".*kernel")),
+            ),
         ),
         "rate_0.002": vary(base, retrain=dict(learning_rate=0.002)),
         "rate_0.05": vary(base, retrain=dict(learning_rate=0.05)),
