@@ -42,9 +42,9 @@ def compensate(
        are still to come make up for it as well as they can: the optimal update of the Optimal
        Brain Surgeon in the order of GPTQ, the inputs of most energy first (Frantar et al., "GPTQ",
        ICLR 2023; "Optimal Brain Compression", NeurIPS 2022). An output that would answer worse than
-       with the nearest centroids keeps these.
-    2. The movable centroids go to the least squares of these codes, and 1. begins again with them;
-       the best of a few passes stays.
+       it does, at first with the nearest centroids, stays as it is.
+    2. The movable centroids go to the least squares of these codes, and 1. begins again with them,
+       a few times.
     3. Coordinate descent: each weight to the best centroid given all others, and the centroids once
        more to the least squares.
 
@@ -71,14 +71,13 @@ def compensate(
         sorted_moments,
         _spreading(sorted_moments),
     )
-    best = _refit(layer, _first(layer, centroids), movable)
+    nearest = Compensated(*_to_nearest(layer.weights, layer.frozen, centroids), centroids)
 
     def again(_: int, best: Compensated) -> Compensated:
-        new = _refit(layer, _by_input(layer, best.centroids), movable)
-        return _where(_error(layer, new).sum() < _error(layer, best).sum(), new, best)
+        return _refit(layer, _better(layer, _by_input(layer, best.centroids), best), movable)
 
     passes = jnp.where(jnp.any(movable), _PASSES, 1)  # under the same centroids all are the same
-    best = jax.lax.fori_loop(1, passes, again, best)
+    best = jax.lax.fori_loop(0, passes, again, nearest)
     best = _refit(layer, _descend(layer, best), movable)
     back = jnp.argsort(order)
     return best._replace(weights=best.weights[:rows][back], codes=best.codes[:rows][back])
@@ -177,15 +176,12 @@ def _to_nearest(
     return jnp.where(frozen, weights, reconstruct(codes, centroids)), codes
 
 
-def _first(layer: _Layer, centroids: jax.Array) -> Compensated:
+def _better(layer: _Layer, new: Compensated, old: Compensated) -> Compensated:
     """Return for each output the better of both, under the same centroids."""
-    new = _by_input(layer, centroids)
-    nearest = Compensated(*_to_nearest(layer.weights, layer.frozen, centroids), centroids)
-    better = _error(layer, new) < _error(layer, nearest)  # not where it is NaN
-    return Compensated(
-        weights=jnp.where(better, new.weights, nearest.weights),
-        codes=jnp.where(better, new.codes, nearest.codes),
-        centroids=centroids,
+    better = _error(layer, new) < _error(layer, old)  # not where it is NaN
+    return old._replace(
+        weights=jnp.where(better, new.weights, old.weights),
+        codes=jnp.where(better, new.codes, old.codes),
     )
 
 

@@ -242,8 +242,10 @@ def make_tree(dtype=np.float32):
     return params, {"a/kernel": jnp.asarray(first_moments), "b/kernel": jnp.asarray(second_moments)}
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("order", ["boundaries_together", "layer_by_layer"])
+@pytest.mark.parametrize(
+    ("dtype", "order"),
+    [(jnp.float32, "boundaries_together"), (jnp.bfloat16, "layer_by_layer")],
+)
 def test_rounds_with_moments_freeze_for_good_and_end_on_the_codebook(dtype, order):
     params, moments = make_tree(dtype)
     plan = jq.mlq(params, groups=2, order=order, zero=True)
