@@ -72,7 +72,7 @@ class Quantize:
     powers_of_two: bool = False  # slq, mlq: centroids rounded to them
     sensitivity: str = "none"  # none, or fisher: squared gradients weigh clusters and losses
     sensitivity_batches: int = 32
-    moment_batches: int = 0  # slq, mlq: of layers' inputs, by whose moments they freeze; 0: nearest
+    moment_batches: int = 0  # slq, mlq: last clusters freeze by moments of inputs; 0: by distance
     recalibrate_batches: int = 0  # batch-norm statistics renewed after quantizing; 0: kept
     words: int = 16  # qcnn: of each subspace
     length: int = 4  # qcnn: input channels of a subspace; less where it does not divide them

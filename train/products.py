@@ -88,7 +88,7 @@ def quantize(
         array, history = correct(array, total, sweeps=settings.sweeps)
         packed = _with_kernel(packed, path, array)
         params = _with_kernel(params, path, jq.unpack(array))
-        name = "/".join((*path, "kernel"))
+        name = passes.kernel_name(path)
         errors[name] = LayerError(float(history[0]), float(history[-1]))
         tell(f"{name}: response error {errors[name].before:.2%} -> {errors[name].after:.2%}")
     return packed, errors
