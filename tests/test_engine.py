@@ -372,9 +372,10 @@ def test_sensitivity_is_the_mean_of_squared_gradients():
     config = Config(quantize=Quantize(sensitivity="fisher", sensitivity_batches=1), batch_size=40)
     dataset = make_dataset()
     functions, variables, images = make_engine(config, dataset)
-    got = functions.sensitivity(
+    guides = functions.guides(
         variables["params"], variables["batch_stats"], images, jax.random.key(0)
     )
+    got = guides["sensitivity"]
     x = normalized(dataset, dataset.train.images).astype(np.float32)
 
     def loss(params):
@@ -385,7 +386,8 @@ def test_sensitivity_is_the_mean_of_squared_gradients():
     gradient = jax.grad(loss)(variables["params"])["dense"]["kernel"]
     np.testing.assert_allclose(got["dense"]["kernel"], gradient**2, rtol=1e-3, atol=1e-8)
     plain, _, _ = make_engine(Config(), dataset)
-    assert plain.sensitivity(None, None, images, jax.random.key(0)) is None
+    guides = plain.guides(None, None, images, jax.random.key(0))
+    assert guides == {"sensitivity": None, "moments": None}
 
 
 def test_moments_are_means_over_batches_of_what_layers_get():
@@ -393,13 +395,15 @@ def test_moments_are_means_over_batches_of_what_layers_get():
     dataset = make_dataset()
     functions, variables, images = make_engine(config, dataset, inputs={("dense",): {}})
     args = variables["params"], variables["batch_stats"], images, jax.random.key(0)
-    got = functions.moments(*args)
+    guides = functions.guides(*args)
+    got = guides["moments"]
+    assert guides["sensitivity"] is None
     x = normalized(dataset, dataset.train.images).astype(np.float32).reshape(40, -1)
     x = x / np.sqrt(1 + 1e-5)  # by the running statistics of an untrained network
     assert list(got) == ["dense/kernel"]
     np.testing.assert_allclose(got["dense/kernel"], x.T @ x / 40, rtol=1e-4, atol=1e-4)
     plain, _, _ = make_engine(Config(), dataset)
-    assert plain.moments(*args) is None
+    assert plain.guides(*args)["moments"] is None
 
 
 def test_a_round_freezes_by_the_moments_it_is_given():
@@ -407,14 +411,14 @@ def test_a_round_freezes_by_the_moments_it_is_given():
     dataset = make_dataset()
     functions, variables, images = make_engine(config, dataset, inputs={("dense",): {}})
     params = variables["params"]
-    moments = functions.moments(params, variables["batch_stats"], images, jax.random.key(0))
+    guides = functions.guides(params, variables["batch_stats"], images, jax.random.key(0))
     plan = jq.slq(params, bits=2, rounds=(3,))
     old = params["dense"]["kernel"]
 
-    def error(moments):
-        new, _, _ = functions.quantize(plan, params, jq.init(plan, params), None, moments, KEY)
+    def error(guides):
+        new, _, _ = functions.quantize(plan, params, jq.init(plan, params), guides, KEY)
         change = np.asarray(new["dense"]["kernel"] - old)
         return np.einsum("in,ij,jn->", change, seen, change)
 
-    seen = np.asarray(moments["dense/kernel"])
-    assert error(moments) < 0.8 * error(None)
+    seen = np.asarray(guides["moments"]["dense/kernel"])
+    assert error(guides) < 0.8 * error({})

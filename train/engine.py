@@ -55,8 +55,7 @@ class Engine(NamedTuple):
     train: Callable[..., tuple[TrainState, Any, dict[str, jax.Array]]]
     evaluate: Callable[[Any, Any, Images | Encoded], dict[str, float]]
     recalibrate: Callable[..., Any]
-    sensitivity: Callable[..., Any]
-    moments: Callable[..., Any]
+    guides: Callable[..., dict[str, Any]]
     quantize: Callable[..., tuple[Any, jq.QuantState, jq.RoundInfo]]
     steps_per_call: int
     parts: Parts
@@ -113,8 +112,9 @@ def build(
             _evaluate, parts.eval_batch, layout, jax.jit(parts.count_correct)
         ),
         recalibrate=functools.partial(recalibrate, config, averaged(parts.batch_statistics)),
-        sensitivity=functools.partial(sensitivity, config, averaged(parts.squared_gradient)),
-        moments=functools.partial(moments, config, averaged(parts.input_moments)),
+        guides=functools.partial(
+            guides, config, averaged(parts.squared_gradient), averaged(parts.input_moments)
+        ),
         quantize=jax.jit(parts.quantize, static_argnums=0),
         steps_per_call=steps_per_call,
         parts=parts,
@@ -406,22 +406,10 @@ def feed(
 
 
 def _quantize(
-    layout: Layout,
-    plan: jq.Plan,
-    params: Any,
-    quant: jq.QuantState,
-    sensitivity: Any,
-    moments: Any,
-    key: Any,
+    layout: Layout, plan: jq.Plan, params: Any, quant: jq.QuantState, guides: Any, key: Any
 ) -> tuple[Any, jq.QuantState, jq.RoundInfo]:
-    params, quant, info = jq.quantize_round(
-        plan,
-        params,
-        quant,
-        sensitivity=sensitivity,
-        moments=moments,
-        key=jax.random.wrap_key_data(key),
-    )
+    key = jax.random.wrap_key_data(key)
+    params, quant, info = jq.quantize_round(plan, params, quant, **guides, key=key)
     return *layout.settle((params, quant)), layout.whole(info)
 
 
@@ -540,24 +528,6 @@ def _squared_gradient(
     return layout.settle(jax.tree.map(jnp.square, jax.grad(loss)(variables["params"])))
 
 
-def sensitivity(
-    config: Config,
-    average: Callable[..., Any],
-    params: Any,
-    batch_stats: Any,
-    data: Images | Encoded,
-    key: jax.Array,
-) -> Any:
-    """Return the mean of squared gradients over batches, or None if the plan does not want it.
-
-    The gradient is that of a batch's mean loss: the diagonal Fisher information up to a factor
-    that all weights share, as long as gradients of different examples are uncorrelated.
-    """
-    if config.quantize.sensitivity == "none":
-        return None
-    return average(config.quantize.sensitivity_batches, params, batch_stats, data, key)
-
-
 def _input_moments(
     model: nn.Module,
     prepare: Callable[..., jax.Array],
@@ -571,15 +541,29 @@ def _input_moments(
     return layout.settle(passes.input_moments(model, inputs, layout.whole(variables), images))
 
 
-def moments(
+def guides(
     config: Config,
-    average: Callable[..., Any],
+    gradients: Callable[..., Any],
+    inputs: Callable[..., Any],
     params: Any,
     batch_stats: Any,
     data: Images | Encoded,
     key: jax.Array,
-) -> Any:
-    """Return the moments of layers' inputs over batches, or None if the plan does not want them."""
-    if not config.quantize.moment_batches:
-        return None
-    return average(config.quantize.moment_batches, params, batch_stats, data, key)
+) -> dict[str, Any]:
+    """Return what decides a round besides the weights: means over batches, for `_quantize`.
+
+    `sensitivity` is the mean of squared gradients: those of a batch's mean loss, the diagonal
+    Fisher information up to a factor that all weights share, as long as gradients of different
+    examples are uncorrelated. `moments` are those of layers' inputs. Either is None if the plan
+    does not want it. `gradients` and `inputs` are `_mean_over_batches` of these, here or in one
+    program.
+    """
+    settings = config.quantize
+    wanted = {
+        "sensitivity": (gradients, settings.sensitivity_batches * (settings.sensitivity != "none")),
+        "moments": (inputs, settings.moment_batches),
+    }
+    return {
+        name: average(batches, params, batch_stats, data, key) if batches else None
+        for name, (average, batches) in wanted.items()
+    }

@@ -248,10 +248,9 @@ class _Worker:
         params, batch_stats = state.train.params, state.train.batch_stats
         key = self._key(number, 1)
         train_data = self.job.dataset.train
-        sensitivity = self.functions.sensitivity(params, batch_stats, train_data, key)
-        moments = self.functions.moments(params, batch_stats, train_data, key)
+        guides = self.functions.guides(params, batch_stats, train_data, key)
         params, quant, info = self.functions.quantize(
-            plan, params, state.quant, sensitivity, moments, engine.key_data(self._key(number, 2))
+            plan, params, state.quant, guides, engine.key_data(self._key(number, 2))
         )
         self._check_finite(unit, info)
         batch_stats = self.functions.recalibrate(

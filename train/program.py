@@ -124,13 +124,9 @@ def _run(
     ) -> tuple[TrainState, jq.QuantState, tuple[jq.RoundInfo, Measured]]:
         own_keys = jnp.asarray(keys)[quant.round]
         params, batch_stats = state.params, state.batch_stats
-        sensitivity = engine.sensitivity(
-            config, averaged(parts.squared_gradient), params, batch_stats, train, own_keys[0]
-        )
-        moments = engine.moments(
-            config, averaged(parts.input_moments), params, batch_stats, train, own_keys[0]
-        )
-        params, quant, info = parts.quantize(plan, params, quant, sensitivity, moments, own_keys[1])
+        means = averaged(parts.squared_gradient), averaged(parts.input_moments)
+        guides = engine.guides(config, *means, params, batch_stats, train, own_keys[0])
+        params, quant, info = parts.quantize(plan, params, quant, guides, own_keys[1])
         batch_stats = engine.recalibrate(
             config, averaged(parts.batch_statistics), params, batch_stats, train, own_keys[2]
         )
