@@ -85,6 +85,14 @@ def test_a_wrong_override_is_named(override, message):
         (Config(fit=Fit(epochs=(1, 2))), "fit.epochs: expected one number"),
         (Config(fit=Fit(epochs=(1,), distill_weight=0.5)), "fit.distill_weight: expected 0"),
         (Config(fit=Fit(epochs=(1,), feature_weight=0.5)), "fit.feature_weight: expected 0"),
+        (
+            Config(fit=Fit(epochs=(1,), mirrored_teacher=True)),
+            "fit.mirrored_teacher: expected false, the float network",
+        ),
+        (
+            Config(retrain=Fit(mirrored_teacher=True)),
+            "retrain.mirrored_teacher: expected distill_weight or feature_weight above 0",
+        ),
         (Config(retrain=Fit(feature_weight=-1.0)), "retrain.feature_weight: expected at least 0"),
         (Config(retrain=Fit(distill_weight=2.0)), "retrain.distill_weight: expected 0 to 1"),
         (Config(retrain=Fit(temperature=0.0)), "retrain.temperature: expected more than 0"),

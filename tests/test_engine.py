@@ -331,6 +331,58 @@ def test_distillation_is_the_weighted_sum_of_labels_soft_targets_and_relative_fe
     assert float(engine._distill(Fit(), jnp.float32(1.5), ours, theirs)) == 1.5
 
 
+class Sided(nn.Module):
+    """Two convolutions that tell left from right, and maybe a dense layer with features."""
+
+    dense: bool
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        for features in (3, 5):
+            x = nn.relu(nn.Conv(features, (3, 3))(x))
+            self.sow("intermediates", "features", x)
+        x = jnp.mean(x[:, :, :2], axis=(1, 2))  # of the left half
+        if self.dense:
+            x = nn.relu(nn.Dense(4)(x))
+            self.sow("intermediates", "features", x)
+        return nn.Dense(3)(x)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_mirrored_teacher_answers_an_image_as_its_mirror_image(dense):
+    model, stage = Sided(dense), Fit(distill_weight=1.0, mirrored_teacher=True)
+    images = jax.random.normal(jax.random.key(1), (6, 4, 4, 2))
+    variables = model.init(jax.random.key(0), images, train=False)
+    plain = [engine._teach(Fit(), model, variables, x) for x in (images, images[:, :, ::-1])]
+    got = [engine._teach(stage, model, variables, x) for x in (images, images[:, :, ::-1])]
+    for x in got:
+        np.testing.assert_allclose(x.logits, (plain[0].logits + plain[1].logits) / 2, rtol=1e-5)
+    assert np.abs(got[0].logits - plain[0].logits).max() > 1e-3
+    # A place's features answer from where it lies; all before the last block are the image's own.
+    back = got[1].features[-1] if dense else got[1].features[-1][:, :, ::-1]
+    np.testing.assert_allclose(got[0].features[-1], back, rtol=1e-5)
+    assert np.abs(got[0].features[-1] - plain[0].features[-1]).max() > 1e-3
+    chex.assert_trees_all_equal(got[0].features[:-1], plain[0].features[:-1])
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_step_asks_the_teacher_that_the_config_names(mirrored):
+    stage = Fit(distill_weight=1.0, temperature=3.0, mirrored_teacher=mirrored)
+    functions, variables, images = make_engine(Config(retrain=stage), make_dataset())
+    teacher = jax.tree.map(lambda p: 2.0 * p, variables["params"])
+    teacher = {"params": teacher, "batch_stats": variables["batch_stats"]}
+    state = begin(functions, variables)
+    _, _, metrics = train(functions, state, images, teacher, (), steps=1, distill=True)
+    index = np.asarray(engine.epoch_order(jax.random.key(2), 40, 10)[0])
+    x = normalized(make_dataset(), images.images[index]).astype(np.float32)
+    ours, _ = Tiny().apply(variables, x, train=True, mutable=["batch_stats", "intermediates"])
+    theirs = [Tiny().apply(teacher, v, train=False) for v in (x, x[:, :, ::-1])]
+    wanted = (theirs[0] + theirs[1]) / 2 if mirrored else theirs[0]
+    soft = jax.nn.softmax(wanted / 3), jax.nn.log_softmax(ours / 3)
+    expected = 9 * optax.losses.kl_divergence(soft[1], soft[0]).mean()
+    assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_features_that_are_zero_in_the_teacher_give_a_finite_gradient():
     ours = engine._Outputs(jnp.ones((2, 3)), [jnp.zeros((2, 4))])
     stage = Fit(feature_weight=1.0)

@@ -397,6 +397,14 @@ def no_device(*_, **__):
         ),
         ([*SLQ, "--workdir", "w", "--config.batch_size=5000"], "batch_size: expected at most 1442"),
         ([*SLQ, "--workdir", "w", "--config.fit.epochs=0"], "expected init=FILE or fit.epochs"),
+        (
+            [
+                *SLQ,
+                *("--workdir", "w", "--config.retrain.distill_weight=1"),
+                "--config.retrain.mirrored_teacher=true",
+            ],
+            "retrain.mirrored_teacher: expected images that may be mirrored, got those of digits",
+        ),
         (["eval", *SLQ], "expected --config.init=FILE or --workdir DIR"),
         (["report"], "expected --workdir DIR"),
         (["report", "--workdir", "nowhere"], "expected the report of a finished run"),

@@ -45,6 +45,7 @@ class Fit:
     distill_weight: float = 0.0  # of the float network's soft targets; 0: labels only
     temperature: float = 2.0
     feature_weight: float = 0.0  # of the distance to the float network's features; 0: none
+    mirrored_teacher: bool = False  # it answers by the mean over an image and its mirror image
     centroid_rate: float = 0.0  # learning rate of frozen centroids, in learning rates; 0: fixed
 
     @property
@@ -244,6 +245,10 @@ def validate(config: Config) -> None:
             raise ValueError(f"{name}.distill_weight: expected 0 to 1, got {stage.distill_weight}")
         if not stage.temperature > 0:
             raise ValueError(f"{name}.temperature: expected more than 0, got {stage.temperature}")
+    if retrain.mirrored_teacher and not retrain.has_teacher:
+        raise ValueError(
+            "retrain.mirrored_teacher: expected distill_weight or feature_weight above 0"
+        )
     if retrain.centroid_rate and (quantize.method == "inq" or quantize.powers_of_two):
         raise ValueError("retrain.centroid_rate: expected 0, trained centroids leave powers of two")
     if len(fit.epochs) != 1:
@@ -252,6 +257,8 @@ def validate(config: Config) -> None:
         raise ValueError("fit.distill_weight: expected 0, the float network has no teacher")
     if fit.feature_weight:
         raise ValueError("fit.feature_weight: expected 0, the float network has no teacher")
+    if fit.mirrored_teacher:
+        raise ValueError("fit.mirrored_teacher: expected false, the float network has no teacher")
     if fit.centroid_rate:
         raise ValueError("fit.centroid_rate: expected 0, the float network has no centroids")
 

@@ -226,6 +226,22 @@ def _outputs(
     return _Outputs(logits, features), new.get("batch_stats", {})
 
 
+def _teach(stage: Fit, model: nn.Module, teacher: Any, images: jax.Array) -> _Outputs:
+    """Return the float network's outputs, of a batch or of the mean over it and its mirror images.
+
+    Of the features only the last block's are a mean: what it finds at a place does not depend on
+    which side that is, whereas earlier channels tell left edges from right ones.
+    """
+    outputs, _ = _outputs(model, teacher, images, key=None)
+    if not stage.mirrored_teacher:
+        return outputs
+    mirrored, _ = _outputs(model, teacher, images[:, :, ::-1], key=None)
+    *features, last = outputs.features
+    back = mirrored.features[-1]
+    back = back[:, :, ::-1] if back.ndim == images.ndim else back  # vectors have no sides
+    return _Outputs((outputs.logits + mirrored.logits) / 2, [*features, (last + back) / 2])
+
+
 def _loss(
     config: Config,
     model: nn.Module,
@@ -286,7 +302,7 @@ def _train_step(
     images, labels = prepare(key, batch.images), batch.labels
     # Each layer's weights come together where they are used; their gradients part again.
     teacher, stats = layout.whole((teacher, state.batch_stats))
-    taught = None if teacher is None else _outputs(model, teacher, images, key=None)[0]
+    taught = None if teacher is None else _teach(config.retrain, model, teacher, images)
 
     def loss_of(params: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
         return _loss(config, model, layout.whole(params), stats, images, labels, key, taught)

@@ -58,6 +58,11 @@ def check(config: Config) -> Job:
         raise ValueError(
             f"batch_size: expected at most {dataset.train.size}, got {config.batch_size}"
         )
+    if config.retrain.mirrored_teacher and not dataset.flip:
+        raise ValueError(
+            f"retrain.mirrored_teacher: expected images that may be mirrored, got those of "
+            f"{dataset.name}"
+        )
     if config.one_program and not isinstance(dataset.train, data.Images):
         raise ValueError(
             f"one_program: expected images that are in memory, got those of {dataset.name}"
