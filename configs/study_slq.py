@@ -43,6 +43,7 @@ def get_configs() -> dict[str, Config]:
         "fisher": vary(base, quantize=dict(sensitivity="fisher")),
         "soft_t16": vary(base, retrain=dict(distill_weight=1.0, temperature=16.0)),
         "features_100": features_100,
+        "mirrored": vary(features_100, retrain=dict(mirrored_teacher=True)),
         "moments": moments,
         "moments_groups": vary(
             moments,
