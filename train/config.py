@@ -253,14 +253,16 @@ def validate(config: Config) -> None:
         raise ValueError("retrain.centroid_rate: expected 0, trained centroids leave powers of two")
     if len(fit.epochs) != 1:
         raise ValueError(f"fit.epochs: expected one number, got {fit.epochs}")
-    if fit.distill_weight:
-        raise ValueError("fit.distill_weight: expected 0, the float network has no teacher")
-    if fit.feature_weight:
-        raise ValueError("fit.feature_weight: expected 0, the float network has no teacher")
-    if fit.mirrored_teacher:
-        raise ValueError("fit.mirrored_teacher: expected false, the float network has no teacher")
-    if fit.centroid_rate:
-        raise ValueError("fit.centroid_rate: expected 0, the float network has no centroids")
+    for field, lacking in (
+        ("distill_weight", "teacher"),
+        ("feature_weight", "teacher"),
+        ("mirrored_teacher", "teacher"),
+        ("centroid_rate", "centroids"),
+    ):
+        value = getattr(fit, field)
+        if value:
+            none = "false" if value is True else "0"
+            raise ValueError(f"fit.{field}: expected {none}, the float network has no {lacking}")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
