@@ -119,6 +119,20 @@ def test_evaluate_counts_every_image_once_whatever_the_batch():
         assert result["loss"] == pytest.approx(results[0]["loss"], rel=1e-5)
 
 
+def test_mirrored_evaluation_answers_by_the_mean_over_image_and_mirror_image():
+    dataset = make_dataset(flip=True)
+    functions, variables, images = make_engine(Config(eval_batch_size=6), dataset)
+    args = (variables["params"], variables["batch_stats"], images)
+    x = normalized(dataset, images.images).astype(np.float32)
+    plain, mirror = (Tiny().apply(variables, v, train=False) for v in (x, x[:, :, ::-1]))
+    for mirrored, logits in ((False, plain), (True, (plain + mirror) / 2)):
+        result = functions.evaluate(*args, mirrored=mirrored)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, images.labels)
+        assert result["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+        correct = np.argmax(logits, -1) == images.labels
+        assert result["accuracy"] == pytest.approx(correct.mean())
+
+
 def quant_state(params, frozen=None, codebooks=None, frozen_centroids=None):
     """Return a QuantState with these masks; nothing is frozen where there is none."""
     none = jax.tree.map(lambda _: jnp.bool_(False), params)

@@ -318,6 +318,9 @@ def test_eval_reads_the_latest_checkpoint(finished, capsys):
     report = json.loads((finished / "report.json").read_text())
     assert cli.main(["eval", *SLQ, "--workdir", str(finished)]) == 0
     assert f"accuracy {report['quantized']['accuracy']:.2%}" in capsys.readouterr().out
+    assert cli.main(["eval", *SLQ, "--workdir", str(finished), "--mirrored"]) == 2
+    message = "--mirrored: expected images that may be mirrored, got those of digits"
+    assert message in capsys.readouterr().err
 
 
 def test_the_packed_network_is_small_and_as_accurate(finished, capsys):

@@ -11,7 +11,8 @@ workdir's file system, as one: --config.mesh.devices=0 splits batches over all t
 TPU pods, Slurm and Kubernetes the flag is enough; elsewhere each process says where the first one
 is, how many there are, and which it is: --distributed=HOST:PORT,PROCESSES,INDEX.
 
-eval: accuracy of --config.init=FILE, packed or PyTorch's, or of the workdir's latest checkpoint.
+eval: accuracy of --config.init=FILE, packed or PyTorch's, or of the workdir's latest checkpoint;
+with --mirrored by the mean of the answers to an image and its mirror image.
 export: write that checkpoint's network to --output FILE.safetensors, packed as in the workdir's
 model.safetensors, or with --format pytorch as plain float tensors under PyTorch's names.
 report: print the reports of finished workdirs.
@@ -100,7 +101,7 @@ def _dispatch(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         (name,) = chosen
         folder = options.workdir / name if study and options.workdir else options.workdir
         if options.verb == "eval":
-            return _evaluate(name, chosen[name], folder)
+            return _evaluate(name, chosen[name], folder, mirrored=options.mirrored)
         return _export(chosen[name], folder, options.output, options.format)
     if options.workdir is None:
         raise ValueError("expected --workdir DIR")
@@ -131,6 +132,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--distributed", nargs="?", const="", metavar="HOST:PORT,PROCESSES,INDEX", help="see above"
     )
+    parser.add_argument("--mirrored", action="store_true", help="for eval")
     parser.add_argument("--only", metavar="PATTERN", default="*", help="rows of a study, as 'a*'")
     return parser.parse_args(rest), overrides
 
@@ -176,10 +178,10 @@ def _train_study(loaded: dict[str, "Config"], chosen: Collection[str], workdir: 
     return 0
 
 
-def _evaluate(name: str, config: "Config", workdir: Path | None) -> int:
+def _evaluate(name: str, config: "Config", workdir: Path | None, *, mirrored: bool) -> int:
     from train import loop
 
-    result = loop.evaluate(config, workdir)
+    result = loop.evaluate(config, workdir, mirrored=mirrored)
     print(f"{name}: accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f}")
     return 0
 

@@ -53,7 +53,7 @@ class Engine(NamedTuple):
 
     start: Callable[..., TrainState]  # variables, QuantState or () -> with a fresh optimizer
     train: Callable[..., tuple[TrainState, Any, dict[str, jax.Array]]]
-    evaluate: Callable[[Any, Any, Images | Encoded], dict[str, float]]
+    evaluate: Callable[..., dict[str, float]]
     recalibrate: Callable[..., Any]
     guides: Callable[..., dict[str, Any]]
     quantize: Callable[..., tuple[Any, jq.QuantState, jq.RoundInfo]]
@@ -109,7 +109,10 @@ def build(
             donate_argnums=0,
         ),
         evaluate=functools.partial(
-            _evaluate, parts.eval_batch, layout, jax.jit(parts.count_correct)
+            _evaluate,
+            parts.eval_batch,
+            layout,
+            jax.jit(parts.count_correct, static_argnames="mirrored"),
         ),
         recalibrate=functools.partial(recalibrate, config, averaged(parts.batch_statistics)),
         guides=functools.partial(
@@ -433,11 +436,23 @@ def _quantize(
 
 
 def _count_correct(
-    model: nn.Module, dataset: Dataset, layout: Layout, variables: Any, batch: Images
+    model: nn.Module,
+    dataset: Dataset,
+    layout: Layout,
+    variables: Any,
+    batch: Images,
+    *,
+    mirrored: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return correct answers and summed cross-entropy of a batch; labels below 0 do not count."""
+    """Return correct answers and summed cross-entropy of a batch; labels below 0 do not count.
+
+    With `mirrored` the answers are those of a mirrored teacher, see `_teach`.
+    """
+    images = normalize(batch.images, dataset)
     with nn.intercept_methods(jq.intercept_linen):  # kernels may be packed
-        logits: Any = model.apply(variables, normalize(batch.images, dataset), train=False)
+        logits: Any = model.apply(variables, images, train=False)
+        if mirrored:
+            logits = (logits + model.apply(variables, images[:, :, ::-1], train=False)) / 2
     known, labels = batch.labels >= 0, jnp.maximum(batch.labels, 0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = (jnp.argmax(logits, axis=-1) == labels) & known
@@ -460,13 +475,16 @@ def _evaluate(
     params: Any,
     batch_stats: Any,
     data: Images | Encoded,
+    *,
+    mirrored: bool = False,
 ) -> dict[str, float]:
     """Return accuracy (share) and mean cross-entropy on a split."""
     variables, size = {"params": params, "batch_stats": batch_stats}, data.size
     rows = np.arange(size + -size % batch_size).reshape(-1, batch_size)
     # On disk, rows past the end already are images that do not count.
     filled = fill_up(data, batch_size) if isinstance(data, Images) else data
-    sums = [count_correct(variables, batch) for batch in feed(layout, filled, list(rows))]
+    batches = feed(layout, filled, list(rows))
+    sums = [count_correct(variables, batch, mirrored=mirrored) for batch in batches]
     correct, loss = (sum(float(x) for x in column) for column in zip(*sums, strict=True))
     return {"accuracy": correct / size, "loss": loss / size}
 

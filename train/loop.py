@@ -444,8 +444,11 @@ class _Worker:
         return jax.random.fold_in(key, purpose)
 
 
-def evaluate(config: Config, workdir: Path | None) -> dict[str, float]:
-    """Return accuracy and loss of config.init, or of the workdir's latest checkpoint."""
+def evaluate(config: Config, workdir: Path | None, *, mirrored: bool = False) -> dict[str, float]:
+    """Return accuracy and loss of config.init, or of the workdir's latest checkpoint.
+
+    With `mirrored` by the mean of the answers to an image and its mirror image.
+    """
     if not config.init and workdir is None:
         raise ValueError("expected --config.init=FILE or --workdir DIR, got neither")
     if config.init:
@@ -457,8 +460,13 @@ def evaluate(config: Config, workdir: Path | None) -> dict[str, float]:
         assert workdir is not None
         job, functions, state = _restore(config, workdir)
         variables = {"params": state.train.params, "batch_stats": state.train.batch_stats}
+    if mirrored and not job.dataset.flip:
+        raise ValueError(
+            f"--mirrored: expected images that may be mirrored, got those of {job.dataset.name}"
+        )
     batch_stats = variables.get("batch_stats", {})
-    return functions.evaluate(variables["params"], batch_stats, job.dataset.test)
+    test = job.dataset.test
+    return functions.evaluate(variables["params"], batch_stats, test, mirrored=mirrored)
 
 
 def export(config: Config, workdir: Path, output: Path, *, pytorch: bool) -> int:
