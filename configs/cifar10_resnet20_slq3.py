@@ -3,8 +3,9 @@ r"""SLQ, 3 bits (five centroids), of a pretrained ResNet-20 on CIFAR-10; ten epo
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m train \
         --config configs/cifar10_resnet20_slq3.py --workdir runs/slq3 --config.init=resnet20.npz
 
-Three seeds; `--only '*_seed0'` runs the one that these figures are from. From 91.73 % to 91.73 %;
-after the rounds 92.22, 92.01, 91.86, 91.73. 40 minutes on two cores of an Intel Xeon, jax 0.10.2.
+Three seeds: from 91.73 % to 91.73, 91.73 and 91.86 %; seed 0 after the rounds 92.22, 92.01, 91.86,
+91.73. 33 to 39 minutes a seed on two cores of an Intel Xeon, jax 0.10.2;
+`--only '*_seed0'` runs one.
 The float network teaches by the mean of its answers to an image and its mirror image, which is
 right more often than either: docs/results.md.
 """
