@@ -5,9 +5,8 @@ r"""SLQ, 3 bits (five centroids), of a pretrained ResNet-20 on CIFAR-10; ten epo
 
 Three seeds: from 91.73 % to 91.73, 91.73 and 91.86 %; seed 0 after the rounds 92.22, 92.01, 91.86,
 91.73. 33 to 39 minutes a seed on two cores of an Intel Xeon, jax 0.10.2;
-`--only '*_seed0'` runs one.
-The float network teaches by the mean of its answers to an image and its mirror image, which is
-right more often than either: docs/results.md.
+`--only '*_seed0'` runs one. The float network teaches by the mean of its answers to an image and
+its mirror image, which is right more often than either: docs/results.md.
 """
 
 from train.config import Config, Data, Fit, Quantize, seeds
