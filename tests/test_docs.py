@@ -155,13 +155,15 @@ def test_published_tables_are_those_of_the_published_reports():
     assert results
     published = (ROOT / "docs" / "results.md").read_text()
     assert summary.table(results) in published and summary.curves(results) in published
-    families: dict[str, list[float]] = {}
+    families: dict[str, list[dict]] = {}
     for name, result in results.items():
         assert result["config"] == name and result["quantized"]["on_codebook"]
-        accuracies = families.setdefault(re.sub(r"_seed\d+$", "", name), [])
-        accuracies.append(100 * result["quantized"]["accuracy"])
-    for accuracies in families.values():
-        cell = f"| {np.mean(accuracies):.2f} % "
-        if len(accuracies) > 1:
-            cell += f"({min(accuracies):.2f} to {max(accuracies):.2f}) "
-        assert f"{cell}|" in README.read_text()
+        families.setdefault(re.sub(r"_seed\d+$", "", name), []).append(result)
+    for runs in families.values():
+        full, q = 100 * runs[0]["float"]["accuracy"], runs[0]["quantized"]
+        accuracies = [100 * run["quantized"]["accuracy"] for run in runs]
+        mean = np.mean(accuracies)
+        spread = f" ({min(accuracies):.2f} to {max(accuracies):.2f})" if len(runs) > 1 else ""
+        row = f"| {full:.2f} % | {mean:.2f} %{spread} | {mean - full:+.2f} "
+        row += f"| {q['bits_per_weight']:.2f} | {q['compression']:.1f}x |"
+        assert row in README.read_text()
