@@ -507,3 +507,27 @@ def test_a_comparison_draws_a_curve_for_each_family_and_tells_what_fell_off(tmp_
     hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
     np.testing.assert_allclose(hollow[0].get_xydata(), [[100, 76]])
     assert axes.get_xscale() == "log" and (tmp_path / "a.png").stat().st_size > 5000
+
+
+def test_curves_are_means_over_seeds_amid_their_range(tmp_path):
+    families = {"a": [[0.01, -0.02], [0.03, 0.0]], "b": [[-0.3]]}
+    figure = plots.plot_curves(tmp_path / "a.png", families=families)
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.lines}
+    np.testing.assert_allclose(lines["a"].get_xydata(), [[0, 0], [1, 2], [2, -1]], atol=1e-12)
+    np.testing.assert_allclose(lines["b"].get_xydata(), [[0, 0], [1, -15]])  # the foot
+    assert [text.get_text() for text in axes.texts] == ["-30"]
+    (band,) = axes.collections  # of the one with two seeds
+    corners = {tuple(point) for point in np.round(band.get_paths()[0].vertices, 9)}
+    assert {(1, 1), (1, 3), (2, -2), (2, 0)} <= corners
+    assert (tmp_path / "a.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="a: expected runs of equally many rounds"):
+        plots.plot_curves(tmp_path / "b.png", families={"a": [[0.0], [0.0, 0.0]]})
+
+
+def test_36_curves_are_told_apart(tmp_path):
+    families = {str(i): [[i / 100]] for i in range(36)}
+    figure = plots.plot_curves(tmp_path / "a.png", families=families)
+    lines = figure.axes[0].lines[1:]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 36
+    check_png(tmp_path / "a.png", figure)

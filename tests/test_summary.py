@@ -1,6 +1,9 @@
 """Tables over runs, and those that the documentation shows."""
 
-from train import summary
+import numpy as np
+import pytest
+
+from train import plots, summary
 
 
 def run(accuracy: float) -> dict:
@@ -34,3 +37,19 @@ def test_curves_are_the_accuracies_after_the_rounds():
     ]
     lines = summary.curves({"a": {**run(0.8754), "rounds": rounds}, "float": {}}).splitlines()
     assert lines[2:] == ["| a | 90.00, 87.54 | 50.00 |"]
+
+
+def test_a_figure_has_a_curve_for_each_run_and_one_for_those_that_differ_in_their_seed(
+    tmp_path, monkeypatch
+):
+    drawn = {}
+    monkeypatch.setattr(plots, "plot_curves", lambda path, *, families: drawn.update(families))
+    runs = {name: {**run(0.88), "rounds": [{"accuracy": 0.88}]} for name in ("a", "a_seed0")}
+    results = {**runs, "float": run(0.9), "a_seed1": {**run(0.9), "rounds": [{"accuracy": 0.91}]}}
+    summary.plot_curves(tmp_path / "a.png", results)
+    assert {label: np.round(x, 6).tolist() for label, x in drawn.items()} == {
+        "a": [[-0.02]],
+        "a, 2 seeds": [[-0.02], [0.01]],
+    }
+    with pytest.raises(ValueError, match=r"a\.png: expected at least one quantized run"):
+        summary.plot_curves(tmp_path / "a.png", {"float": run(0.9)})

@@ -354,6 +354,15 @@ def test_report_prints_the_table_of_several_runs(finished, capsys):
     assert "| run | float | quantized |" in out and "conv2/kernel" in out
 
 
+def test_report_draws_the_curves_of_several_runs(finished, tmp_path, capsys):
+    arguments = ["report", "--workdir", str(finished.parent), "--output"]
+    assert cli.main([*arguments, str(tmp_path / "curves.png")]) == 0
+    assert capsys.readouterr().out.endswith(f"\n{tmp_path / 'curves.png'}\n")
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+    assert cli.main([*arguments, "curves.pdf"]) == 2
+    assert "expected --output FILE.png, got curves.pdf" in capsys.readouterr().err
+
+
 def test_another_config_in_the_same_workdir_is_refused_with_the_difference(finished, capsys):
     arguments = [*SLQ, "--config.seed=1", "--workdir", str(finished)]
     assert cli.main(arguments) == 2

@@ -15,7 +15,8 @@ eval: accuracy of --config.init=FILE, packed or PyTorch's, or of the workdir's l
 with --mirrored by the mean of the answers to an image and its mirror image.
 export: write that checkpoint's network to --output FILE.safetensors, packed as in the workdir's
 model.safetensors, or with --format pytorch as plain float tensors under PyTorch's names.
-report: print the reports of finished workdirs.
+report: print the reports of finished workdirs; with --output FILE.png draw their accuracies over
+the rounds.
 compare: run experiments that differ in how they quantize from one float network, trained once, and
 write comparison.md and comparison.png, accuracy against bytes; see configs/compare_digits.py.
 """
@@ -83,7 +84,7 @@ def _dispatch(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if options.distributed is not None and options.verb != "train":
         raise ValueError(f"--distributed: expected to train, got {options.verb}")
     if options.verb == "report":
-        return _report(options.workdir)
+        return _report(options.workdir, options.output)
     from train import config
 
     if not options.config:
@@ -127,7 +128,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--config", "--configs", metavar="FILE[,FILE...]")
     parser.add_argument("--workdir", metavar="DIR", type=Path)
-    parser.add_argument("--output", metavar="FILE", type=Path, help="for export")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="for export, report")
     parser.add_argument("--format", choices=("packed", "pytorch"), default="packed")
     parser.add_argument(
         "--distributed", nargs="?", const="", metavar="HOST:PORT,PROCESSES,INDEX", help="see above"
@@ -198,11 +199,13 @@ def _export(config: "Config", workdir: Path | None, output: Path | None, form: s
     return 0
 
 
-def _report(workdir: Path | None) -> int:
+def _report(workdir: Path | None, output: Path | None) -> int:
     from train import summary
 
     if workdir is None:
         raise ValueError("expected --workdir DIR")
+    if output is not None and output.suffix != ".png":
+        raise ValueError(f"expected --output FILE.png, got {output}")
     inner = sorted(path.parent for path in workdir.glob("*/report.json"))
     folders = [workdir] if (workdir / "report.json").is_file() or not inner else inner
     results = {folder.name: summary.read(folder) for folder in folders}
@@ -210,6 +213,9 @@ def _report(workdir: Path | None) -> int:
     for folder in folders:
         if (folder / "report.md").is_file():
             print("\n" + (folder / "report.md").read_text())
+    if output is not None:
+        summary.plot_curves(output, results)
+        print(f"\n{output}")
     return 0
 
 

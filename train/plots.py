@@ -6,7 +6,6 @@ pyplot, so there is no global state, and are put in place by a rename, so that a
 half a file.
 """
 
-import itertools
 import math
 import os
 import uuid
@@ -183,34 +182,62 @@ def plot_comparison(
     return _write(path, lambda: _draw_comparison(families, full))
 
 
+def plot_curves(
+    path: str | os.PathLike[str], *, families: Mapping[str, Sequence[Sequence[float]]]
+) -> Figure:
+    """Draw the change of accuracy from the float network after each round, a curve a family.
+
+    A family is one experiment with several seeds: its curve is their mean, amid a band from the
+    lowest to the highest. What has lost more than 15 points is drawn as in `plot_comparison`.
+
+    Args:
+      path: PNG file to write; its folder is made.
+      families: of each label the runs, a share in [-1, 1] of each of their rounds, as many in all.
+
+    Returns:
+      The figure, a page wide.
+
+    Raises:
+      ValueError: if runs of a family differ in their number of rounds.
+    """
+    for label, runs in families.items():
+        if len({len(run) for run in runs}) != 1:
+            raise ValueError(f"{label}: expected runs of equally many rounds")
+    return _write(path, lambda: _draw_curves(families))
+
+
+def _draw_curves(families: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
+    figure = Figure(figsize=(_PAGE, max(3.0, 0.6 + 0.16 * len(families))), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(0, color=_GREY, linewidth=1, dashes=(4, 2), label="float")
+    for (label, runs), style in zip(families.items(), _styles(len(families)), strict=True):
+        points = 100 * np.array([[0.0, *run] for run in runs])
+        rounds = np.arange(points.shape[1])
+        _draw_down_to(axes, -_MOST_LOST, rounds, points.mean(axis=0), label, *style)
+        if len(runs) > 1:
+            low, high = (
+                np.maximum(limit, -_MOST_LOST) for limit in (points.min(axis=0), points.max(axis=0))
+            )
+            axes.fill_between(rounds, low, high, color=style[0], alpha=0.15, linewidth=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=12))
+    axes.set_xlabel("round")
+    axes.set_ylabel("change of accuracy (points)")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
 def _draw_comparison(
     families: Mapping[str, Sequence[tuple[float, float]]], full: tuple[float, float]
 ) -> Figure:
     figure = Figure(figsize=(_PAGE, 3.6), layout="constrained")
     axes = figure.subplots()
     reference = _percent(full[1])
-    foot = reference - _MOST_LOST
     axes.axhline(reference, color=_GREY, linewidth=1, dashes=(4, 2))
     axes.plot([full[0]], [reference], "*", color=_GREY, label="float", markersize=8)
-    for (label, points), color, marker in zip(
-        families.items(), itertools.cycle(_COLORS), itertools.cycle(_MARKERS), strict=False
-    ):
+    for (label, points), style in zip(families.items(), _styles(len(families)), strict=True):
         ordered = sorted((size, _percent(accuracy)) for size, accuracy in points)
         sizes, accuracies = map(np.array, zip(*ordered, strict=True))
-        shown = np.maximum(accuracies, foot)
-        axes.plot(sizes, shown, f"{marker}-", color=color, label=label, linewidth=0.9, markersize=4)
-        for size, accuracy in zip(sizes, accuracies, strict=True):
-            if accuracy < foot:
-                axes.plot([size], [foot], marker, color="white", markeredgecolor=color, zorder=3)
-                axes.annotate(
-                    f"{accuracy:.0f}",
-                    (size, foot),
-                    xytext=(0, 5),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=6,
-                    color=color,
-                )
+        _draw_down_to(axes, reference - _MOST_LOST, sizes, accuracies, label, *style)
     axes.set_xscale("log")
     # The decades alone may be none within the limits: label halves and fifths of them too.
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -220,6 +247,32 @@ def _draw_comparison(
     axes.set_ylabel("test accuracy (%)")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def _styles(count: int) -> list[tuple[str, str]]:
+    """Return colours and markers of curves; no pair of them twice among the first 36."""
+    colors, markers = len(_COLORS), len(_MARKERS)
+    return [(_COLORS[i % colors], _MARKERS[(i + i // colors) % markers]) for i in range(count)]
+
+
+def _draw_down_to(
+    axes: Axes, foot: float, x: np.ndarray, y: np.ndarray, label: str, color: str, marker: str
+) -> None:
+    """Draw a curve; what lies below the foot is drawn there, hollow, with its value."""
+    shown = np.maximum(y, foot)
+    axes.plot(x, shown, f"{marker}-", color=color, label=label, linewidth=0.9, markersize=4)
+    for position, value in zip(x, y, strict=True):
+        if value < foot:
+            axes.plot([position], [foot], marker, color="white", markeredgecolor=color, zorder=3)
+            axes.annotate(
+                f"{value:.0f}",
+                (position, foot),
+                xytext=(0, 5),
+                textcoords="offset points",
+                ha="center",
+                fontsize=6,
+                color=color,
+            )
 
 
 def _write(path: str | os.PathLike[str], draw: Callable[[], Figure]) -> Figure:

@@ -194,14 +194,45 @@ def curves(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def plot_curves(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draw `curves` as a figure: a curve a run, or one for runs that differ in their seed only.
+
+    Raises:
+      ValueError: if no run has rounds.
+    """
+    from train import plots
+
+    changes = {
+        label: [
+            [row["accuracy"] - run["float"]["accuracy"] for row in run["rounds"]] for run in runs
+        ]
+        for label, runs in _families({n: r for n, r in results.items() if r.get("rounds")}).items()
+    }
+    if not changes:
+        raise ValueError(f"{path}: expected at least one quantized run to draw")
+    plots.plot_curves(path, families=changes)
+
+
+def _families(
+    results: Mapping[str, Mapping[str, Any]],
+) -> dict[str, list[Mapping[str, Any]]]:
+    """Return runs by name, those that differ in their seed only under one: "NAME, 3 seeds"."""
+    seeds: dict[str, list[str]] = {}
+    for name in results:
+        stem, seed, number = name.rpartition("_seed")
+        seeds.setdefault(f"{stem}, " if seed and number.isdecimal() else name, []).append(name)
+    return {
+        f"{stem}{len(names)} seeds" if len(names) > 1 else names[0]: [results[n] for n in names]
+        for stem, names in seeds.items()
+    }
+
+
 def _seed_rows(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the rows of `table` that summarize runs of the same name with several seeds."""
-    families: dict[str, list[Mapping[str, Any]]] = {}
-    for name, result in results.items():
-        stem, seed, number = name.rpartition("_seed")
-        if seed and number.isdecimal() and "quantized" in result:
-            families.setdefault(stem, []).append(result)
-    return [_family_row(stem, runs) for stem, runs in families.items() if len(runs) > 1]
+    quantized = {name: result for name, result in results.items() if "quantized" in result}
+    return [
+        _family_row(label, runs) for label, runs in _families(quantized).items() if len(runs) > 1
+    ]
 
 
 def _row(name: str, result: Mapping[str, Any]) -> str:
@@ -211,7 +242,7 @@ def _row(name: str, result: Mapping[str, Any]) -> str:
     return _cells(name, full, f"{q['accuracy']:.2%}", q["accuracy"], q)
 
 
-def _family_row(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
+def _family_row(label: str, runs: Sequence[Mapping[str, Any]]) -> str:
     accuracies = [run["quantized"]["accuracy"] for run in runs]
     mean, full = np.mean(accuracies), np.mean([run["float"]["accuracy"] for run in runs])
     spread = f"{mean:.2%} ({100 * min(accuracies):.2f} to {100 * max(accuracies):.2f})"
@@ -219,7 +250,7 @@ def _family_row(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
         field: float(np.mean([run["quantized"][field] for run in runs]))
         for field in ("bits_per_weight", "bytes", "compression")
     }
-    return _cells(f"{name}, {len(runs)} seeds", float(full), spread, float(mean), sizes)
+    return _cells(label, float(full), spread, float(mean), sizes)
 
 
 def _cells(name: str, full: float, text: str, accuracy: float, q: Mapping[str, Any]) -> str:
