@@ -5,7 +5,7 @@ r"""The recipes of ResNet-20 at 5 bits, 3 bits and ternary on a pretrained ResNe
 
 One seed each, to see that the recipes were not fitted to one network; `--only '*_slq'` runs one of
 them. From 93.39 % to 93.63 % at 5 bits, an hour on two cores of an Intel Xeon, and to 93.36 % at 3
-bits, two hours, jax 0.10.2; ternary has not been run. What came out: docs/results.md.
+bits, two and a half, jax 0.10.2; ternary has not been run. What came out: docs/results.md.
 """
 
 from dataclasses import replace

@@ -215,9 +215,7 @@ def _draw_curves(families: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
         rounds = np.arange(points.shape[1])
         _draw_down_to(axes, -_MOST_LOST, rounds, points.mean(axis=0), label, *style)
         if len(runs) > 1:
-            low, high = (
-                np.maximum(limit, -_MOST_LOST) for limit in (points.min(axis=0), points.max(axis=0))
-            )
+            low, high = np.maximum([points.min(axis=0), points.max(axis=0)], -_MOST_LOST)
             axes.fill_between(rounds, low, high, color=style[0], alpha=0.15, linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=12))
     axes.set_xlabel("round")
