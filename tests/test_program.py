@@ -52,7 +52,9 @@ def assert_close(ours, theirs, *, accuracy, loss):
             assert a["weights_frozen"] == pytest.approx(b["weights_frozen"], abs=5e-3)
 
 
+@pytest.mark.slow
 def test_one_program_is_the_loop(tmp_path, capsys):
+    """A minute and a half, most of it compilation: `pytest --run-slow tests/test_program.py`."""
     events, report = run(tmp_path / "loop")
     assert [e["kind"] for e in events].count("quantized") == 2
     in_one, in_one_report = run(tmp_path / "one", "--config.one_program=true")
