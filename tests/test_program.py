@@ -23,15 +23,17 @@ RUN = [
     "--config.fit.epochs=1",
     "--config.retrain.epochs=2,1",
     "--config.retrain.distill_weight=0.5",
-    "--config.retrain.feature_weight=1",
-    "--config.retrain.centroid_rate=0.1",
     "--config.quantize.groups=1",
-    "--config.quantize.sensitivity=fisher",
-    "--config.quantize.sensitivity_batches=2",
-    "--config.quantize.moment_batches=2",
     "--config.quantize.recalibrate_batches=2",
     "--config.batch_size=128",
     "--config.plots=false",
+]
+EVERYTHING = [
+    "--config.retrain.feature_weight=1",
+    "--config.retrain.centroid_rate=0.1",
+    "--config.quantize.sensitivity=fisher",
+    "--config.quantize.sensitivity_batches=2",
+    "--config.quantize.moment_batches=2",
 ]
 
 
@@ -52,12 +54,12 @@ def assert_close(ours, theirs, *, accuracy, loss):
             assert a["weights_frozen"] == pytest.approx(b["weights_frozen"], abs=5e-3)
 
 
-@pytest.mark.slow
-def test_one_program_is_the_loop(tmp_path, capsys):
-    """A minute and a half, most of it compilation: `pytest --run-slow tests/test_program.py`."""
-    events, report = run(tmp_path / "loop")
+@pytest.mark.parametrize("options", [[], pytest.param(EVERYTHING, marks=pytest.mark.slow)])
+def test_one_program_is_the_loop(options, tmp_path, capsys):
+    """With everything a minute, of compilation: `pytest --run-slow tests/test_program.py`."""
+    events, report = run(tmp_path / "loop", *options)
     assert [e["kind"] for e in events].count("quantized") == 2
-    in_one, in_one_report = run(tmp_path / "one", "--config.one_program=true")
+    in_one, in_one_report = run(tmp_path / "one", *options, "--config.one_program=true")
     assert "rounds 1 to 2 in one program" in capsys.readouterr().out
     assert_close(in_one, events, accuracy=0.003, loss=1e-3)  # one image is 0.0028
     assert in_one_report["quantized"]["on_codebook"] is True
@@ -65,7 +67,7 @@ def test_one_program_is_the_loop(tmp_path, capsys):
         report["quantized"]["file_bytes"], abs=20
     )
     # What is done is not done again.
-    run(tmp_path / "one", "--config.one_program=true")
+    run(tmp_path / "one", *options, "--config.one_program=true")
     out = capsys.readouterr().out
     assert "continuing after 4 of its steps" in out and "in one program" not in out
 
@@ -73,8 +75,13 @@ def test_one_program_is_the_loop(tmp_path, capsys):
 @pytest.mark.slow
 def test_one_program_on_four_devices(tmp_path):
     """Half a minute."""
-    events, _ = run(tmp_path / "one", "--config.one_program=true")
-    split = ("--config.mesh.devices=4", "--config.mesh.fsdp=true", "--config.one_program=true")
+    events, _ = run(tmp_path / "one", *EVERYTHING, "--config.one_program=true")
+    split = (
+        *EVERYTHING,
+        "--config.mesh.devices=4",
+        "--config.mesh.fsdp=true",
+        "--config.one_program=true",
+    )
     assert_close(run(tmp_path / "four", *split)[0], events, accuracy=0.02, loss=1e-2)
 
 

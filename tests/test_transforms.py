@@ -232,16 +232,9 @@ def test_frozen_entries_survive_weight_decay(name, dtype):
 
 @runs_optax
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize(
-    ("place", "dtype"),
-    [
-        *((place, jnp.float32) for place in PLACES),
-        ("clipped_and_decayed_if_finite", jnp.bfloat16),
-        *(pytest.param(p, jnp.bfloat16, marks=pytest.mark.slow) for p in PLACES if "multi" in p),
-    ],
-)
+@pytest.mark.parametrize("place", PLACES)
+@with_any_dtype
 def test_frozen_entries_survive_in_any_place(name, place, dtype):
-    """All optimizers in bfloat16 inside and outside of MultiSteps are slow: `pytest --run-slow`."""
     assert_only_free_entries_moved(*train(PLACES[place](make(name)), dtype))
 
 
