@@ -1,5 +1,7 @@
-"""Eight CPU devices, strict promotion for the library's own tests, and the hypothesis profile."""
+"""Eight CPU devices, quick compiles, strict promotion, and the hypothesis profile."""
 
+import contextlib
+import gc
 import os
 from pathlib import Path
 
@@ -23,14 +25,23 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("jaxquant")
 
+gc.set_threshold(50_000, 100)  # tracing makes many objects and few cycles
+
 
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run tests marked slow")
+    parser.addoption(
+        "--optimize", action="store_true", help="compile as users do, which takes much longer"
+    )
 
 
 def pytest_configure(config):
     if config.getoption("--run-slow") and config.option.markexpr == "not slow":
         config.option.markexpr = ""
+    # Where there is such an option (later versions of JAX have none), XLA generates code without
+    # MLIR, which with `quick_to_compile` takes a quarter of the time.
+    if jax.__version_info__ < (0, 11) and not config.getoption("--optimize"):
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # not read yet
 
 
 @pytest.fixture(autouse=True)
@@ -51,9 +62,31 @@ def strict_promotion(request):
 
 @pytest.fixture(autouse=True, scope="module")
 def release_programs():
-    """Let go of what a file compiled: Linux gives a process 65,530 memory maps, and XLA dies."""
+    """Let go of compiled programs before XLA dies of too many.
+
+    Linux gives a process 65,530 memory maps; no file of tests takes more than 25,000.
+    """
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > 20_000:
+        jax.clear_caches()
+
+
+@contextlib.contextmanager
+def _settings(**values):
+    old = {name: jax.config.values[name] for name in values}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in old.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_to_compile(request):
+    """Compile without optimizing: most programs run once, and compile for longer than they run."""
+    with _settings(jax_disable_most_optimizations=not request.config.getoption("--optimize")):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -64,12 +97,12 @@ def cache_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def compilation_cache(cache_folder):
-    """Runs of the same experiment share their compiled programs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    old = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(cache_folder))
-    jax.config.update(names[1], 0.0)
-    yield
-    for name, value in old.items():
-        jax.config.update(name, value)
+def experiments(cache_folder, quick_to_compile):
+    """Experiments train, so programs are optimized; those of the same experiment are shared."""
+    jax.clear_caches()  # of programs that were not
+    with _settings(
+        jax_disable_most_optimizations=False,
+        jax_compilation_cache_dir=str(cache_folder),
+        jax_persistent_cache_min_compile_time_secs=0.0,
+    ):
+        yield

@@ -11,7 +11,7 @@ from train import __main__ as cli
 from train import compare, experiment
 from train.config import Config, Fit, Quantize
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
+pytestmark = pytest.mark.usefixtures("experiments")
 
 
 @pytest.fixture

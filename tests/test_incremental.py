@@ -13,7 +13,6 @@ from optax import contrib
 
 import jaxquant as jq
 
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
 SHAPES = {"a": {"kernel": (12, 8), "bias": (8,)}, "b": {"kernel": (8, 6)}}
 ABSTRACT = jax.tree.map(
     lambda shape: jax.ShapeDtypeStruct(shape, "float32"),
@@ -39,7 +38,7 @@ def loss(params, target):
 
 
 def make_step(tx, *, gradient_dtype=None, traces=None):
-    @functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
+    @jax.jit
     def step(params, state, target):
         if traces is not None:
             traces.append(None)
@@ -208,7 +207,7 @@ def test_scan_over_steps_and_vmap_over_networks_give_the_same():
 
     expected, _ = run(tx)[-1]
     both = jax.tree.map(lambda *x: jnp.stack(x), tree(0), tree(50))
-    params, state = jax.jit(jax.vmap(whole), compiler_options=QUICK_TO_COMPILE)(both)
+    params, state = jax.jit(jax.vmap(whole))(both)
     first = jax.tree.map(lambda x: x[0], params)
     chex.assert_trees_all_close(first, expected, rtol=1e-4, atol=1e-5)
     assert bool(
@@ -219,9 +218,9 @@ def test_scan_over_steps_and_vmap_over_networks_give_the_same():
 def test_sensitivity_weighs_the_rounds():
     tx = incremental(optax.sgd(0.0))
     params, sensitivity = tree(0), jax.tree.map(jnp.square, tree(7))
-    update = jax.jit(tx.update, compiler_options=QUICK_TO_COMPILE)
+    update = jax.jit(tx.update)
     _, state = update(tree(1), tx.init(params), params, sensitivity=sensitivity)
-    quantize = jax.jit(jq.quantize_round, static_argnums=0, compiler_options=QUICK_TO_COMPILE)
+    quantize = jax.jit(jq.quantize_round, static_argnums=0)
     _, expected, _ = quantize(PLAN, params, jq.init(PLAN, params), sensitivity=sensitivity)
     chex.assert_trees_all_equal(state.quant.frozen, expected.frozen)
     chex.assert_trees_all_equal(state.quant.codebooks, expected.codebooks)
@@ -233,13 +232,13 @@ def test_sensitivity_weighs_the_rounds():
 def test_random_partitions_differ_from_key_to_key():
     plan = jq.mlq(ABSTRACT, groups=1, partition="random")
 
-    def freeze(key):
+    @jax.jit
+    def freeze(key, updates, params):
         tx = jq.incremental(optax.sgd(0.1), plan, 2, key=key)
-        _, state = tx.update(tree(1), tx.init(tree(0)), tree(0))
+        _, state = tx.update(updates, tx.init(params), params)
         return state.quant.frozen["a"]["kernel"]
 
-    freeze = jax.jit(freeze, compiler_options=QUICK_TO_COMPILE)
-    masks = [np.asarray(freeze(jax.random.key(seed))) for seed in range(4)]
+    masks = [np.asarray(freeze(jax.random.key(seed), tree(1), tree(0))) for seed in range(4)]
     assert any((mask != masks[0]).any() for mask in masks)
     with pytest.raises(ValueError, match="expected a key for partition='random'"):
         jq.incremental(optax.sgd(0.1), plan, 2)

@@ -19,10 +19,6 @@ from jaxquant.clusters import settle
 from jaxquant.codebooks import assign
 from jaxquant.kmeans import STARTS, kmeans
 
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):  # later ones do not have, or need, this option
-    QUICK_TO_COMPILE["xla_cpu_use_fusion_emitters"] = False
-
 _OPTIONS = ("k", "zero", "iterations", "bins", "cells")
 # One trace for each shape and set of options in this file: `start` names a start, `init` is one.
 _named = jax.jit(
@@ -30,14 +26,12 @@ _named = jax.jit(
         x, k, init=start, sample_weight=weight, **options
     ),
     static_argnames=(*_OPTIONS, "start"),
-    compiler_options=QUICK_TO_COMPILE,
 )
 _started = jax.jit(
     lambda x, k, init, frozen, weight, **options: kmeans(
         x, k, init=init, frozen=frozen, sample_weight=weight, **options
     ),
     static_argnames=_OPTIONS,
-    compiler_options=QUICK_TO_COMPILE,
 )
 
 
@@ -592,15 +586,14 @@ SMALL = {"cells": 32, "bins": 1024}
 
 def test_jit_vmap_scan_and_cond_agree():
     x = jnp.asarray(normal(3 * 40, scale=1.0)).reshape(3, 40)
-    jit = functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
     f = functools.partial(kmeans, k=4, **SMALL)
-    looped = [jit(f)(row) for row in x]
+    looped = [jax.jit(f)(row) for row in x]
     expected = jax.tree.map(lambda *rows: jnp.stack(rows), *looped)
-    _, scanned = jit(lambda x: jax.lax.scan(lambda _, row: (None, f(row)), None, x))(x)
-    branched = jit(lambda p, row: jax.lax.cond(p, f, lambda r: expected_like(f, r), row))
+    _, scanned = jax.jit(lambda x: jax.lax.scan(lambda _, row: (None, f(row)), None, x))(x)
+    branched = jax.jit(lambda p, row: jax.lax.cond(p, f, lambda r: expected_like(f, r), row))
     for got, want in [
         (branched(True, x[0]), looped[0]),
-        (jit(jax.vmap(f))(x), expected),
+        (jax.jit(jax.vmap(f))(x), expected),
         (scanned, expected),
     ]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
@@ -635,7 +628,7 @@ def test_nan_and_infinity_under_jit_make_the_result_nan():
 @pytest.mark.parametrize("shape", [(1 << 26,), (8192, 8192), (67_108_859,), (2, 4096, 8192)])
 def test_memory_of_a_large_array_stays_near_its_own(shape):
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    f = jax.jit(functools.partial(kmeans, k=17), compiler_options=QUICK_TO_COMPILE)
+    f = jax.jit(functools.partial(kmeans, k=17))
     memory = f.lower(x).compile().memory_analysis()
     assert memory.temp_size_in_bytes <= 1.15 * 4 * np.prod(shape)
 
@@ -654,7 +647,7 @@ def test_long_arrays_are_clustered_in_pieces_to_the_same_result():
 def test_sharding_changes_no_bit_of_counts_and_centroids():
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     x = jnp.asarray(normal(64 * 32)).reshape(64, 32)
-    f = jax.jit(functools.partial(kmeans, k=17, **SMALL), compiler_options=QUICK_TO_COMPILE)
+    f = jax.jit(functools.partial(kmeans, k=17, **SMALL))
     one = f(x)
     for spec in (P("a", "b"), P(None, ("a", "b"))):
         many = f(jax.device_put(x, NamedSharding(mesh, spec)))
@@ -669,7 +662,6 @@ def test_a_sharded_array_is_never_gathered():
     f = jax.jit(
         functools.partial(kmeans, k=17, **SMALL),
         in_shardings=sharding,
-        compiler_options=QUICK_TO_COMPILE,
     )
     for shape in [(64, 32), (4096, 4096)]:  # in one piece, and in several
         text = f.lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile().as_text()

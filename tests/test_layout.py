@@ -21,7 +21,7 @@ from train import experiment, layout, loop
 from train.checkpoints import Checkpoints
 from train.config import Config, Mesh
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
+pytestmark = pytest.mark.usefixtures("experiments")
 
 # A fit of a minute's fraction, and ternary weights in one round.
 TERNARY = [

@@ -16,9 +16,6 @@ from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
 
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):  # later ones do not have, or need, this option
-    QUICK_TO_COMPILE["xla_cpu_use_fusion_emitters"] = False
 SPECS = {"matrix": P("x", "y"), "rows": P("x"), "stack": P(None, "x", "y"), "bias": P()}
 SHAPES = {"matrix": (16, 24), "rows": (8, 24), "stack": (4, 8, 16), "bias": (3,)}
 RNG = np.random.default_rng(0)
@@ -30,7 +27,7 @@ PLAN = jq.slq(PARAMS, rounds=(17,), rules=RULES, init="quantile")
 @functools.cache
 def quantized():
     """Return all weights on their codebooks, and the state, of one device."""
-    one_round = jax.jit(jq.quantize_round, static_argnums=0, compiler_options=QUICK_TO_COMPILE)
+    one_round = jax.jit(jq.quantize_round, static_argnums=0)
     return one_round(PLAN, PARAMS, jq.init(PLAN, PARAMS))[:2]
 
 
@@ -84,7 +81,7 @@ def assert_same(got, want):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_many_devices_give_what_one_gives(name):
     def jit(function):  # a new one each time, as one that is cached would hide the mesh it meets
-        return jax.jit(lambda *args: function(*args), compiler_options=QUICK_TO_COMPILE)
+        return jax.jit(lambda *args: function(*args))
 
     function = FUNCTIONS[name]
     want = jit(function)(PARAMS, *quantized())

@@ -7,10 +7,6 @@ import pytest
 
 import jaxquant as jq
 
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):  # later ones do not have, or need, this option
-    QUICK_TO_COMPILE["xla_cpu_use_fusion_emitters"] = False
-
 
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(0, 0.05, shape).astype(np.float32))
@@ -18,7 +14,7 @@ def normal(*shape, seed=0):
 
 def quantized(params, plan, rounds=None):
     state = jq.init(plan, params)
-    step = jax.jit(jq.quantize_round, static_argnums=0, compiler_options=QUICK_TO_COMPILE)
+    step = jax.jit(jq.quantize_round, static_argnums=0)
     for _ in range(plan.num_rounds if rounds is None else rounds):
         params, state, _ = step(plan, params, state)
     return params, state

@@ -16,10 +16,9 @@ import jaxquant as jq
 from jaxquant import product
 from jaxquant.ops import api, platform
 from jaxquant.packing import pack_product, product_codes, unpack_product
-from tests.test_quantize import jit
 
-cluster = jit(product.cluster, static_argnames=("words", "length", "iterations"))
-correct = jit(product.correct, static_argnames="sweeps")
+cluster = jax.jit(product.cluster, static_argnames=("words", "length", "iterations"))
+correct = jax.jit(product.correct, static_argnames="sweeps")
 KEY = jax.random.key(0)
 
 
@@ -178,7 +177,7 @@ def port_of_dense_descent(words, codes, inputs, wanted):
 @pytest.mark.parametrize("run", [1, 2, 32])
 def test_a_sweep_over_a_dense_layer_is_that_of_a_numpy_port(run, monkeypatch):
     monkeypatch.setattr(product, "_RUN", run)  # of four subspaces
-    correct = jit(functools.partial(product.correct), static_argnames="sweeps")  # traced anew
+    correct = jax.jit(functools.partial(product.correct), static_argnames="sweeps")  # traced anew
     x, kernel = relu_inputs((200, 12), 0), normal((12, 30), seed=3)
     wanted = x @ kernel
     array = cluster(kernel, words=4, length=3, key=KEY)
@@ -204,7 +203,7 @@ def test_subspaces_of_a_convolution_that_are_corrected_together_hear_of_each_oth
     response = product.observe(x, wanted, window=(3, 3))
     want, want_errors = correct(array, response, sweeps=1)  # six subspaces at once
     monkeypatch.setattr(product, "_RUN", run)
-    anew = jit(functools.partial(product.correct), static_argnames="sweeps")
+    anew = jax.jit(functools.partial(product.correct), static_argnames="sweeps")
     got, errors = anew(array, response, sweeps=1)
     np.testing.assert_array_equal(product_codes(got), product_codes(want))
     np.testing.assert_allclose(got.words, want.words, rtol=1e-3, atol=1e-3)
@@ -323,7 +322,7 @@ def test_derivatives_of_sums_of_table_entries_are_those_of_the_product():
         return jnp.sum(jnp.sin(jq.matmul(x, changed, implementation=name)))
 
     got, want = (
-        jit(jax.grad(functools.partial(loss, name), argnums=(0, 1)))(x, array.words)
+        jax.jit(jax.grad(functools.partial(loss, name), argnums=(0, 1)))(x, array.words)
         for name in ("words", "unpack")
     )
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, want)
@@ -351,13 +350,13 @@ def test_linen_layers_run_from_words():
             return nn.Dense(5)(x.reshape(len(x), -1))
 
     module, x = Net(), normal((2, 6, 6, 4))
-    params = jit(module.init)(KEY, x)["params"]
+    params = jax.jit(module.init)(KEY, x)["params"]
     packed = jax.tree.map(
         lambda w: cluster(w, words=8, length=4, key=KEY) if w.ndim > 1 else w, params
     )
     want = module.apply({"params": jq.unpack(packed)}, x)
     with nn.intercept_methods(jq.intercept_linen):
-        got = jit(module.apply)({"params": packed}, x)
+        got = jax.jit(module.apply)({"params": packed}, x)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 

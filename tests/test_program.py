@@ -16,7 +16,7 @@ from train import __main__ as cli
 from train import engine, layout, program
 from train.config import Config, Fit, Quantize
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
+pytestmark = pytest.mark.usefixtures("experiments")
 
 RUN = [
     *("--config", "configs/digits_mlq.py"),

@@ -20,11 +20,7 @@ from jaxquant import quantize
 from jaxquant.clusters import Clusters
 from jaxquant.kmeans import kmeans
 
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):  # later ones do not have, or need, this option
-    QUICK_TO_COMPILE["xla_cpu_use_fusion_emitters"] = False
-jit = functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
-one_round = jit(jq.quantize_round, static_argnums=0)
+one_round = jax.jit(jq.quantize_round, static_argnums=0)
 RELEASED = {"init": "power_of_two", "iterations": 10, "zero": True, "partition": "index"}
 
 
@@ -279,7 +275,7 @@ def test_the_first_round_clusters_as_kmeans_does():
     params = layers()
     plan = jq.slq(params, rounds=(17,))
     ((_, state, info),) = run(plan, params)
-    expected = jit(functools.partial(kmeans, k=17))(params["a"])
+    expected = jax.jit(functools.partial(kmeans, k=17))(params["a"])
     np.testing.assert_allclose(state.codebooks["a"], expected.centroids, rtol=1e-6)
     np.testing.assert_array_equal(info.counts["a"], expected.counts)
     np.testing.assert_allclose(info.loss["a"].sum(), expected.loss, rtol=1e-5)
@@ -447,7 +443,7 @@ SMALL_PLAN = jq.slq(SMALL, bits=3, rounds=(2, 4, 5), **FAST)
 def test_all_rounds_trace_once():
     traces = []
 
-    @functools.partial(jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def counted(plan, params, state):
         traces.append(plan)
         return jq.quantize_round(plan, params, state)
@@ -468,7 +464,7 @@ def test_scan_over_the_rows_is_the_loop():
         return tuple(carry), info
 
     start = (SMALL, jq.init(SMALL_PLAN, SMALL))
-    (params, state), infos = jit(lambda c: jax.lax.scan(body, c, None, length=3))(start)
+    (params, state), infos = jax.jit(lambda c: jax.lax.scan(body, c, None, length=3))(start)
     results = run(SMALL_PLAN, SMALL)
     assert_equal_trees((params, state), results[-1][:2])
     for r, (_, _, info) in enumerate(results):
@@ -481,7 +477,7 @@ def test_vmap_over_networks_is_the_loop():
     networks = [jax.tree.map(lambda x, i=i: jnp.roll(x, 1, 0) * (i + 1), SMALL) for i in range(3)]
     batch = jax.tree.map(lambda *x: jnp.stack(x), *networks)
     state = jax.tree.map(lambda x: jnp.stack([x] * 3), jq.init(SMALL_PLAN, SMALL))
-    f = jit(jax.vmap(functools.partial(jq.quantize_round, SMALL_PLAN)))
+    f = jax.jit(jax.vmap(functools.partial(jq.quantize_round, SMALL_PLAN)))
     got = batch, state
     for _ in range(2):
         *got, _ = f(*got)

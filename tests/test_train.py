@@ -33,7 +33,7 @@ SHORT = [
 SLQ = ["--config", "configs/digits_slq.py", *SHORT]
 
 
-pytestmark = pytest.mark.usefixtures("compilation_cache")
+pytestmark = pytest.mark.usefixtures("experiments")
 
 
 def final_params(workdir, *more):

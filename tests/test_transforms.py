@@ -18,9 +18,6 @@ from jaxquant.transforms import freeze_quantized
 
 WARM_STEPS = 2  # with nothing frozen, so that every optimizer has momentum to spend
 FROZEN_STEPS = 3
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):  # later ones do not have, or need, this option
-    QUICK_TO_COMPILE["xla_cpu_use_fusion_emitters"] = False
 
 FROZEN = {
     "dense": {"kernel": np.arange(24).reshape(6, 4) % 5 < 2, "bias": np.False_},
@@ -163,7 +160,7 @@ def train(tx, dtype=jnp.float32, frozen=FROZEN, gradient_of_frozen=None):
         )
         return jax.tree.reduce(jnp.add, errors) / 2
 
-    @functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
+    @jax.jit
     def step(params, state, frozen, target):
         value_fn = functools.partial(loss_fn, target=target)
         value, grads = jax.value_and_grad(value_fn)(params)
