@@ -68,7 +68,7 @@ def release_programs():
     """
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_text().count("\n") > 20_000:
+    if maps.exists() and maps.read_text().count("\n") > 10_000:
         jax.clear_caches()
 
 
