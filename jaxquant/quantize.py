@@ -1,13 +1,13 @@
 """One round of quantization: what happens to one layer, and then to a tree of them."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxquant.clusters import Clusters, measure, settle, weight_scale
 from jaxquant.codebooks import assign, reconstruct, to_powers_of_two
@@ -537,7 +537,7 @@ def _solve(plan: Plan, work: list[_Work], statistics: list[Histogram]) -> list[j
         current = jnp.concatenate([work[i].centroids.astype(jnp.float32) for i in members])
         frozen = jnp.concatenate([work[i].frozen_centroids for i in members])
         centroids = _solve_stack(plan, stack, current, frozen)
-        ends = list(np.cumsum([work[i].layer.slices for i in members]))[:-1]
+        ends = list(itertools.accumulate(work[i].layer.slices for i in members))[:-1]
         for i, part in zip(members, jnp.split(centroids, ends), strict=True):
             solved[i] = part
     return solved
@@ -599,7 +599,7 @@ def _partition(
     everything = jnp.concatenate([x.reshape(-1) for x in priorities])
     all_frozen = jnp.concatenate([x.reshape(-1) for x in frozen])
     chosen = choose(everything, all_frozen, shares[0][0])
-    ends = list(np.cumsum([x.size for x in frozen]))[:-1]
+    ends = list(itertools.accumulate(x.size for x in frozen))[:-1]
     parts = jnp.split(chosen, ends)
     return [part.reshape(x.shape) for part, x in zip(parts, frozen, strict=True)]
 
