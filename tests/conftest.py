@@ -89,6 +89,14 @@ def quick_to_compile(request):
         yield
 
 
+@pytest.fixture(scope="module")
+def optimized(quick_to_compile):
+    """Optimize after all: programs that run for long, or are compiled for another machine."""
+    jax.clear_caches()  # of programs that are not optimized
+    with _settings(jax_disable_most_optimizations=False):
+        yield
+
+
 @pytest.fixture(scope="session")
 def cache_folder(tmp_path_factory):
     """Compiled programs of experiments, for all workers of pytest-xdist."""
@@ -97,11 +105,9 @@ def cache_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def experiments(cache_folder, quick_to_compile):
-    """Experiments train, so programs are optimized; those of the same experiment are shared."""
-    jax.clear_caches()  # of programs that were not
+def experiments(optimized, cache_folder):
+    """Runs of the same experiment share their compiled programs."""
     with _settings(
-        jax_disable_most_optimizations=False,
         jax_compilation_cache_dir=str(cache_folder),
         jax_persistent_cache_min_compile_time_secs=0.0,
     ):

@@ -26,6 +26,7 @@ from train.layout import Layout
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("optimized"),
     # JAX 0.12 still has it; the range of versions in pyproject.toml ends before it can go.
     pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated"),
 ]

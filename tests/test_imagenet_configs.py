@@ -13,6 +13,8 @@ from train import __main__ as cli
 from train import config as configs
 from train import experiment, models, products
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 STUDY = "configs/imagenet.py"
 CONFIGS = configs.load(STUDY)
 
