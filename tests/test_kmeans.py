@@ -626,7 +626,11 @@ def test_nan_and_infinity_under_jit_make_the_result_nan():
 
 
 @pytest.mark.parametrize("shape", [(1 << 26,), (8192, 8192), (67_108_859,), (2, 4096, 8192)])
-def test_memory_of_a_large_array_stays_near_its_own(shape):
+def test_memory_of_a_large_array_stays_near_its_own(shape, request):
+    if request.config.getoption("--optimize") and len(shape) == 3:
+        reason = "optimized by JAX 0.10, a second copy lies in memory: 1.8 times the array's own"
+        early = jax.__version_info__ < (0, 11)
+        request.applymarker(pytest.mark.xfail(early, reason=reason, strict=True))
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     f = jax.jit(functools.partial(kmeans, k=17))
     memory = f.lower(x).compile().memory_analysis()
