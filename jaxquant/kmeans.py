@@ -46,8 +46,9 @@ def kmeans(
     programming over coarse cells, then Lloyd passes by prefix sums until no bin changes its
     cluster. An empty cluster keeps its value; a tie goes to the lower centroid. Clusters whose
     weights are all equal get exactly that value; values that share a bin are not told apart. Runs
-    under jit, vmap and scan; `x` is never raveled, sorted or copied. Cost O(n k) compares and
-    O(n + bins + cells**2 k) else; memory O(bins + cells**2) beyond `x`.
+    under jit, vmap and scan; `x` is never raveled or sorted. Cost O(n k) compares and
+    O(n + bins + cells**2 k) else; memory O(bins + cells**2) beyond `x`, and a copy of a long `x`
+    that does not divide into pieces, or whose longest axis is its last (on CPU; up to 1.8 copies).
 
     The certificate: with every entry moved to the mean of its cell, W the squared distance moved
     and O the exact optimum of the moved entries (the dynamic program), no k centroids have a loss
