@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxquant.clusters import SPREAD, spread
 from jaxquant.codebooks import assign, reconstruct
 from jaxquant.histogram import fold
-from jaxquant.quantize import QuantState, per_slice
+from jaxquant.quantize import QuantState, check_state, per_slice
 from jaxquant.selection import leaves_with_paths
 
 
@@ -45,30 +45,37 @@ def centroid_gradients(gradients: Any, params: Any, state: QuantState) -> Any:
     [0.0, 1.0, 30.0]
     """
 
-    def one(
-        weights: jax.Array, gradient: jax.Array, frozen: jax.Array, centroids: jax.Array, moves: Any
-    ) -> jax.Array:
-        k = centroids.shape[0]
-
-        def step(sums: jax.Array, weights: jax.Array, gradient: jax.Array, frozen: jax.Array):
-            codes = assign(weights, centroids).astype(jnp.int32)
-            slot = codes * SPREAD + spread(weights.shape)
-            # `where`, not a product: a free weight's NaN is not the centroid's.
-            part = jnp.where(frozen, gradient.astype(jnp.float32), 0.0)
-            return sums.at[slot].add(part, mode="promise_in_bounds")
-
-        sums = fold(step, jnp.zeros(k * SPREAD), weights, gradient, frozen)
-        return jnp.where(moves, jnp.sum(sums.reshape(k, SPREAD), axis=1), 0.0)
-
     def leaf(weights: Any, gradient: Any, frozen: Any, codebook: Any, moves: Any) -> jax.Array:
         if not codebook.ndim:
             return jnp.zeros((), jnp.float32)
         arrays, tables = (weights, gradient, frozen), (codebook, moves)
-        return per_slice(one, arrays, codebook, tables, leaf_shaped=False)
+        return per_slice(_sums, arrays, tables, leaf_shaped=False)
 
+    check_state(state)
     _check("gradients", gradients, state.frozen)
     _check("params", params, state.frozen)
     return jax.tree.map(leaf, params, gradients, state.frozen, state.codebooks, _movable(state))
+
+
+def _sums(
+    weights: jax.Array,
+    gradient: jax.Array,
+    frozen: jax.Array,
+    centroids: jax.Array,
+    moves: jax.Array,
+) -> jax.Array:
+    """Return the sums [k] of one codebook, float32."""
+    k = centroids.shape[0]
+
+    def step(sums: jax.Array, weights: jax.Array, gradient: jax.Array, frozen: jax.Array):
+        codes = assign(weights, centroids).astype(jnp.int32)
+        slot = codes * SPREAD + spread(weights.shape)
+        # `where`, not a product: a free weight's NaN is not the centroid's.
+        part = jnp.where(frozen, gradient.astype(jnp.float32), 0.0)
+        return sums.at[slot].add(part, mode="promise_in_bounds")
+
+    sums = fold(step, jnp.zeros(k * SPREAD, jnp.float32), weights, gradient, frozen)
+    return jnp.where(moves, jnp.sum(sums.reshape(k, SPREAD), axis=1), 0.0)
 
 
 def set_centroids(params: Any, state: QuantState, codebooks: Any) -> tuple[Any, QuantState]:
@@ -98,14 +105,12 @@ def set_centroids(params: Any, state: QuantState, codebooks: Any) -> tuple[Any, 
     [[0.0, 1.5], [2.5, 2.5]]
     """
 
-    def one(weights: jax.Array, frozen: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-        return jnp.where(frozen, reconstruct(assign(weights, old), new), weights)
-
     def leaf(weights: Any, frozen: Any, old: Any, new: Any) -> jax.Array:
         if not old.ndim:
             return weights
-        return per_slice(one, (weights, frozen), old, (old, new))
+        return per_slice(_moved, (weights, frozen), (old, new))
 
+    check_state(state)
     _check("params", params, state.frozen)
     _check("codebooks", codebooks, state.codebooks)
     moved = jax.tree.map(
@@ -116,6 +121,10 @@ def set_centroids(params: Any, state: QuantState, codebooks: Any) -> tuple[Any, 
     )
     params = jax.tree.map(leaf, params, state.frozen, state.codebooks, moved)
     return params, state._replace(codebooks=moved)
+
+
+def _moved(weights: jax.Array, frozen: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    return jnp.where(frozen, reconstruct(assign(weights, old), new), weights)
 
 
 def _movable(state: QuantState) -> Any:

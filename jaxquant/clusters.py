@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxquant import loops
 from jaxquant.codebooks import assign, reconstruct
 from jaxquant.histogram import fold, relative_weight
 
@@ -17,8 +18,8 @@ class Clusters(NamedTuple):
 
     counts: jax.Array  # [k] int32
     losses: jax.Array  # [k] float32, (weighted) sum of squared distances
-    lows: jax.Array  # [k] smallest entry of each cluster whose weight is not 0; +inf where none
-    highs: jax.Array  # [k] largest; -inf where none
+    lows: jax.Array  # [k] float32, smallest entry of each whose weight is not 0; +inf where none
+    highs: jax.Array  # [k] float32, largest; -inf where none
 
 
 def weight_scale(sample_weight: jax.Array | None) -> jax.Array:
@@ -44,17 +45,14 @@ def measure(
     centroids = centroids.astype(jnp.float32)
     weights = () if sample_weight is None else (sample_weight,)
     largest = [jnp.max(weight).astype(jnp.float32) for weight in weights]
-    slots = jnp.zeros(k * SPREAD)
-    none = Clusters(
-        jnp.zeros(k * SPREAD, jnp.int32),
-        slots,
-        jnp.full(k, jnp.inf, x.dtype),
-        jnp.full(k, -jnp.inf, x.dtype),
-    )
+    slots = jnp.zeros(k * SPREAD, jnp.float32)
+    infinity = jnp.full(k, jnp.inf, jnp.float32)  # which narrow floats lack
+    none = Clusters(slots.astype(jnp.int32), slots, infinity, -infinity)
 
     def step(sums: Clusters, piece: jax.Array, *weight: jax.Array) -> Clusters:
         codes = assign(piece, centroids)
-        distance = piece.astype(jnp.float32) - reconstruct(codes, centroids)
+        piece = piece.astype(jnp.float32)
+        distance = piece - reconstruct(codes, centroids)
         loss = jnp.square(distance / unit)
         low = high = piece
         if weight:
@@ -118,4 +116,4 @@ def settle(
         lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(measure, x, centroids, sample_weight)
     )
     start = (centroids, empty, jnp.int32(0), jnp.bool_(True))
-    return jax.lax.while_loop(lambda carry: carry[3], step, start)[:2]
+    return loops.while_loop(lambda carry: carry[3], step, start)[:2]

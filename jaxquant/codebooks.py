@@ -1,14 +1,13 @@
 """Codebooks of centroids: how many, where they start, which one a weight is nearest to."""
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from jaxquant.histogram import Histogram, to_value
-from jaxquant.meshes import is_explicit, with_auto_axes
+from jaxquant import checks
+from jaxquant.histogram import Histogram, headroom, to_value
+from jaxquant.meshes import compiled
 
+MOST_CENTROIDS = 256  # of a codebook whose codes are packed: a code fits a byte
 _COMPARES = 32  # a longer reduction XLA splits in two on CPU, and writes the compares to memory
 
 
@@ -26,9 +25,7 @@ def num_centroids(bits: int) -> int:
     >>> [num_centroids(bits) for bits in (2, 3, 5)]
     [3, 5, 17]
     """
-    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 16:
-        raise ValueError(f"expected bits between 1 and 16, got {bits!r}")
-    return 2 ** (bits - 1) + 1
+    return 2 ** (checks.integer("bits", bits, least=1, most=16) - 1) + 1
 
 
 def assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
@@ -54,19 +51,40 @@ def assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
     x, centroids = jnp.asarray(x), jnp.asarray(centroids)
     if centroids.ndim != 1 or not centroids.size:
         raise ValueError(f"expected centroids of shape [k] with k >= 1, got {centroids.shape}")
+    return compiled(_assign, x, centroids, like=x)
+
+
+def _assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
     dtype = jnp.float64 if jnp.float64 in (x.dtype, centroids.dtype) else jnp.float32
     order = jnp.argsort(centroids)  # stable: of equal centroids the lower index comes first
     ascending = centroids[order].astype(dtype)
-    middles = ascending[1:] * 0.5 + ascending[:-1] * 0.5  # an entry on a middle is a tie
+    last = _last_below_middles(ascending)
     first = jnp.searchsorted(ascending, ascending)  # of a run of equal centroids
-    table = order[first].astype(jnp.uint8 if centroids.size <= 256 else jnp.int32)
-    if middles.size <= _COMPARES:
-        above = x[None].astype(dtype) > jnp.expand_dims(middles, range(1, x.ndim + 1))
+    table = order[first].astype(jnp.uint8 if centroids.size <= MOST_CENTROIDS else jnp.int32)
+    if last.size <= _COMPARES:
+        above = x[None].astype(dtype) > jnp.expand_dims(last, range(1, x.ndim + 1))
         rank = jnp.sum(above, axis=0, dtype=jnp.uint8)
     else:
-        search = functools.partial(jnp.searchsorted, method="scan_unrolled")
-        rank = with_auto_axes(search, (middles, x.astype(dtype)), like=x)
-    return _look_up(table, rank, mode="promise_in_bounds")
+        rank = jnp.searchsorted(last, x.astype(dtype), method="scan_unrolled")
+    return table.at[rank].get(mode="promise_in_bounds")
+
+
+def _last_below_middles(ascending: jax.Array) -> jax.Array:
+    """Return the last float that is not above the middle of each two neighbours, [k - 1].
+
+    A middle of neighbouring floats is none itself: rounded up, it would be the upper one, and that
+    one nearer to the lower. The error of the sum is exact (Knuth, TAOCP 2, 4.2.2, theorem B).
+    """
+    scale = headroom(jnp.max(jnp.abs(ascending)))
+    lower, upper = ascending[:-1] * scale, ascending[1:] * scale
+    total = lower + upper
+    rest = total - lower
+    error = (lower - (total - rest)) + (upper - rest)
+    total = jnp.where(error < 0, jnp.nextafter(total, -jnp.inf), total)
+    last = total * (0.5 / scale)
+    # Where that rounds, next to zero, a centroid is still nearest to itself.
+    lower, upper = ascending[:-1], ascending[1:]
+    return jnp.clip(last, lower, jnp.maximum(lower, jnp.nextafter(upper, -jnp.inf)))
 
 
 def reconstruct(codes: jax.Array, centroids: jax.Array) -> jax.Array:
@@ -82,18 +100,17 @@ def reconstruct(codes: jax.Array, centroids: jax.Array) -> jax.Array:
     >>> reconstruct(jnp.array([2, 0]), jnp.array([-1.0, 0.0, 1.0]))
     Array([ 1., -1.], dtype=float32)
     """
-    return _look_up(jnp.asarray(centroids), jnp.asarray(codes), mode="fill", fill_value=jnp.nan)
+    codes = jnp.asarray(codes)
+    return compiled(_reconstruct, codes, jnp.asarray(centroids), like=codes)
 
 
-def _look_up(table: jax.Array, index: jax.Array, **options: Any) -> jax.Array:
-    """Return `table[index]`, sharded as the index: JAX asks where axes are explicit."""
-    sharding = jax.typeof(index).sharding if is_explicit(index) else None
-    return table.at[index].get(out_sharding=sharding, **options)
+def _reconstruct(codes: jax.Array, centroids: jax.Array) -> jax.Array:
+    return centroids.at[codes].get(mode="fill", fill_value=jnp.nan)
 
 
 def start_linear(histogram: Histogram, k: int) -> jax.Array:
     """Return `k` centroids equally spaced between the extreme weights (Han et al., 2016)."""
-    return to_value(histogram, jnp.linspace(0.0, histogram.mass.shape[0], k))
+    return to_value(histogram, jnp.linspace(0.0, histogram.mass.shape[0], k, dtype=jnp.float32))
 
 
 def start_quantile(histogram: Histogram, k: int) -> jax.Array:
@@ -132,7 +149,7 @@ def start_ternary(histogram: Histogram, k: int) -> jax.Array:
     with n maximizing S(n)**2 / n: the optimum that TWN (Li et al., 2016, equation 6) approximates
     by a threshold of 0.7 mean|w|. Exact up to the bins, each of which counts as its mean.
     """
-    del k  # three, as `kmeans.check_options` makes sure
+    del k  # three, as `kmeans.check_start` makes sure
     values = to_value(histogram, histogram.position)
     magnitudes = jnp.where(histogram.mass > 0, jnp.abs(values), 0.0)
     order = jnp.argsort(magnitudes, descending=True)
@@ -154,7 +171,7 @@ def _powers(exponent: jax.Array, k: int, nonzero: jax.Array) -> jax.Array:
     power = exponent - jnp.arange(k // 2)
     magnitudes = jnp.where(nonzero, jnp.ldexp(jnp.float32(1.0), power), 0.0)
     pairs = jnp.stack([magnitudes, -magnitudes], axis=1).reshape(-1)
-    return jnp.concatenate([jnp.zeros(1), pairs])
+    return jnp.pad(pairs, (1, 0))
 
 
 def to_powers_of_two(centroids: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxquant import loops
 from jaxquant.codebooks import assign, reconstruct
 
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -77,7 +78,7 @@ def compensate(
         return _refit(layer, _better(layer, _by_input(layer, best.centroids), best), movable)
 
     passes = jnp.where(jnp.any(movable), _PASSES, 1)  # under the same centroids all are the same
-    best = jax.lax.fori_loop(0, passes, again, nearest)
+    best = loops.fori_loop(0, passes, again, nearest)
     best = _refit(layer, _descend(layer, best), movable)
     back = jnp.argsort(order)
     return best._replace(weights=best.weights[:rows][back], codes=best.codes[:rows][back])
@@ -141,7 +142,7 @@ def _by_rows(
             return part, changes.at[j].set(change), found
 
         zeros = jnp.zeros((_BLOCK, outputs), jnp.float32)
-        _, changes, found = jax.lax.fori_loop(
+        _, changes, found = loops.fori_loop(
             0, _BLOCK, row, (cut(state), zeros, tuple(map(cut, results)))
         )
         moved = jnp.matmul(own.T, changes, precision=_PRECISION)
@@ -154,7 +155,7 @@ def _by_rows(
 
     shapes = jax.eval_shape(step, state[0], *(x[0] for x in rows))[1:]
     results = tuple(jnp.zeros((size, *x.shape), x.dtype) for x in shapes)
-    return jax.lax.fori_loop(0, size // _BLOCK, block, (state, results))[1]
+    return loops.fori_loop(0, size // _BLOCK, block, (state, results))[1]
 
 
 def _by_input(layer: _Layer, centroids: jax.Array) -> Compensated:
@@ -199,7 +200,7 @@ def _error(layer: _Layer, found: Compensated) -> jax.Array:
 def _refit(layer: _Layer, found: Compensated, movable: jax.Array) -> Compensated:
     """Move the movable centroids, if any, to the least squares of these codes; others stay."""
     refit = functools.partial(_least_squares, layer)
-    return jax.lax.cond(jnp.any(movable), refit, lambda found, _: found, found, movable)
+    return loops.cond(jnp.any(movable), refit, lambda found, _: found, found, movable)
 
 
 def _least_squares(layer: _Layer, found: Compensated, movable: jax.Array) -> Compensated:
@@ -242,6 +243,6 @@ def _descend(layer: _Layer, found: Compensated) -> Compensated:
         rows = (weights, layer.frozen, energy)
         return _by_rows(step, layer.moments, slope, jnp.ones_like(layer.frozen), rows)[0]
 
-    weights = jax.lax.fori_loop(0, _SWEEPS, sweep, found.weights)
+    weights = loops.fori_loop(0, _SWEEPS, sweep, found.weights)
     new = found._replace(weights=weights, codes=assign(weights, centroids))
     return _where(_error(layer, new).sum() < _error(layer, found).sum(), new, found)

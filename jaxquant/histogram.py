@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxquant import loops
+
 BINS = 65536
 _CHUNK = 1 << 20  # weights per step of a long pass: its temporaries stay in the cache
 _OFFSET_BITS = 8  # float32 resolves a position among 65,536 bins to 2**-8 of a bin
@@ -42,7 +44,19 @@ def to_position(histogram: Histogram, values: jax.Array) -> jax.Array:
 
 def to_value(histogram: Histogram, positions: jax.Array) -> jax.Array:
     """Convert positions on the bins to weights."""
-    return histogram.low + positions * bin_width(histogram)
+    scale = headroom(jnp.maximum(jnp.abs(histogram.low), jnp.abs(histogram.high)))
+    values = histogram.low * scale + positions * (bin_width(histogram) * scale)
+    limit = jnp.finfo(jnp.float32).max * scale
+    return jnp.clip(values, -limit, limit) / scale
+
+
+def headroom(largest: jax.Array) -> jax.Array:
+    """Return the power of two by which to multiply before adding two such numbers or less.
+
+    No constant: of a sum of halves XLA makes half of a sum, which may overflow.
+    """
+    limit = jnp.finfo(largest.dtype).max
+    return jnp.where(largest > limit / 4, 0.25, 1.0).astype(largest.dtype)
 
 
 def position_error(histogram: Histogram) -> jax.Array:
@@ -83,7 +97,7 @@ def fold(step: Callable[..., Any], carry: Any, *arrays: jax.Array) -> Any:
         cut = functools.partial(jax.lax.dynamic_index_in_dim, index=i, axis=axis + 1)
         return step(carry, *(cut(view, keepdims=False) for view in views))
 
-    return jax.lax.fori_loop(0, pieces, body, carry)
+    return loops.fori_loop(0, pieces, body, carry)
 
 
 def rewrite(steps: Sequence[Callable[..., jax.Array]], *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -111,7 +125,7 @@ def rewrite(steps: Sequence[Callable[..., jax.Array]], *arrays: jax.Array) -> tu
             views[i] = jax.lax.dynamic_update_index_in_dim(views[i], new, piece, axis + 1)
         return views
 
-    views = jax.lax.fori_loop(0, pieces, body, [a.reshape(split) for a in arrays])
+    views = loops.fori_loop(0, pieces, body, [a.reshape(split) for a in arrays])
     return tuple(view.reshape(shape) for view in views)
 
 
@@ -150,13 +164,13 @@ def histogram(
       sample_weight: [...] non-negative, like `x`, or None for counts.
       bins: number of bins.
     """
+    wide = x.astype(jnp.float32)  # narrow floats may have no infinity
     if sample_weight is None:
-        low, high = jnp.min(x), jnp.max(x)
+        low, high = jnp.min(wide), jnp.max(wide)
     else:  # entries of weight zero must not widen the bins
         counted = (sample_weight > 0) | (jnp.max(sample_weight) <= 0) | ~jnp.isfinite(x)
-        low = jnp.min(x, where=counted, initial=jnp.inf)
-        high = jnp.max(x, where=counted, initial=-jnp.inf)
-    low, high = low.astype(jnp.float32), high.astype(jnp.float32)
+        low = jnp.min(wide, where=counted, initial=jnp.inf)
+        high = jnp.max(wide, where=counted, initial=-jnp.inf)
     empty = Histogram(
         jnp.zeros(bins, jnp.int32), jnp.arange(bins, dtype=jnp.float32) + 0.5, low, high
     )

@@ -1,17 +1,15 @@
 """One-dimensional k-means on a histogram: optimal start, Lloyd passes, certificate."""
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 
-from jaxquant import codebooks
+from jaxquant import checks, codebooks, loops
 from jaxquant.clusters import settle, weight_scale
 from jaxquant.histogram import BINS, Histogram, bin_width, histogram, to_position, to_value
-from jaxquant.meshes import with_auto_axes
+from jaxquant.meshes import compiled
 from jaxquant.optimum import Optimum, optimum
 
 STARTS = ("optimal", "quantile", "linear", "power_of_two", "inq", "ternary")
@@ -74,8 +72,8 @@ def kmeans(
       KMeansResult. Centroids are float32 whatever the dtype of `x`.
 
     Raises:
-      ValueError: for arguments that do not fit, and for NaN or infinite entries outside of jit
-        (inside, they make the result NaN).
+      ValueError: for arguments that do not fit, and for NaN or infinite entries, or negative
+        sample weights, outside of jit (inside, they make the result NaN).
 
     >>> result = kmeans(jnp.array([1.0, 1.0, 2.0, 8.0, 8.0, 9.0]), 2)
     >>> result.counts
@@ -84,19 +82,22 @@ def kmeans(
     x = jnp.asarray(x)
     sample_weight = None if sample_weight is None else jnp.asarray(sample_weight)
     frozen = None if frozen is None else jnp.asarray(frozen)
+    k = checks.integer("k", k, least=1)
     _check_entries(x, k, sample_weight)
-    check_options(k=k, init=init, iterations=iterations)
-    if cells is not None and (not isinstance(cells, int) or cells < k):
-        raise ValueError(f"expected cells to be None or at least k={k}, got {cells!r}")
-    if not isinstance(bins, int) or bins < k:
-        raise ValueError(f"expected bins to be at least k={k}, got {bins!r}")
-    _check_centroids(k, init, frozen)
     named = "optimal" if init is None else init if isinstance(init, str) else None
-    cluster = functools.partial(
-        _cluster, k=k, named=named, zero=zero, iterations=iterations, bins=bins, cells=cells
+    if named:
+        check_start(named, k)
+    _check_centroids(k, init, frozen)
+    return compiled(
+        _cluster,
+        *(x, None if named else jnp.asarray(init), frozen, sample_weight),
+        k=k,
+        named=named,
+        zero=bool(zero),
+        iterations=check_iterations(iterations),
+        bins=checks.integer("bins", bins, least=k),
+        cells=None if cells is None else checks.integer("cells", cells, least=k),
     )
-    start = None if named else jnp.asarray(init)
-    return with_auto_axes(cluster, (x, start, frozen, sample_weight), like=None)
 
 
 def _cluster(
@@ -132,7 +133,7 @@ def _cluster(
     centroids, clusters = settle(x, centroids, fixed, width, sample_weight, unit=width)
     loss = jnp.sum(clusters.losses)  # in squares of bins: no overflow whatever the scale of x
     total = loss * weight_scale(sample_weight) * width * width
-    finite = is_finite(statistic, sample_weight)
+    finite = is_usable(statistic, sample_weight)
     return KMeansResult(
         centroids=jnp.where(finite, centroids, jnp.nan),
         counts=clusters.counts,
@@ -141,10 +142,12 @@ def _cluster(
     )
 
 
-def is_finite(statistic: Histogram, sample_weight: jax.Array | None) -> jax.Array:
-    """Return whether all entries, and their weights if any, are finite."""
+def is_usable(statistic: Histogram, sample_weight: jax.Array | None) -> jax.Array:
+    """Return whether all entries are finite, and their weights, if any, finite and not negative."""
     finite = jnp.isfinite(statistic.low) & jnp.isfinite(statistic.high)
-    return finite if sample_weight is None else finite & jnp.isfinite(jnp.max(sample_weight))
+    if sample_weight is None:
+        return finite
+    return finite & jnp.isfinite(jnp.max(sample_weight)) & (jnp.min(sample_weight) >= 0)
 
 
 def _gap(loss: jax.Array, solution: "Optimum") -> jax.Array:
@@ -210,7 +213,7 @@ def lloyd(
     if iterations is None:
         positions = _until_stable(statistic, update, positions)
     else:
-        positions = jax.lax.fori_loop(0, iterations - 1, lambda _, p: update(p), positions)
+        positions = loops.fori_loop(0, iterations - 1, lambda _, p: update(p), positions)
     means = _precise_means(statistic, positions)
     moved = jnp.where(still, start[order], to_value(statistic, means))
     return jnp.zeros_like(start).at[order].set(moved)
@@ -273,7 +276,7 @@ def _until_stable(
         changed = jnp.any(_edges(statistic, new) != _edges(statistic, positions))
         return new, passes + 1, changed
 
-    return jax.lax.while_loop(unstable, step, (positions, jnp.int32(0), jnp.bool_(True)))[0]
+    return loops.while_loop(unstable, step, (positions, jnp.int32(0), jnp.bool_(True)))[0]
 
 
 # Checks ------------------------------------------------------------------------------------------
@@ -282,51 +285,34 @@ def _until_stable(
 def _check_entries(x: jax.Array, k: int, sample_weight: jax.Array | None) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"expected floating-point weights, got {x.dtype}")
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise ValueError(f"expected k to be a positive integer, got {k!r}")
     if k > x.size:
         raise ValueError(f"expected at most as many centroids as weights, got k={k}, size={x.size}")
     if x.size >= 2**31:
         raise ValueError(f"expected fewer than 2**31 weights in one codebook, got {x.size}")
     if sample_weight is None:
-        check_finite({"x": x})
+        checks.values({"x": x})
         return
     if jnp.shape(sample_weight) != x.shape:
         raise ValueError(
             f"expected sample_weight of shape {x.shape}, got {jnp.shape(sample_weight)}"
         )
-    check_finite({"x": x, "sample_weight": sample_weight})
-    if not isinstance(sample_weight, jax.core.Tracer) and jnp.min(sample_weight) < 0:
-        raise ValueError("expected sample_weight >= 0, got negative entries")
+    named = {"x": x, "sample_weight": sample_weight}
+    checks.values(named, nonnegative=("sample_weight",))
 
 
-@jax.jit
-def _count_not_finite(arrays: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.sum(~jnp.isfinite(array)) for array in arrays]
-
-
-def check_finite(arrays: Mapping[str, jax.Array]) -> None:
-    """Raise a ValueError that names the first array with NaN or infinities; traced ones pass."""
-    known = {name: a for name, a in arrays.items() if not isinstance(a, jax.core.Tracer)}
-    for (name, array), bad in zip(
-        known.items(), _count_not_finite(list(known.values())), strict=True
-    ):
-        if int(bad):
-            raise ValueError(
-                f"expected finite values in {name}, got {bad} NaN or infinite of {array.size}"
-            )
-
-
-def check_options(*, k: int, init: object, iterations: object) -> None:
-    """Raise a ValueError for clustering options that cannot work for `k` centroids."""
-    if isinstance(init, str) and init not in STARTS:
-        raise ValueError(f"expected init to be one of {', '.join(STARTS)}, got {init!r}")
-    if isinstance(init, str) and init in _IN_INDEX_ORDER and k % 2 == 0:
-        raise ValueError(f"expected an odd k for init={init!r}, got {k}")
-    if isinstance(init, str) and init == "ternary" and k != 3:
+def check_start(name: object, k: int | None = None) -> None:
+    """Raise a ValueError for a name of no start, or of one that `k` centroids cannot have."""
+    if name not in STARTS:
+        raise ValueError(f"expected init to be one of {', '.join(STARTS)}, got {name!r}")
+    if k is not None and name in _IN_INDEX_ORDER and k % 2 == 0:
+        raise ValueError(f"expected an odd k for init={name!r}, got {k}")
+    if k not in (None, 3) and name == "ternary":
         raise ValueError(f"expected k = 3 for init='ternary', got {k}")
-    if iterations is not None and (not isinstance(iterations, int) or iterations < 0):
-        raise ValueError(f"expected iterations to be None or at least 0, got {iterations!r}")
+
+
+def check_iterations(iterations: Any) -> int | None:
+    """Return the number of Lloyd passes, or None, or raise a ValueError."""
+    return None if iterations is None else checks.integer("iterations", iterations, least=0)
 
 
 def _check_centroids(k: int, init: Any, frozen: Any) -> None:

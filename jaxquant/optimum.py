@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxquant import loops
 from jaxquant.histogram import Histogram, position_error, to_position, to_value
 
 
@@ -98,9 +99,9 @@ def _interval_costs(groups: _Cells, origin: jax.Array) -> tuple[jax.Array, jax.A
         carry = (total, mean + delta * fraction, cost, about_zero)
         return carry, (cost, about_zero)
 
-    zeros = jnp.zeros(cells + 1)
+    zeros = jnp.zeros(cells + 1, jnp.float32)
     rows = (jnp.arange(cells), groups.mass, groups.mean)
-    _, columns = jax.lax.scan(grow, (zeros,) * 4, rows)
+    _, columns = loops.scan(grow, (zeros,) * 4, rows)
     possible = starts[:, None] <= starts[None, :]
 
     def finish(column: jax.Array) -> jax.Array:
@@ -122,13 +123,13 @@ def _advance(table: jax.Array, costs: jax.Array) -> jax.Array:
 def _fill_tables(costs: jax.Array, k: int) -> jax.Array:
     """Return tables [k + 1, 1 or 2, cells + 1]: least cost of m clusters, without and with zero."""
     cells = costs.shape[-1]
-    start = jnp.full((costs.shape[0], cells), jnp.inf).at[0, 0].set(0.0)
+    start = jnp.full((costs.shape[0], cells), jnp.inf, jnp.float32).at[0, 0].set(0.0)
 
     def step(table: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         table = _advance(table, costs)
         return table, table
 
-    _, tables = jax.lax.scan(step, start, None, length=k)
+    _, tables = loops.scan(step, start, None, length=k)
     return jnp.concatenate([start[None], tables])
 
 
@@ -147,7 +148,7 @@ def _trace_back(costs: jax.Array, tables: jax.Array) -> tuple[jax.Array, jax.Arr
         return (start, jnp.where(pinned, 0, layer)), (start, end, pinned)
 
     last = (jnp.int32(cells - 1), jnp.int32(layers - 1))
-    _, (starts, ends, pinned) = jax.lax.scan(step, last, tables[:-1], reverse=True)
+    _, (starts, ends, pinned) = loops.scan(step, last, tables[:-1], reverse=True)
     return starts, ends, pinned
 
 

@@ -25,13 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxquant.codebooks import assign, reconstruct
-from jaxquant.meshes import with_auto_axes
-from jaxquant.quantize import QuantState, per_slice, slice_axis
+from jaxquant.codebooks import MOST_CENTROIDS, assign, reconstruct
+from jaxquant.meshes import compiled
+from jaxquant.quantize import QuantState, check_state, per_slice, slice_axis
 from jaxquant.selection import leaves_with_paths
 
 _WIDTHS = (8, 4, 2, 1)
-MOST_CENTROIDS = 256
 
 
 @functools.partial(
@@ -332,34 +331,34 @@ def pack_array(weights: jax.Array, codebook: jax.Array) -> PackedArray:
     symbol(codebook.shape[-1])
     if not weights.ndim:
         raise ValueError("expected a weight with at least one axis, got a scalar")
-    stacked, rows, columns = split_shape(weights.shape, slice_axis(codebook))
-    matrix = (*stacked, math.prod(rows), math.prod(columns))
-
-    def packed(weights: jax.Array, codebook: jax.Array) -> jax.Array:
-        codes = per_slice(assign, (weights,), codebook, (codebook,))
-        return pack_codes(codes.reshape(matrix), codebook.shape[-1])
-
+    stacked, rows, columns = split_shape(weights.shape, slice_axis(codebook.shape, weights.shape))
     spec = jax.typeof(weights).sharding.spec
     by_column = PartitionSpec(*spec[: len(stacked)], None, spec[-1] if columns else None)
+    matrix = (*stacked, math.prod(rows), math.prod(columns))
     return PackedArray(
-        codes=with_auto_axes(packed, (weights, codebook), like=by_column),
+        codes=compiled(_pack, weights, codebook, like=by_column, shape=matrix),
         codebook=codebook,
         rows=rows,
         columns=columns,
     )
 
 
+def _pack(weights: jax.Array, codebook: jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
+    codes = per_slice(assign, (weights,), (codebook,))
+    return pack_codes(codes.reshape(shape), codebook.shape[-1])
+
+
 def unpack_array(packed: PackedArray) -> jax.Array:
     """Return the weight. Pure, under jit too; costs a pass over the codes."""
-
-    def weights(codes: jax.Array, codebook: jax.Array) -> jax.Array:
-        codes = unpack_codes(codes, math.prod(packed.rows), packed.k).reshape(packed.shape)
-        return per_slice(reconstruct, (codes,), codebook, (codebook,))
-
     *stacked, _, columns = jax.typeof(packed.codes).sharding.spec
     rows = (None,) * len(packed.rows)
     by_column = PartitionSpec(*stacked, *rows, *(columns for _ in packed.columns))
-    return with_auto_axes(weights, (packed.codes, packed.codebook), like=by_column)
+    return compiled(_unpack, packed, like=by_column)
+
+
+def _unpack(packed: PackedArray) -> jax.Array:
+    codes = unpack_codes(packed.codes, math.prod(packed.rows), packed.k).reshape(packed.shape)
+    return per_slice(reconstruct, (codes,), (packed.codebook,))
 
 
 def pack_product(codes: jax.Array, words: jax.Array) -> ProductArray:
@@ -419,6 +418,7 @@ def pack(params: Any, state: QuantState) -> Any:
     >>> jq.pack(params, state)["kernel"].codes.shape
     (2, 4)
     """
+    check_state(state)
     if jax.tree.structure(params) != jax.tree.structure(state.codebooks):
         raise ValueError("expected params and state to have the same structure")
     packed = [
@@ -433,22 +433,16 @@ def pack(params: Any, state: QuantState) -> Any:
 def _pack_leaf(path: str, weights: jax.Array, codebook: jax.Array) -> PackedArray:
     codebook = codebook + jnp.zeros((), codebook.dtype)  # -0.0, which comes and goes, becomes 0.0
     try:
-        packed, off = _pack_and_count(weights, codebook)
+        packed = pack_array(weights, codebook)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if not isinstance(weights, jax.core.Tracer) and off:
+    off = compiled(_count_other, packed, weights)
+    if not isinstance(off, jax.core.Tracer) and off:
         raise ValueError(
             f"{path}: expected every weight on the codebook, as after the last round, "
             f"got {off} of {weights.size} that are not"
         )
     return packed
-
-
-@jax.jit  # the codes are many small operations, several times as fast in one program
-def _pack_and_count(weights: jax.Array, codebook: jax.Array) -> tuple[PackedArray, jax.Array]:
-    """Return the packed weight, and how many of its entries are not on the codebook."""
-    packed = pack_array(weights, codebook)
-    return packed, with_auto_axes(_count_other, (packed, weights), like=None)
 
 
 def _count_other(packed: PackedArray, weights: jax.Array) -> jax.Array:
@@ -494,7 +488,8 @@ def unpack(packed: Any) -> Any:
     )
 
 
-@jax.jit  # as `_pack_and_count`
 def unpack_node(node: PackedArray | ProductArray) -> jax.Array:
     """Return the weight that a node stands for."""
-    return unpack_product(node) if isinstance(node, ProductArray) else unpack_array(node)
+    if isinstance(node, ProductArray):
+        return compiled(unpack_product, node)
+    return unpack_array(node)

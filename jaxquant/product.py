@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxquant.kmeans import check_finite
+from jaxquant import checks
 from jaxquant.moments import windows
 from jaxquant.packing import MOST_CENTROIDS, ProductArray, pack_product, product_codes
 
@@ -80,7 +80,7 @@ def _check(kernel: jax.Array, words: int, length: int, iterations: int) -> None:
         raise ValueError(f"expected length to divide {kernel.shape[-2]} channels, got {length!r}")
     if not isinstance(iterations, int) or iterations < 0:
         raise ValueError(f"expected iterations to be at least 0, got {iterations!r}")
-    check_finite({"kernel": kernel})
+    checks.values({"kernel": kernel})
 
 
 def _kmeans(

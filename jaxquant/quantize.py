@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
+from jaxquant import checks, loops
 from jaxquant.clusters import Clusters, measure, settle, weight_scale
 from jaxquant.codebooks import assign, reconstruct, to_powers_of_two
 from jaxquant.compensation import compensate
 from jaxquant.histogram import Histogram, bin_width, fold, histogram, rewrite
-from jaxquant.kmeans import check_finite, is_finite, lloyd, named_start, pin
-from jaxquant.meshes import with_auto_axes
+from jaxquant.kmeans import is_usable, lloyd, named_start, pin
+from jaxquant.meshes import compiled
 from jaxquant.partition import choose, priority, threshold, weight_priority
 from jaxquant.schedules import Plan
 from jaxquant.selection import Layer, leaves_with_paths
@@ -45,7 +47,7 @@ class RoundInfo(NamedTuple):
     weights_frozen: dict[str, jax.Array]  # float32, share of the weights, after the round
     error_before: dict[str, jax.Array]  # float32, squared distance to the codebook / squared norm
     error_after: dict[str, jax.Array]  # float32, the same over the weights that are still free
-    finite: dict[str, jax.Array]  # bool; a layer with NaN or infinities is left as it was
+    finite: dict[str, jax.Array]  # bool; a layer that cannot be clustered is left as it was
 
 
 # One layer ---------------------------------------------------------------------------------------
@@ -83,7 +85,7 @@ def _measure(
         squares = squares * sensitivity.astype(jnp.float32)
     norm = jnp.sum(squares)
     # That a norm is not negative says nothing, but orders: sharing may then overwrite the weights.
-    finite = is_finite(statistic, sensitivity) & ~(norm < 0)
+    finite = is_usable(statistic, sensitivity) & ~(norm < 0)
     return _Clustered(centroids, clusters, norm, finite)
 
 
@@ -196,7 +198,7 @@ def _share_compensated(
     def keep() -> tuple[jax.Array, jax.Array]:
         return near.weights, near.centroids
 
-    weights, centroids = jax.lax.cond(active & jnp.all(chosen), close, keep)
+    weights, centroids = loops.cond(active & jnp.all(chosen), close, keep)
     return near._replace(weights=weights, centroids=centroids)
 
 
@@ -248,6 +250,15 @@ def _flags_of(codes: jax.Array, flags: jax.Array) -> jax.Array:
 # The tree ----------------------------------------------------------------------------------------
 
 
+class _Leaf(NamedTuple):
+    """The arrays of a selected leaf; tables are shaped like the leaf's codebook."""
+
+    weights: jax.Array
+    frozen: jax.Array
+    codebook: jax.Array
+    frozen_centroids: jax.Array
+
+
 class _Work(NamedTuple):
     """A selected leaf on its way through a round; codebooks as [slices, k]."""
 
@@ -277,7 +288,7 @@ def init(plan: Plan, params: Any) -> QuantState:
     """
     leaves = _check_tree(plan, params, "params")
     pairs = zip(plan.selection.layers, leaves, strict=True)
-    check_finite({layer.path: leaf for layer, leaf in pairs if layer.reason is None})
+    checks.values({layer.path: leaf for layer, leaf in pairs if layer.reason is None})
     structure = jax.tree.structure(params)
 
     def tree_of(make: Callable[[Layer, jax.Array], jax.Array]) -> Any:
@@ -361,23 +372,31 @@ def quantize_round(
     _check(plan, params, state, sensitivity)
     moments = dict(moments or {})
     _check_moments(plan, moments)
-    return with_auto_axes(
-        functools.partial(_round, plan),
-        (params, state, sensitivity, moments, key),
-        like=(params, state, None),
+    trees = (params, state.frozen, state.codebooks, state.frozen_centroids)
+    leaves = [_Leaf(*arrays) for arrays in _gather(plan, *trees)]
+    weighed = None if sensitivity is None else [leaf for (leaf,) in _gather(plan, sensitivity)]
+    changed, round_, info = compiled(
+        _round,
+        *(leaves, weighed, state.round, moments, key),
+        like=(leaves, None, None),
+        plan=plan,
     )
+    new = [_scatter(plan, *pair) for pair in zip(trees, zip(*changed, strict=True), strict=True)]
+    params, frozen, codebooks, frozen_centroids = new
+    return params, QuantState(codebooks, frozen, frozen_centroids, round_), info
 
 
 def _round(
-    plan: Plan,
-    params: Any,
-    state: QuantState,
-    sensitivity: Any,
+    leaves: list[_Leaf],
+    sensitivities: list[jax.Array] | None,
+    round_: jax.Array,
     moments: dict[str, jax.Array],
     key: jax.Array | None,
-) -> tuple[Any, QuantState, RoundInfo]:
-    work = _gather(plan, params, state, sensitivity)
-    share, growing = _row(plan, state.round)
+    *,
+    plan: Plan,
+) -> tuple[list[_Leaf], jax.Array, RoundInfo]:
+    work = _start(plan, leaves, sensitivities)
+    share, growing = _row(plan, round_)
     # 1. Cluster every layer.
     statistics = [_on_slices(w.layer, histogram, _entries(w)) for w in work]
     solved = _solve(plan, work, statistics)
@@ -393,7 +412,11 @@ def _round(
     # 2. Partition: the only step that may look across layers. Weights need no look.
     finite = [c.finite for c in clustered]
     groups = [jnp.array(w.layer.groups) for w in work]
-    active = [growing[group] & ok for group, ok in zip(groups, finite, strict=True)]
+    over = round_ >= plan.num_rounds  # what was passed over, or comes from another plan, ends here
+    active = [
+        (growing[group] | (over & ~_whole(plan, w))) & ok
+        for w, group, ok in zip(work, groups, finite, strict=True)
+    ]
     chosen = shares = [share[group] for group in groups]
     if plan.shares_of == "clusters":
         chosen = _partition(plan, work, clustered, shares, active, key)
@@ -409,7 +432,8 @@ def _round(
             tables = (*tables, fixed, own[None] if w.layer.axis is None else own)
         shared.append(_on_slices(w.layer, share_layer, arrays, tables))
     info = _describe(work, clustered, shared, finite)
-    return *_scatter(plan, params, state, work, shared), info
+    changed = [_finish(w.layer, s) for w, s in zip(work, shared, strict=True)]
+    return changed, jnp.minimum(round_ + 1, plan.num_rounds).astype(jnp.int32), info
 
 
 def _sharing(
@@ -427,11 +451,11 @@ def _sharing(
 
 def nearest(leaf: jax.Array, codebook: jax.Array) -> jax.Array:
     """Return the centroid nearest to each weight; `codebook` as in `QuantState.codebooks`."""
+    return per_slice(_nearest, (leaf,), (codebook,))
 
-    def one(weights: jax.Array, centroids: jax.Array) -> jax.Array:
-        return reconstruct(assign(weights, centroids), centroids)
 
-    return per_slice(one, (leaf,), codebook, (codebook,))
+def _nearest(weights: jax.Array, centroids: jax.Array) -> jax.Array:
+    return reconstruct(assign(weights, centroids), centroids)
 
 
 def is_on_codebook(params: Any, state: QuantState) -> Any:
@@ -454,23 +478,43 @@ def is_on_codebook(params: Any, state: QuantState) -> Any:
     True
     """
 
+    check_state(state)
+
     def check(leaf: jax.Array, codebook: jax.Array) -> jax.Array:
-        if not codebook.ndim:
-            return jnp.bool_(True)
-        return jnp.all(nearest(leaf, codebook) == leaf)
+        return compiled(_is_on, leaf, codebook) if codebook.ndim else jnp.bool_(True)
 
     return jax.tree.map(check, params, state.codebooks)
 
 
-def slice_axis(codebook: jax.Array) -> int | None:
-    """Return the axis of a leaf along which this codebook has slices, or None if it has one."""
-    return next((i for i, size in enumerate(codebook.shape[:-1]) if size != 1), None)
+def _is_on(leaf: jax.Array, codebook: jax.Array) -> jax.Array:
+    return jnp.all(nearest(leaf, codebook) == leaf)
+
+
+def slice_axis(codebook: tuple[int, ...], leaf: tuple[int, ...]) -> int | None:
+    """Return the axis along which a leaf has a codebook for each slice, or None if it has one.
+
+    Args:
+      codebook: shape of the codebook, as in `QuantState.codebooks`.
+      leaf: shape of the leaf. Where its codebook says that there is an axis, but not which, since
+        there is a single slice, the first axis of one entry will do.
+
+    Raises:
+      ValueError: for a codebook that does not fit.
+    """
+    *slices, _ = codebook
+    if not slices:
+        return None
+    if len(slices) != len(leaf) or any(
+        n not in (1, size) for n, size in zip(slices, leaf, strict=True)
+    ):
+        raise ValueError(f"expected a codebook for weights of shape {leaf}, got shape {codebook}")
+    axes = [axis for axis, size in enumerate(leaf) if slices[axis] == size]
+    return min(axes, key=lambda axis: slices[axis] == 1, default=None)
 
 
 def per_slice(
     function: Callable[..., jax.Array],
     arrays: Sequence[jax.Array],
-    codebook: jax.Array,
     tables: Sequence[jax.Array],
     *,
     leaf_shaped: bool = True,
@@ -478,22 +522,35 @@ def per_slice(
     """Call a function of one layer on a leaf, or on each slice that has a codebook of its own.
 
     `arrays` are shaped like the leaf, `tables` like its codebook (`QuantState.codebooks`). The
-    result is shaped like the leaf, or without `leaf_shaped` like the codebook.
+    result is shaped like the leaf, or without `leaf_shaped` like the codebook. See `compiled` for
+    what the function has to be.
     """
-    axis = slice_axis(codebook)
+    return compiled(
+        _per_slice,
+        *(tuple(arrays), tuple(tables)),
+        like=arrays[0] if leaf_shaped else None,
+        function=function,
+        leaf_shaped=leaf_shaped,
+    )
 
-    def call(arrays: tuple[jax.Array, ...], tables: tuple[jax.Array, ...]) -> jax.Array:
-        rows = [table.reshape(-1, codebook.shape[-1]) for table in tables]
-        if axis is None:
-            result = function(*arrays, *(row[0] for row in rows))
-        else:
-            in_axes = (axis,) * len(arrays) + (0,) * len(rows)
-            out_axes = axis if leaf_shaped else 0
-            result = jax.vmap(function, in_axes=in_axes, out_axes=out_axes)(*arrays, *rows)
-        return result if leaf_shaped else result.reshape(codebook.shape)
 
-    like = arrays[0] if leaf_shaped else None
-    return with_auto_axes(call, (tuple(arrays), tuple(tables)), like=like)
+def _per_slice(
+    arrays: tuple[jax.Array, ...],
+    tables: tuple[jax.Array, ...],
+    *,
+    function: Callable[..., jax.Array],
+    leaf_shaped: bool,
+) -> jax.Array:
+    shape = tables[0].shape
+    axis = slice_axis(shape, arrays[0].shape)
+    rows = [table.reshape(-1, shape[-1]) for table in tables]
+    if axis is None:
+        result = function(*arrays, *(row[0] for row in rows))
+    else:
+        in_axes = (axis,) * len(arrays) + (0,) * len(rows)
+        out_axes = axis if leaf_shaped else 0
+        result = jax.vmap(function, in_axes=in_axes, out_axes=out_axes)(*arrays, *rows)
+    return result if leaf_shaped else result.reshape(shape)
 
 
 def _codebook_shape(layer: Layer) -> tuple[int, ...]:
@@ -528,6 +585,13 @@ def _row(plan: Plan, round_: jax.Array) -> tuple[jax.Array, jax.Array]:
     return schedule[last], (schedule[last] > schedule[last - 1]) & (round_ < plan.num_rounds)
 
 
+def _whole(plan: Plan, work: _Work) -> jax.Array:
+    """Return whether nothing is left to freeze, bool [slices]."""
+    if plan.shares_of == "clusters":
+        return jnp.all(work.frozen_centroids, axis=-1)
+    return _on_slices(work.layer, jnp.all, (work.frozen,))
+
+
 def _solve(plan: Plan, work: list[_Work], statistics: list[Histogram]) -> list[jax.Array]:
     """Return each layer's new centroids [slices, k]; one program for all layers of equal k."""
     solved: list[Any] = [None] * len(work)
@@ -559,7 +623,7 @@ def _solve_stack(plan: Plan, stack: Histogram, current: jax.Array, frozen: jax.A
             centroids = jnp.where(fixed, centroids, to_powers_of_two(centroids))
         return centroids
 
-    starts = jax.lax.cond(
+    starts = loops.cond(
         jnp.any(fresh), lambda: _batched(start, stack), lambda: jnp.zeros_like(current)
     )
     current = jnp.where(fresh[:, None], starts, current)
@@ -625,19 +689,39 @@ def _describe(
     return RoundInfo(**rows)
 
 
+def check_state(state: Any) -> None:
+    """Refuse what is no `QuantState`: checkpoints that are restored by structure alone lose types.
+
+    Raises:
+      ValueError: says what it is.
+    """
+    if not isinstance(state, QuantState):
+        raise ValueError(
+            f"expected a jq.QuantState, got {type(state).__name__} (restored without its type? "
+            "Restore into jq.init(plan, params))"
+        )
+
+
 def _check(plan: Plan, params: Any, state: QuantState, sensitivity: Any) -> None:
     """Raise a ValueError that names the first leaf that does not fit the plan."""
+    check_state(state)
     trees = {"params": params} | ({} if sensitivity is None else {"sensitivity": sensitivity})
     for name, tree in trees.items():
         pairs = zip(plan.selection.layers, _check_tree(plan, tree, name), strict=True)
         prefix = "" if name == "params" else f"{name}: "
-        check_finite({prefix + x.path: leaf for x, leaf in pairs if x.reason is None})
+        named = {prefix + x.path: leaf for x, leaf in pairs if x.reason is None}
+        checks.values(named, nonnegative=named if name == "sensitivity" else ())
     for name in ("frozen", "codebooks", "frozen_centroids"):
         leaves = _check_tree(plan, getattr(state, name), f"state.{name}", shapes=False)
         for layer, leaf in zip(plan.selection.layers, leaves, strict=True):
             if layer.reason is None:
                 shape = layer.shape if name == "frozen" else _codebook_shape(layer)
                 _check_shape(f"state.{name}: {layer.path}", leaf, shape)
+    if not isinstance(state.round, jax.core.Tracer) and int(state.round) > plan.num_rounds:
+        raise ValueError(
+            f"state.round: expected at most {plan.num_rounds}, the rounds of the plan, "
+            f"got {int(state.round)}: the state is of another plan"
+        )
 
 
 def _check_moments(plan: Plan, moments: dict[str, jax.Array]) -> None:
@@ -657,51 +741,52 @@ def _check_moments(plan: Plan, moments: dict[str, jax.Array]) -> None:
         lead = layer.shape[:1] if layer.axis == 0 else ()
         inputs = math.prod(layer.shape[len(lead) : -1])
         _check_shape(f"moments: {path}", own, (*lead, inputs, inputs))
-    check_finite({f"moments: {path}": own for path, own in moments.items()})
+    checks.values({f"moments: {path}": own for path, own in moments.items()})
 
 
-def _gather(plan: Plan, params: Any, state: QuantState, sensitivity: Any) -> list[_Work]:
-    """Return the selected leaves."""
-    leaves = jax.tree.leaves(params)
-    unweighted = [None] * len(leaves)
-    columns = (
-        leaves,
-        unweighted if sensitivity is None else jax.tree.leaves(sensitivity),
-        *map(jax.tree.leaves, (state.frozen, state.codebooks, state.frozen_centroids)),
-    )
-    work = []
-    for layer, weights, importance, mask, *tables in zip(
-        plan.selection.layers, *columns, strict=True
-    ):
-        if layer.reason is None:
-            tables = (x.reshape(layer.slices, layer.k) for x in tables)
-            work.append(_Work(layer, weights, importance, mask, *tables))
-    return work
+def _gather(plan: Plan, *trees: Any) -> list[Any]:
+    """Return the arrays of each selected leaf in some trees."""
+    rows = zip(plan.selection.layers, *map(jax.tree.leaves, trees), strict=True)
+    return [leaves for layer, *leaves in rows if layer.reason is None]
 
 
-def _scatter(
-    plan: Plan, params: Any, state: QuantState, work: list[_Work], shared: list[_Shared]
-) -> tuple[Any, QuantState]:
-    """Put the layers' new arrays back into the trees."""
-    results = {w.layer.path: (w.layer, s) for w, s in zip(work, shared, strict=True)}
+def _start(plan: Plan, leaves: list[_Leaf], sensitivities: list[jax.Array] | None) -> list[_Work]:
+    layers = plan.selection.selected
+    rows = zip(layers, leaves, sensitivities or [None] * len(layers), strict=True)
+    return [
+        _Work(
+            layer,
+            leaf.weights,
+            sensitivity,
+            leaf.frozen,
+            *(x.reshape(layer.slices, layer.k) for x in (leaf.codebook, leaf.frozen_centroids)),
+        )
+        for layer, leaf, sensitivity in rows
+    ]
 
-    def replaced(tree: Any, get: Callable[[Layer, _Shared], jax.Array]) -> Any:
-        pairs = zip(plan.selection.layers, jax.tree.leaves(tree), strict=True)
-        new = [get(*results[x.path]) if x.path in results else leaf for x, leaf in pairs]
-        return jax.tree.unflatten(jax.tree.structure(tree), new)
 
-    def leaf_shaped(layer: Layer, x: jax.Array) -> jax.Array:
+def _finish(layer: Layer, shared: _Shared) -> _Leaf:
+    """Return the arrays of a leaf as they are outside of a round."""
+
+    def leaf_shaped(x: jax.Array) -> jax.Array:
         return x[0] if layer.axis is None else jnp.moveaxis(x, 0, layer.axis)
 
-    new_state = QuantState(
-        replaced(state.codebooks, lambda a, s: s.centroids.reshape(_codebook_shape(a))),
-        replaced(state.frozen, lambda a, s: leaf_shaped(a, s.frozen)),
-        replaced(
-            state.frozen_centroids, lambda a, s: s.frozen_centroids.reshape(_codebook_shape(a))
-        ),
-        jnp.minimum(state.round + 1, plan.num_rounds).astype(jnp.int32),
+    return _Leaf(
+        leaf_shaped(shared.weights),
+        leaf_shaped(shared.frozen),
+        shared.centroids.reshape(_codebook_shape(layer)),
+        shared.frozen_centroids.reshape(_codebook_shape(layer)),
     )
-    return replaced(params, lambda a, s: leaf_shaped(a, s.weights)), new_state
+
+
+def _scatter(plan: Plan, tree: Any, new: Sequence[jax.Array]) -> Any:
+    """Return a tree with new arrays in place of the selected leaves; the others are not touched."""
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = iter(new)
+    pairs = zip(plan.selection.layers, leaves, strict=True)
+    return jax.tree.unflatten(
+        structure, [leaf if layer.reason else next(arrays) for layer, leaf in pairs]
+    )
 
 
 def _check_tree(plan: Plan, tree: Any, name: str, *, shapes: bool = True) -> list[jax.Array]:

@@ -2,18 +2,20 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxquant.codebooks import num_centroids
-from jaxquant.kmeans import STARTS, check_options
+from jaxquant import checks
+from jaxquant.codebooks import MOST_CENTROIDS, num_centroids
+from jaxquant.kmeans import check_iterations, check_start
 from jaxquant.partition import PARTITIONS, WEIGHT_PARTITIONS
 from jaxquant.selection import Layer, LayerRule, Selection, select
 
 ORDERS = ("boundaries_first", "boundaries_together", "layer_by_layer", "network")
 EQUALS = ("layers", "weights")
+_RANKED_SHARES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)  # of the clusters of all layers
 SHARES_OF = {"clusters": PARTITIONS, "weights": WEIGHT_PARTITIONS}  # and the partitions of each
 
 
@@ -21,8 +23,9 @@ SHARES_OF = {"clusters": PARTITIONS, "weights": WEIGHT_PARTITIONS}  # and the pa
 class Plan:
     """What is quantized when; static and hashable, so jit may take it as a static argument.
 
-    Invariants: `schedule[round, group]` lies in [0, 1], never falls down a column, and ends in a
-    row of ones; every selected layer has its groups, all of them columns of the schedule.
+    Made by `slq`, `mlq` and `inq`, or by hand. Invariants, which are checked: `schedule[round,
+    group]` lies in [0, 1], never falls down a column, and ends in a row of ones; every selected
+    layer has its groups, all of them columns of the schedule, and at most 256 centroids.
 
     Attributes:
       selection: the settings of all leaves.
@@ -33,6 +36,9 @@ class Plan:
       network: whether the clusters of all layers are ranked together.
       init, iterations, zero: handed on to `kmeans`.
       powers_of_two: whether centroids are rounded to powers of two, see `to_powers_of_two`.
+
+    Raises:
+      ValueError: says which invariant does not hold, and for which leaf.
     """
 
     selection: Selection
@@ -46,6 +52,24 @@ class Plan:
     zero: bool = False
     powers_of_two: bool = False
 
+    def __post_init__(self):
+        """Check the invariants."""
+        schedule = _check_table(self.table)
+        object.__setattr__(self, "table", tuple(map(tuple, schedule.tolist())))
+        _check_order(self)
+        object.__setattr__(self, "iterations", check_iterations(self.iterations))
+        if not isinstance(self.selection, Selection) or not self.selection.selected:
+            layers = getattr(self.selection, "layers", ())
+            reasons = "; ".join(f"{x.path}: {x.reason}" for x in layers[:5])
+            raise ValueError(
+                f"expected at least one leaf to quantize, got none ({reasons or 'no leaves'})"
+            )
+        for layer in self.selection.selected:
+            try:
+                _check_layer(self, layer)
+            except ValueError as error:
+                raise ValueError(f"{layer.path}: {error}") from None
+
     @property
     def schedule(self) -> np.ndarray:
         """Cumulative shares, float32 [rounds, groups]."""
@@ -57,15 +81,22 @@ class Plan:
         return len(self.table)
 
 
-def validate_plan(plan: Plan) -> None:
-    """Raise a ValueError that says which invariant of a plan does not hold."""
-    schedule = np.array(plan.table, np.float64)
+def _check_table(table: Any) -> np.ndarray:
+    """Return the shares [rounds, groups]."""
+    try:
+        schedule = np.array(table, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected a schedule [rounds, groups], got {table!r}") from None
     if schedule.ndim != 2 or not schedule.size:
         raise ValueError(f"expected a schedule [rounds, groups], got shape {schedule.shape}")
     if not ((schedule >= 0) & (schedule <= 1)).all() or not (schedule[-1] == 1).all():
-        raise ValueError(f"expected shares in [0, 1] and a last row of ones, got {plan.table}")
+        raise ValueError(f"expected shares in [0, 1] and a last row of ones, got {table}")
     if (np.diff(schedule, axis=0) < 0).any():
-        raise ValueError(f"expected shares that never fall from round to round, got {plan.table}")
+        raise ValueError(f"expected shares that never fall from round to round, got {table}")
+    return schedule
+
+
+def _check_order(plan: Plan) -> None:
     if plan.shares_of not in SHARES_OF:
         raise ValueError(f"expected shares_of clusters or weights, got {plan.shares_of!r}")
     if plan.partition not in SHARES_OF[plan.shares_of]:
@@ -75,22 +106,29 @@ def validate_plan(plan: Plan) -> None:
         )
     if plan.network and plan.shares_of == "weights":
         raise ValueError("expected shares of clusters where all layers are ranked together")
-    if plan.init not in STARTS:
-        raise ValueError(f"expected init to be one of {', '.join(STARTS)}, got {plan.init!r}")
-    if not plan.selection.selected:
-        reasons = "; ".join(f"{x.path}: {x.reason}" for x in plan.selection.layers[:5])
+    if plan.network and len(plan.table[0]) != 1:
         raise ValueError(
-            f"expected at least one leaf to quantize, got none ({reasons or 'no leaves'})"
+            f"expected one group where all layers are ranked together, got {len(plan.table[0])}"
         )
-    for layer in plan.selection.selected:
-        try:
-            check_options(k=layer.k, init=plan.init, iterations=plan.iterations)
-        except ValueError as error:
-            raise ValueError(f"{layer.path}: {error}") from None
-        if layer.groups is None or max(layer.groups) >= schedule.shape[1]:
-            raise ValueError(
-                f"{layer.path}: expected groups below {schedule.shape[1]}, got {layer.groups}"
-            )
+    check_start(plan.init)
+
+
+def _check_layer(plan: Plan, layer: Layer) -> None:
+    if not 1 <= layer.k <= MOST_CENTROIDS:
+        raise ValueError(
+            f"expected 1 to {MOST_CENTROIDS} centroids, as many as can be packed, got {layer.k}"
+        )
+    columns = len(plan.table[0])
+    if (
+        layer.groups is None
+        or len(layer.groups) != layer.slices
+        or not all(0 <= group < columns for group in layer.groups)
+    ):
+        raise ValueError(
+            f"expected groups below {columns}, one for each of {layer.slices} codebooks, "
+            f"got {layer.groups}"
+        )
+    check_start(plan.init, layer.k)
 
 
 def slq(
@@ -131,12 +169,12 @@ def slq(
     >>> slq({"kernel": jax.ShapeDtypeStruct((64, 64), "float32")}).num_rounds
     5
     """
-    counts = tuple(rounds)
+    counts = tuple(checks.integer("a round", count, least=1) for count in rounds)
     if not counts or any(b <= a for a, b in zip((0, *counts), counts, strict=False)):
         raise ValueError(f"expected rounds that grow from 1, got {counts}")
     selection = _assign_groups(select(params, rules, k=num_centroids(bits)), 1, spread=False)
     layer_ks = {layer.k for layer in selection.selected}
-    plan = Plan(
+    return Plan(
         selection=selection,
         method="slq",
         table=_without_idle_rounds([count / counts[-1] for count in counts], layer_ks),
@@ -146,18 +184,16 @@ def slq(
         zero=zero,
         powers_of_two=powers_of_two,
     )
-    validate_plan(plan)
-    return plan
 
 
 def mlq(
     params: Any,
     *,
-    groups: int = 3,
-    equal: str = "layers",
+    groups: int | None = None,
+    equal: str | None = None,
     order: str = "boundaries_first",
     reverse: bool = False,
-    rounds: Sequence[float] = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0),
+    rounds: Sequence[float] | None = None,
     bits: int = 2,
     rules: Sequence[LayerRule] | None = None,
     partition: str = "loss",
@@ -180,14 +216,15 @@ def mlq(
     Args:
       params: tree of arrays, or of shape and dtype structs; only shapes are read.
       groups: number of layer groups, contiguous in depth (the rules' `depth`, then the natural
-        order of the paths); layers
-        stacked along axis 0 spread over the groups by slice; a rule's `group` says otherwise.
-      equal: what the groups have equal numbers of, "layers" or "weights". Networks that widen
-        with depth keep most of their weights in few layers; by weights these are not all frozen
-        at once. A layer too large for one group takes the place of several: fewer groups.
+        order of the paths); layers stacked along axis 0 spread over the groups by slice; a rule's
+        `group` says otherwise. None: 3. Not for "network".
+      equal: what the groups have equal numbers of, "layers" (None) or "weights". Networks that
+        widen with depth keep most of their weights in few layers; by weights these are not all
+        frozen at once. A layer too large for one group takes the place of several: fewer groups.
+        Not for "network".
       order: see above.
-      reverse: from output to input.
-      rounds: for "network" only.
+      reverse: from output to input; not for "network".
+      rounds: for "network" only; None: 0.2, 0.4, 0.6, 0.8, 0.9, 1.
       bits: `k = 2**(bits-1) + 1` centroids a layer where no rule says otherwise.
       rules: which leaves, see `select`.
       partition: see `partition.priority`.
@@ -198,7 +235,8 @@ def mlq(
         products become shifts; centroids may then coincide.
 
     Raises:
-      ValueError: for an unknown order, more groups than layers, and as `select` and `kmeans` do.
+      ValueError: for an unknown order, options that it does not read, more groups than layers,
+        and as `select` and `kmeans` do.
 
     >>> import jax
     >>> kernel = jax.ShapeDtypeStruct((64, 64), "float32")
@@ -207,20 +245,22 @@ def mlq(
     """
     if order not in ORDERS:
         raise ValueError(f"expected order to be one of {ORDERS}, got {order!r}")
-    if not isinstance(groups, int) or groups < 1:
-        raise ValueError(f"expected groups to be at least 1, got {groups!r}")
+    network = order == "network"
+    others = {"groups": groups, "equal": equal, "reverse": reverse or None}
+    _refuse_unread(order, others if network else {"rounds": rounds})
+    groups = checks.integer("groups", 3 if groups is None else groups, least=1)
+    equal = "layers" if equal is None else equal
     if equal not in EQUALS:
         raise ValueError(f"expected equal to be one of {EQUALS}, got {equal!r}")
     k = num_centroids(bits)
-    network = order == "network"
     selection = select(params, rules, k=k)
     selection = _assign_groups(selection, 1 if network else groups, spread=not network, equal=equal)
     if network:
-        table = tuple((float(share),) for share in rounds)
+        table = tuple((float(share),) for share in (_RANKED_SHARES if rounds is None else rounds))
     else:
         used = {group for layer in selection.selected for group in layer.groups or ()}
         table = _incremental_table(sorted(used or {0}), (k - 1) / k, order, reverse)
-    plan = Plan(
+    return Plan(
         selection=selection,
         method="mlq",
         table=table,
@@ -231,8 +271,6 @@ def mlq(
         zero=zero,
         powers_of_two=powers_of_two,
     )
-    validate_plan(plan)
-    return plan
 
 
 def inq(
@@ -275,21 +313,27 @@ def inq(
     >>> inq({"kernel": jax.ShapeDtypeStruct((64, 64), "float32")}).schedule[:, 0].tolist()
     [0.5, 0.75, 0.875, 1.0]
     """
+    shares = tuple(map(float, shares))
     if not shares or any(b <= a for a, b in zip((0, *shares), shares, strict=False)):
-        raise ValueError(f"expected shares that grow from 0 to 1, got {tuple(shares)}")
+        raise ValueError(f"expected shares that grow from 0 to 1, got {shares}")
     selection = select(params, rules, k=num_centroids(bits))
-    plan = Plan(
+    return Plan(
         selection=_assign_groups(selection, 1, spread=False),
         method="inq",
-        table=tuple((float(share),) for share in shares),
+        table=tuple((share,) for share in shares),
         shares_of="weights",
         partition=partition,
         init=init,
         iterations=iterations,
         zero=zero,
     )
-    validate_plan(plan)
-    return plan
+
+
+def _refuse_unread(order: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that an order does not read."""
+    given = next((name for name, value in options.items() if value is not None), None)
+    if given is not None:
+        raise ValueError(f"expected no {given} for order={order!r}, got {options[given]!r}")
 
 
 def _without_idle_rounds(shares: list[float], ks: set[int]) -> tuple[tuple[float], ...]:

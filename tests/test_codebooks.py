@@ -1,5 +1,7 @@
 """Codes and centroids: nearest, ties to the lower value, any order, any dtype."""
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,37 @@ def test_equal_centroids_share_the_lower_index():
 def test_codes_are_those_of_brute_force(x, centroids):
     expected = nearest(x, centroids)
     np.testing.assert_array_equal(jitted_assign(x, centroids), expected)
+
+
+# No subnormal numbers, which devices take for zero.
+NORMAL = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False)
+
+
+def neighbours(values):
+    """Values and the floats next to them."""
+    with np.errstate(over="ignore", under="ignore"):
+        up, down = (np.nextafter(values, np.float32(x)) for x in (np.inf, -np.inf))
+    near = np.concatenate([values, up, down])
+    tiny = np.finfo(np.float32).tiny
+    return np.where(np.isfinite(near) & ((near == 0) | (np.abs(near) >= tiny)), near, 0)
+
+
+@given(hnp.arrays(np.float32, 5, elements=NORMAL), st.booleans())
+def test_codes_are_exact_to_the_last_bit_at_any_scale(centroids, close):
+    if close:
+        centroids = np.resize(neighbours(centroids[:2]), 5)
+    ascending = np.sort(centroids).astype(np.float64)
+    middles = ((ascending[1:] + ascending[:-1]) / 2).astype(np.float32)
+    x = neighbours(np.concatenate([centroids, middles]))
+
+    def exact(entry):
+        def key(j):
+            distance = abs(Fraction(float(entry)) - Fraction(float(centroids[j])))
+            return distance, centroids[j], j
+
+        return min(range(5), key=key)
+
+    np.testing.assert_array_equal(jitted_assign(x, centroids), [exact(entry) for entry in x])
 
 
 @given(hnp.arrays(np.float32, 9, elements=QUARTERS))
@@ -109,7 +142,7 @@ def test_num_centroids_of_the_paper():
 
 @pytest.mark.parametrize("bits", [0, 17, -1, 2.0, True, "5"])
 def test_impossible_bits_are_refused(bits):
-    with pytest.raises(ValueError, match=f"expected bits between 1 and 16, got {bits!r}"):
+    with pytest.raises(ValueError, match=f"expected bits to be 1 to 16, got {bits!r}"):
         num_centroids(bits)
 
 

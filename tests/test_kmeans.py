@@ -679,9 +679,9 @@ def test_a_sharded_array_is_never_gathered():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": 0}, "expected k to be a positive integer, got 0"),
-        ({"k": 2.0}, "expected k to be a positive integer, got 2.0"),
-        ({"k": True}, "expected k to be a positive integer, got True"),
+        ({"k": 0}, "expected k to be an integer of at least 1, got 0"),
+        ({"k": 2.0}, "expected k to be an integer of at least 1, got 2.0"),
+        ({"k": True}, "expected k to be an integer of at least 1, got True"),
         ({"k": 9}, "expected at most as many centroids as weights, got k=9, size=8"),
         ({"x": jnp.arange(8)}, "expected floating-point weights, got int32"),
         ({"x": jnp.zeros((0, 3)), "k": 1}, "as many centroids as weights, got k=1, size=0"),
@@ -690,10 +690,10 @@ def test_a_sharded_array_is_never_gathered():
         ({"init": "kmeans++"}, "expected init to be one of optimal, .*got 'kmeans"),
         ({"init": "power_of_two", "k": 4}, "expected an odd k for init='power_of_two', got 4"),
         ({"init": jnp.zeros(2)}, r"expected init of shape \(3,\), got \(2,\)"),
-        ({"iterations": -1}, "expected iterations to be None or at least 0, got -1"),
-        ({"iterations": 1.5}, "expected iterations to be None or at least 0, got 1.5"),
-        ({"cells": 2}, "expected cells to be None or at least k=3, got 2"),
-        ({"bins": 2}, "expected bins to be at least k=3, got 2"),
+        ({"iterations": -1}, "expected iterations to be an integer of at least 0, got -1"),
+        ({"iterations": 1.5}, "expected iterations to be an integer of at least 0, got 1.5"),
+        ({"cells": 2}, "expected cells to be an integer of at least 3, got 2"),
+        ({"bins": 2}, "expected bins to be an integer of at least 3, got 2"),
         ({"frozen": jnp.zeros(3, bool)}, "expected an array as init where frozen is given"),
         (
             {"init": jnp.zeros(3), "frozen": jnp.zeros(2, bool)},
@@ -704,7 +704,7 @@ def test_a_sharded_array_is_never_gathered():
             r"expected frozen to be bool of shape \(3,\), got float32",
         ),
         ({"sample_weight": jnp.ones(3)}, r"expected sample_weight of shape \(8,\), got \(3,\)"),
-        ({"sample_weight": -jnp.ones(8)}, "expected sample_weight >= 0, got negative"),
+        ({"sample_weight": -jnp.ones(8)}, "expected sample_weight >= 0, got 8 negative of 8"),
         ({"sample_weight": jnp.full(8, jnp.nan)}, "expected finite values in sample_weight"),
     ],
 )

@@ -46,18 +46,29 @@ def test_codes_take_whole_bytes_and_an_empty_cluster_no_entropy():
     np.testing.assert_allclose(layer.entropy, np.log2(3) - 2 / 3, rtol=1e-6)
 
 
-def test_without_a_reference_the_error_is_the_distance_to_the_codebook():
+def test_without_a_reference_there_is_no_error_to_tell():
     params = {"w": normal(8, 8)}
     plan = jq.slq(params, bits=2, rounds=(1, 3))
-    half, state = quantized(params, plan, rounds=1)
-    w, c = np.asarray(half["w"], np.float64), np.asarray(state.codebooks["w"], np.float64)
-    nearest = c[np.argmin(np.abs(w[..., None] - c), axis=-1)]
-    expected = np.sum((w - nearest) ** 2) / np.sum(nearest**2)
-    layer = jq.report(half, state).layers[0]
-    np.testing.assert_allclose(layer.error, expected, rtol=1e-5)
-    done, state = quantized(params, plan)
-    assert jq.report(done, state).layers[0].error == 0
-    assert jq.report(done, state).layers[0].distinct == 3
+    for rounds in (1, 2):
+        report = jq.report(*quantized(params, plan, rounds=rounds))
+        assert report.layers[0].error is None
+        assert str(report).splitlines()[2].split("|")[6].strip() == ""
+    new, state = quantized(params, plan)
+    assert jq.report(new, state).layers[0].distinct == 3
+    assert jq.report(new, state, reference=params).layers[0].error > 0.05
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_zeros_of_a_pruned_layer_that_are_lost_are_noted(share):
+    weights = normal(40, 40)
+    pruned = {"w": jnp.where(jnp.abs(weights) < jnp.quantile(jnp.abs(weights), share), 0, weights)}
+    lost, state = quantized(pruned, jq.slq(pruned, bits=2, rounds=(3,)))
+    assert np.isclose(jq.report(lost, state, reference=pruned).layers[0].lost_zeros, share, 0.01)
+    assert "zero=True keeps them" in str(jq.report(lost, state, reference=pruned))
+    assert ("zero=True keeps them" in str(jq.report(lost, state))) == (share > 0.75)
+    kept, state = quantized(pruned, jq.slq(pruned, bits=2, rounds=(3,), zero=True))
+    for reference in (None, pruned):
+        assert "zero=True" not in str(jq.report(kept, state, reference=reference))
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((30, 7), None), ((3, 3, 4, 5), -1), ((4, 9, 8), 0)])
@@ -67,12 +78,6 @@ def test_bytes_are_those_of_the_packed_tree(shape, axis):
     new, state = quantized(params, plan)
     report = jq.report(new, state)
     assert report.bytes == jq.pack(new, state)["w"].nbytes
-
-
-def test_more_centroids_than_can_be_packed_count_whole_bits():
-    params = {"w": normal(40, 20)}
-    layer = jq.report(*quantized(params, jq.slq(params, bits=10, rounds=(513,)))).layers[0]
-    assert layer.k == 513 and layer.code_bytes == 20 * 40 * 10 / 8
 
 
 def test_slices_count_their_own_codebooks():
@@ -89,7 +94,7 @@ def test_bytes_are_those_of_the_dtype(dtype):
     params = {"w": normal(8, 8).astype(dtype)}
     layer = jq.report(*quantized(params, jq.slq(params, bits=2, rounds=(3,)))).layers[0]
     assert (layer.float_bytes, layer.codebook_bytes) == (128, 6)
-    assert layer.distinct == 3 and layer.error == 0
+    assert layer.distinct == 3 and layer.error is None
 
 
 def test_reasons_are_those_of_the_plan_if_given():

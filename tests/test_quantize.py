@@ -1,5 +1,6 @@
 """Rounds: the released code followed step by step, freezing, groups, slices, trees, transforms."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -616,10 +617,69 @@ def test_leaves_that_are_no_weights_pass_through():
     assert jq.report(new, state).quantized[0].path == "w"
 
 
-def test_past_the_last_round_nothing_changes_though_something_is_free():
-    state = jq.init(SMALL_PLAN, SMALL)._replace(round=jnp.int32(SMALL_PLAN.num_rounds))
-    params, new_state, _ = one_round(SMALL_PLAN, SMALL, state)
-    assert_equal_trees((params, new_state), (SMALL, state))
+def test_past_the_last_round_what_is_left_of_another_plan_freezes():
+    state = run(SMALL_PLAN, SMALL, rounds=1)[0][1]
+    ended = state._replace(round=jnp.int32(SMALL_PLAN.num_rounds))
+    assert not all(x.all() for x in jax.tree.leaves(ended.frozen_centroids))
+    shorter = dataclasses.replace(SMALL_PLAN, table=((1.0,),))
+    for plan, start in ((shorter, ended._replace(round=jnp.int32(1))), (SMALL_PLAN, ended)):
+        params, new_state, _ = one_round(plan, SMALL, start)
+        assert new_state.frozen["w"].all() and new_state.frozen["v"].all()
+        assert new_state.round == plan.num_rounds
+        assert_equal_trees(one_round(plan, params, new_state)[:2], (params, new_state))
+
+
+def test_a_state_of_more_rounds_than_the_plan_is_refused():
+    state = jq.init(SMALL_PLAN, SMALL)._replace(round=jnp.int32(SMALL_PLAN.num_rounds + 1))
+    with pytest.raises(ValueError, match=f"state.round: expected at most {SMALL_PLAN.num_rounds}"):
+        jq.quantize_round(SMALL_PLAN, SMALL, state)
+
+
+@pytest.mark.parametrize("restored", [dict, tuple])
+def test_a_state_that_lost_its_type_is_refused(restored):
+    state = jq.init(SMALL_PLAN, SMALL)
+    lost = restored(state._asdict() if restored is dict else state)
+    for call in (
+        lambda: jq.quantize_round(SMALL_PLAN, SMALL, lost),
+        lambda: jq.is_on_codebook(SMALL, lost),
+        lambda: jq.centroid_gradients(SMALL, SMALL, lost),
+        lambda: jq.set_centroids(SMALL, lost, state.codebooks),
+        lambda: jq.pack(SMALL, lost),
+        lambda: jq.report(SMALL, lost),
+    ):
+        with pytest.raises(ValueError, match=f"expected a jq.QuantState, got {restored.__name__}"):
+            call()
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.inf, np.nan])
+def test_sensitivities_that_cannot_weigh_are_refused_by_name_or_the_layer_is_left(bad):
+    ones = jax.tree.map(jnp.ones_like, SMALL)
+    sensitivity = {**ones, "v": ones["v"].at[0, 0].set(bad)}
+    state = jq.init(SMALL_PLAN, SMALL)
+    kind = ">= 0, got 1 negative of 45" if bad < 0 else "got 1 NaN or infinite of 45"
+    with pytest.raises(ValueError, match=f"sensitivity: v.*{kind}"):
+        jq.quantize_round(SMALL_PLAN, SMALL, state, sensitivity=sensitivity)
+    params, new_state, info = one_round(SMALL_PLAN, SMALL, state, sensitivity=sensitivity)
+    assert not info.finite["v"] and info.finite["w"]
+    assert_equal_trees(params["v"], SMALL["v"])
+    assert not new_state.frozen["v"].any() and new_state.frozen["w"].any()
+
+
+def test_a_lone_largest_float_and_zeros_are_clustered_exactly():
+    params = {"w": jnp.zeros((8, 8)).at[3, 3].set(np.finfo(np.float32).min)}
+    plan = jq.slq(params, rules=[jq.LayerRule("w", k=2)], rounds=(2,))
+    new, _, info = one_round(plan, params, jq.init(plan, params))
+    assert_equal_trees(new, params)
+    assert info.finite["w"] and info.error_before["w"] == 0
+
+
+def test_neighbouring_floats_stay_apart():
+    values = np.float32([1 + 2**-23, 1 + 2**-22])
+    params = {"w": jnp.array(np.resize(values, (8, 8)))}
+    plan = jq.slq(params, rules=[jq.LayerRule("w", k=2)], rounds=(2,))
+    new, state, _ = one_round(plan, params, jq.init(plan, params))
+    assert_equal_trees(new, params)
+    assert jq.is_on_codebook(new, state)["w"]
 
 
 # NaN ----------------------------------------------------------------------------------------------

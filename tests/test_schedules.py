@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxquant as jq
-from jaxquant.schedules import EQUALS, ORDERS, validate_plan
+from jaxquant.schedules import EQUALS, ORDERS
 
 DEEP = {f"layer_{i}": jax.ShapeDtypeStruct((8, 8), jnp.float32) for i in range(12)}
 THREE = {name: DEEP[name] for name in ("layer_0", "layer_1", "layer_2")}
@@ -67,9 +67,8 @@ def test_groups_are_contiguous_in_natural_depth():
 )
 def test_every_plan_keeps_its_invariants(order, bits, count, reverse, layers, equal):
     params = {name: DEEP[name] for name in list(DEEP)[:layers]}
-    count = min(count, layers)
-    plan = jq.mlq(params, groups=count, equal=equal, order=order, reverse=reverse, bits=bits)
-    validate_plan(plan)
+    depth = {"groups": min(count, layers), "equal": equal, "reverse": reverse}
+    plan = jq.mlq(params, order=order, bits=bits, **({} if order == "network" else depth))
     assert (np.diff(plan.schedule, axis=0) >= 0).all() and (plan.schedule[-1] == 1).all()
     used = sorted({g for layer in plan.selection.selected for g in layer.groups})
     assert equal == "weights" or used == list(range(plan.schedule.shape[1]))
@@ -154,15 +153,15 @@ def test_options_of_the_clustering_are_kept():
         (jq.mlq, {"equal": "bytes"}, "expected equal to be one of .* got 'bytes'"),
         (jq.slq, {"rounds": ()}, r"expected rounds that grow from 1, got \(\)"),
         (jq.slq, {"rounds": (5, 5, 17)}, "expected rounds that grow from 1"),
-        (jq.slq, {"rounds": (0, 17)}, "expected rounds that grow from 1"),
-        (jq.slq, {"bits": 0}, "expected bits between 1 and 16, got 0"),
+        (jq.slq, {"rounds": (0, 17)}, "expected a round to be an integer of at least 1, got 0"),
+        (jq.slq, {"bits": 0}, "expected bits to be 1 to 16, got 0"),
         (jq.slq, {"partition": "size"}, "expected partition to be one of .* got 'size'"),
         (jq.slq, {"init": "best"}, "expected init to be one of optimal, .* got 'best'"),
         (jq.slq, {"init": None}, "expected init to be one of optimal, .* got None"),
         (
             jq.slq,
             {"iterations": -1},
-            "layer_0: expected iterations to be None or at least 0, got -1",
+            "expected iterations to be an integer of at least 0, got -1",
         ),
         (
             jq.slq,
@@ -175,8 +174,8 @@ def test_options_of_the_clustering_are_kept():
             "expected at least one leaf to quantize, got none .layer_0: left alone by rule",
         ),
         (jq.mlq, {"order": "depth"}, "expected order to be one of .* got 'depth'"),
-        (jq.mlq, {"groups": 0}, "expected groups to be at least 1, got 0"),
-        (jq.mlq, {"groups": 1.5}, "expected groups to be at least 1, got 1.5"),
+        (jq.mlq, {"groups": 0}, "expected groups to be an integer of at least 1, got 0"),
+        (jq.mlq, {"groups": 1.5}, "expected groups to be an integer of at least 1, got 1.5"),
         (jq.mlq, {"groups": 13}, "expected at most as many groups as layers, 12, got groups=13"),
         (jq.mlq, {"order": "network", "rounds": (0.5,)}, "shares in .0, 1. and a last row of ones"),
         (
@@ -195,15 +194,68 @@ def test_bad_arguments_are_refused(make, arguments, message):
 
 def test_a_plan_of_ones_own_is_checked():
     plan = jq.slq(DEEP)
-    with pytest.raises(ValueError, match=r"layer_0: expected groups below 1, got \(3,\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"layer_0: expected groups below 1, one for each of 1 codebooks, got \(3,\)",
+    ):
         layers = (dataclasses.replace(plan.selection.layers[0], groups=(3,)),)
-        validate_plan(dataclasses.replace(plan, selection=jq.Selection(layers)))
+        dataclasses.replace(plan, selection=jq.Selection(layers))
     with pytest.raises(ValueError, match="a last row of ones"):
-        validate_plan(dataclasses.replace(plan, table=((0.5,),)))
+        dataclasses.replace(plan, table=((0.5,),))
     with pytest.raises(
         ValueError, match=r"expected at least one leaf to quantize, got none \(no lea"
     ):
         jq.slq({})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init": "ternry"}, "expected init to be one of optimal, .* got 'ternry'"),
+        ({"init": "power_of_two", "bits": 1}, "layer_0: expected an odd k"),
+        ({"partition": "size"}, "expected partition to be one of"),
+        ({"shares_of": "layers"}, "expected shares_of clusters or weights, got 'layers'"),
+        ({"table": ((0.5,), (0.4,), (1.0,))}, "expected shares that never fall"),
+        ({"table": ((0.5,), (0.4, 1.0))}, "expected a schedule .rounds, groups., got"),
+        ({"table": "abc"}, "expected a schedule .rounds, groups., got 'abc'"),
+        ({"table": ((float("nan"),), (1.0,))}, "expected shares in .0, 1."),
+        ({"table": ((1.0, 1.0),), "network": True}, "expected one group where all layers"),
+        ({"iterations": 1.5}, "expected iterations to be an integer of at least 0, got 1.5"),
+        ({"selection": jq.Selection(())}, "expected at least one leaf to quantize"),
+    ],
+)
+def test_a_plan_changed_by_hand_is_checked_at_once(changes, message):
+    plan = jq.slq(DEEP, bits=changes.pop("bits", 5))
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(plan, **changes)
+
+
+def test_a_table_by_hand_may_be_an_array():
+    plan = dataclasses.replace(jq.slq(DEEP), table=np.array([[0.5], [1.0]]), iterations=np.int64(3))
+    assert plan == dataclasses.replace(plan) and hash(plan) == hash(dataclasses.replace(plan))
+    assert plan.table == ((0.5,), (1.0,)) and type(plan.iterations) is int
+
+
+@pytest.mark.parametrize(
+    ("order", "option"),
+    [
+        ("network", {"groups": 2}),
+        ("network", {"equal": "weights"}),
+        ("network", {"reverse": True}),
+        *((order, {"rounds": (0.5, 1.0)}) for order in ORDERS if order != "network"),
+    ],
+)
+def test_options_that_an_order_does_not_read_are_refused(order, option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"expected no {name} for order='{order}', got"):
+        jq.mlq(DEEP, order=order, **option)
+
+
+@pytest.mark.parametrize("make", [jq.slq, jq.mlq, jq.inq])
+def test_more_centroids_than_can_be_packed_are_refused_by_the_leaf(make):
+    tree = {name: jax.ShapeDtypeStruct((40, 40), "float32") for name in "abc"}
+    with pytest.raises(ValueError, match=r"a: expected 1 to 256 centroids, .* packed, got 257"):
+        make(tree, bits=9)
 
 
 def test_slq_leaves_out_rounds_in_which_no_layer_freezes_a_cluster():

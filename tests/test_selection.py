@@ -123,7 +123,7 @@ def test_structs_and_arrays_select_alike_and_selections_hash():
         ({"pattern": "("}, r"expected a regular expression, got '\('"),
         ({"pattern": None}, "expected a regular expression, got None"),
         ({"pattern": "a", "bits": 2, "k": 3}, "rule 'a': expected bits or k, got both"),
-        ({"pattern": "a", "bits": 0}, "expected bits between 1 and 16, got 0"),
+        ({"pattern": "a", "bits": 0}, "expected bits to be 1 to 16, got 0"),
         ({"pattern": "a", "k": 0}, "rule 'a': expected k to be at least 1, got 0"),
         ({"pattern": "a", "depth": 0.5}, "rule 'a': expected depth to be an integer, got 0.5"),
     ],

@@ -393,7 +393,7 @@ def no_device(*_, **__):
         (["--config", "configs/digits_slq.py"], "expected --workdir DIR"),
         (
             [*SLQ, "--workdir", "w", "--config.quantize.bits=9"],
-            "conv2/kernel: expected at most 256 centroids, as many as can be packed, got 257",
+            "conv2/kernel: expected 1 to 256 centroids, as many as can be packed, got 257",
         ),
         ([*SLQ, "--workdir", "w", "--config.modle=x"], "--config.modle: expected one of"),
         ([*SLQ, "--workdir", "w", "--config.model=resnet19"], "resnet19"),

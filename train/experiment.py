@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 import jaxquant as jq
-from jaxquant.packing import MOST_CENTROIDS
 from train import config as configs
 from train import data, layout, models, passes, pretrained, products
 from train.config import Config, Data
@@ -90,12 +89,6 @@ def check(config: Config) -> Job:
             "one_program: expected rounds of at least one epoch each, got "
             + ("no plan" if plan is None else f"retrain.epochs {config.retrain.epochs}")
         )
-    for layer in () if plan is None else plan.selection.selected:
-        if layer.k > MOST_CENTROIDS:
-            raise ValueError(
-                f"{layer.path}: expected at most {MOST_CENTROIDS} centroids, as many as can be "
-                f"packed, got {layer.k}"
-            )
     return Job(config, Path(), dataset, model, shapes, initial, plan, layout.make(config), inputs)
 
 
@@ -181,15 +174,9 @@ def make_plan(config: Config, params: Any) -> jq.Plan | None:
     options["powers_of_two"] = q.powers_of_two
     if q.method == "slq":
         return jq.slq(params, rounds=q.rounds, **options)
-    return jq.mlq(
-        params,
-        groups=q.groups,
-        equal=q.equal,
-        order=q.order,
-        reverse=q.reverse,
-        **options,
-        **_given(rounds=q.shares),
-    )
+    depth = {"groups": q.groups, "equal": q.equal} if q.order != "network" else {}
+    given = _given(rounds=q.shares, reverse=q.reverse)
+    return jq.mlq(params, order=q.order, **depth, **options, **given)
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -1,0 +1,82 @@
+"""Loops and branches that also run inside of `jax.shard_map`, where types say what differs.
+
+There an array is of another type if it may differ from device to device, and a loop wants its
+carry to keep its type: zeros, which are the same everywhere, to which a device adds its own weights
+do not. Here what a loop starts from, and what branches return, is marked as differing where it has
+to be. Outside of `jax.shard_map` these are the functions of `jax.lax` of the same names.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def fori_loop(lower: Any, upper: Any, body: Callable[[Any, Any], Any], start: Any) -> Any:
+    """Return what `jax.lax.fori_loop` does."""
+    start = _settled(lambda carry: body(lower, carry), start)
+    return jax.lax.fori_loop(lower, upper, body, start)
+
+
+def while_loop(condition: Callable[[Any], Any], body: Callable[[Any], Any], start: Any) -> Any:
+    """Return what `jax.lax.while_loop` does."""
+    return jax.lax.while_loop(condition, body, _settled(body, start))
+
+
+def scan(
+    step: Callable[[Any, Any], tuple[Any, Any]], start: Any, xs: Any = None, **options: Any
+) -> tuple[Any, Any]:
+    """Return what `jax.lax.scan` does."""
+
+    def first(carry: Any) -> Any:
+        return step(carry, jax.tree.map(lambda x: x[0], xs))[0]
+
+    return jax.lax.scan(step, _settled(first, start), xs, **options)
+
+
+def cond(
+    flag: jax.Array, then: Callable[..., Any], other: Callable[..., Any], *operands: Any
+) -> Any:
+    """Return what `jax.lax.cond` does."""
+    if not _is_manual():
+        return jax.lax.cond(flag, then, other, *operands)
+    shapes = [jax.eval_shape(branch, *operands) for branch in (then, other)]
+
+    def alike(branch: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *operands: _varying(branch(*operands), *shapes)
+
+    return jax.lax.cond(flag, alike(then), alike(other), *operands)
+
+
+def _settled(step: Callable[[Any], Any], start: Any) -> Any:
+    """Return a start whose types a step keeps."""
+    if not _is_manual():
+        return start
+    while True:  # ends: what varies only grows
+        new = _varying(start, jax.eval_shape(step, start))
+        if _axes(new) == _axes(start):
+            return start
+        start = new
+
+
+def _is_manual() -> bool:
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _axes(tree: Any) -> list[frozenset[str]]:
+    return [_varies_over(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _varies_over(leaf: Any) -> frozenset[str]:
+    """Return the axes of the mesh along which an array, or a shape of one, may differ."""
+    return jax.typeof(leaf).manual_axis_type.varying
+
+
+def _varying(tree: Any, *like: Any) -> Any:
+    """Return a tree that varies along all the axes that it does, or the same leaf of another."""
+
+    def mark(leaf: Any, *others: Any) -> Any:
+        missing = frozenset().union(*map(_varies_over, others)) - _varies_over(leaf)
+        return jax.lax.pcast(leaf, tuple(sorted(missing)), to="varying") if missing else leaf
+
+    return jax.tree.map(mark, tree, *like)

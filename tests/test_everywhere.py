@@ -1,0 +1,311 @@
+"""Every public function, in every place where users put functions: one table of calls.
+
+A function that becomes public has to come into `CALLS`, or into `ELSEWHERE` with the reason.
+"""
+
+import functools
+import inspect
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+import jaxquant as jq
+
+pytestmark = pytest.mark.default_promotion  # optax's own arithmetic
+
+ELSEWHERE = {
+    "inq": "reads shapes only: test_schedules",
+    "slq": "reads shapes only: test_schedules",
+    "mlq": "reads shapes only: test_schedules",
+    "select": "reads shapes only: test_selection",
+    "num_centroids": "of an integer: test_codebooks",
+    "save": "runs on the host: test_storage",
+    "load": "runs on the host: test_storage",
+    "read_metadata": "runs on the host: test_storage",
+    "report": "runs on the host: test_metrics",
+    "intercept_linen": "a hook of Linen's: test_ops",
+    "freeze_quantized": "makes a transformation: `freeze_update` stands for it",
+    "incremental": "makes a transformation: `incremental_init` and `_update` stand for it",
+}
+ROWS, COLUMNS = 16, 6
+
+
+class Given(NamedTuple):
+    """What the calls take: arrays, all of which may be traced."""
+
+    weights: jax.Array  # [16, 6]
+    inputs: jax.Array  # [4, 16]
+    images: jax.Array  # [2, 5, 5, 4]
+    kernel: jax.Array  # [3, 3, 4, 2]
+    sensitivity: jax.Array  # like the weights
+    key: jax.Array
+
+
+def given(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = [(ROWS, COLUMNS), (4, ROWS), (2, 5, 5, 4), (3, 3, 4, 2), (ROWS, COLUMNS)]
+    arrays = [jax.random.normal(k, s, jnp.float32) for k, s in zip(keys, shapes, strict=True)]
+    arrays[-1] = jnp.square(arrays[-1]) + 0.1
+    return Given(*(x.astype(dtype) for x in arrays), keys[0])
+
+
+TREE = {"w": jax.ShapeDtypeStruct((ROWS, COLUMNS), "float32")}
+PLAN = jq.slq(TREE, bits=2, rounds=(1, 3))
+CENTROIDS = (-1.0, 0.0, 1.0)
+
+
+def round_of(g, plan=PLAN, **options):
+    params = {"w": g.weights}
+    return jq.quantize_round(plan, params, jq.init(plan, params), **options)
+
+
+def on_codebook(g, name="weights"):
+    centroids = jnp.array(CENTROIDS, g.weights.dtype)
+    return jq.reconstruct(jq.assign(getattr(g, name), centroids), centroids), centroids
+
+
+def packed(g, name="weights"):
+    return jq.pack_array(*on_codebook(g, name))
+
+
+def state_of(g):
+    weights, centroids = on_codebook(g)
+    everything = jnp.ones(weights.shape, bool)
+    return {"w": weights}, jq.QuantState(
+        {"w": centroids}, {"w": everything}, {"w": jnp.ones(3, bool)}, jnp.int32(2)
+    )
+
+
+def incremental(g):
+    params = {"w": g.weights}
+    tx = jq.incremental(optax.adam(0.1), PLAN, 2)
+    return tx, params, tx.init(params)
+
+
+def incremental_update(g):
+    tx, params, state = incremental(g)
+    return tx.update(params, state, params)
+
+
+def freeze_update(g):
+    tx = jq.freeze_quantized()
+    return tx.update({"w": g.weights}, tx.init({}), frozen={"w": g.weights > 0})
+
+
+def product_of(g):
+    return jq.product.cluster(g.weights, words=4, length=2, key=g.key, iterations=2)
+
+
+def correct(g):
+    response = jq.product.observe(g.inputs, jnp.ones((4, COLUMNS), g.inputs.dtype))
+    return jq.product.correct(product_of(g), response, sweeps=1)
+
+
+CALLS = {
+    "kmeans": lambda g: jq.kmeans(g.weights, 3),
+    "kmeans weighed": lambda g: jq.kmeans(
+        g.weights, 3, sample_weight=g.sensitivity, zero=True, iterations=2, bins=64, cells=16
+    ),
+    "kmeans from centroids": lambda g: jq.kmeans(
+        g.weights, 3, init=jnp.array(CENTROIDS), frozen=jnp.array([True, False, False])
+    ),
+    "assign": lambda g: jq.assign(g.weights, g.weights[:3, 0]),
+    "assign many": lambda g: jq.assign(g.weights, g.weights.ravel()[:40]),
+    "reconstruct": lambda g: jq.reconstruct(jnp.zeros((4, 2), jnp.int32), g.weights[0]),
+    "init": lambda g: jq.init(PLAN, {"w": g.weights}),
+    "quantize_round": round_of,
+    "quantize_round weighed": lambda g: round_of(g, sensitivity={"w": g.sensitivity}),
+    "quantize_round by moments": lambda g: round_of(
+        g, jq.slq(TREE, bits=2, rounds=(3,)), moments={"w": g.inputs.T @ g.inputs}
+    ),
+    "quantize_round inq": lambda g: round_of(
+        g, jq.inq(TREE, bits=3, shares=(0.5, 1.0), partition="random"), key=g.key
+    ),
+    "is_on_codebook": lambda g: jq.is_on_codebook(*state_of(g)),
+    "centroid_gradients": lambda g: jq.centroid_gradients({"w": g.sensitivity}, *state_of(g)),
+    "set_centroids": lambda g: jq.set_centroids(*state_of(g), {"w": jnp.array([-2.0, 0.0, 2.0])}),
+    "pack": lambda g: jq.pack(*state_of(g)),
+    "pack_array": packed,
+    "unpack": lambda g: jq.unpack({"w": packed(g)}),
+    "unpack a product": lambda g: jq.unpack({"w": product_of(g)}),
+    "matmul": lambda g: jq.matmul(g.inputs, packed(g)),
+    "conv": lambda g: jq.conv(g.images, packed(g, "kernel")),
+    "input_moments": lambda g: jq.input_moments(g.inputs),
+    "incremental_init": lambda g: incremental(g)[2],
+    "incremental_update": incremental_update,
+    "quant_state": lambda g: jq.quant_state(incremental(g)[2]),
+    "freeze_update": freeze_update,
+    "product.cluster": product_of,
+    "product.observe": lambda g: jq.product.observe(g.inputs, g.inputs),
+    "product.correct": correct,
+    "product.response_error": lambda g: jq.product.response_error(
+        g.weights, jq.product.observe(g.inputs, jnp.ones((4, COLUMNS), g.inputs.dtype))
+    ),
+}
+NAMES = list(CALLS)
+
+
+def test_every_public_function_is_in_the_table():
+    functions = {n for n in jq.__all__ if inspect.isfunction(getattr(jq, n))}
+    products = {
+        f"product.{name}"
+        for name, value in inspect.getmembers(jq.product, inspect.isfunction)
+        if value.__module__ == "jaxquant.product" and not name.startswith("_")
+    }
+    called = {name.partition(" ")[0] for name in CALLS}
+    assert (functions | products) - ELSEWHERE.keys() <= called
+
+
+def leaves(tree):
+    return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+def assert_same(got, want, **tolerance):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(leaves(got), leaves(want), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        np.testing.assert_allclose(a.astype(np.float64), b.astype(np.float64), **tolerance)
+
+
+@functools.cache
+def expected(name):
+    return jax.jit(CALLS[name])(given())
+
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+class Compiles:
+    """Counts the programs that JAX compiles."""
+
+    def __init__(self):
+        self.count = 0
+        self.on = False
+
+    def __call__(self, event, duration, **_):
+        self.count += self.on and event == "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture(scope="module")
+def compiles():
+    counter = Compiles()
+    jax.monitoring.register_event_duration_secs_listener(counter)
+    yield counter
+    counter.on = False
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eagerly_the_second_call_compiles_nothing_and_gives_what_jit_gives(name, compiles):
+    CALLS[name](given())
+    compiles.count, compiles.on = 0, True
+    got = CALLS[name](given())
+    compiles.on = False
+    assert compiles.count == 0
+    assert_same(got, expected(name), **CLOSE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arrays_that_are_closed_over_may_stand_in_any_trace(name):
+    arrays = given()
+    shapes = jax.eval_shape(lambda: CALLS[name](arrays))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), expected(name)
+    )
+    assert_same(jax.jit(lambda: CALLS[name](arrays))(), expected(name), **CLOSE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_under_vmap_each_gets_its_own(name):
+    keys = jax.random.split(jax.random.key(1), 2)
+    arrays = given()
+    stacked = arrays._replace(weights=jnp.stack([arrays.weights, arrays.weights * 2]), key=keys)
+    axes = Given(0, None, None, None, None, 0)
+    got = jax.jit(jax.vmap(CALLS[name], in_axes=(axes,)))(stacked)
+    one = jax.jit(CALLS[name])(arrays._replace(weights=arrays.weights * 2, key=keys[1]))
+    assert_same(jax.tree.map(lambda x: x[1], got), one, **CLOSE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inside_shard_map_each_device_gets_its_own(name):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    arrays = given()
+    other = arrays._replace(weights=arrays.weights * 2, inputs=arrays.inputs + 1)
+    keys = arrays.key
+    both = [jnp.concatenate(pair) for pair in zip(arrays[:-1], other[:-1], strict=True)]
+    one_place = PartitionSpec("data")
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(Given(*[one_place] * 5, PartitionSpec()),),
+        out_specs=one_place,
+    )
+    def run(local):
+        return jax.tree.map(lambda x: x[None], CALLS[name](local))
+
+    got = run(Given(*both, keys))
+    assert_same(jax.tree.map(lambda x: x[1], got), jax.jit(CALLS[name])(other), **CLOSE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_under_x64_float32_stays_float32(name):
+    arrays, want = given(), expected(name)
+    with jax.enable_x64(True):
+        got = jax.jit(CALLS[name])(arrays)
+        assert_same(got, want, **CLOSE)
+
+
+@pytest.mark.parametrize("start", ["quantile", "linear", "power_of_two", "inq", "ternary"])
+def test_under_x64_every_start_clusters_float32_as_ever(start):
+    def both(weights):
+        plan = jq.slq(TREE, bits=2, rounds=(1, 3), init=start)
+        params = {"w": weights}
+        return jq.kmeans(weights, 3, init=start), jq.quantize_round(
+            plan, params, jq.init(plan, params)
+        )
+
+    weights = given().weights
+    want = jax.jit(both)(weights)
+    with jax.enable_x64(True):
+        assert_same(jax.jit(both)(weights), want, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("name", NAMES)
+def test_narrow_weights_are_taken(name, dtype):
+    if "float8" in dtype and name in WITHOUT_FLOAT8:
+        pytest.skip(WITHOUT_FLOAT8[name])
+    got = jax.jit(CALLS[name])(given(dtype))
+    for x in jax.tree.leaves(got):
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            assert np.isfinite(np.asarray(x).astype(np.float32)).all()
+
+
+WITHOUT_FLOAT8 = {}
+EXPORTED = {
+    "assign": lambda g: jq.assign(g.inputs, jnp.array(CENTROIDS)),
+    "reconstruct": lambda g: jq.reconstruct(g.inputs.astype(jnp.int32), jnp.array(CENTROIDS)),
+    "matmul": CALLS["matmul"],
+    "conv": CALLS["conv"],
+    "input_moments": CALLS["input_moments"],
+}
+
+
+@pytest.mark.parametrize("name", list(EXPORTED))
+def test_a_batch_of_any_size_is_exported(name):
+    arrays = given()
+    (size,) = jax.export.symbolic_shape("b")
+    inputs = jax.ShapeDtypeStruct((size, ROWS), "float32")
+    images = jax.ShapeDtypeStruct((size, 5, 5, 4), "float32")
+    function = jax.jit(
+        lambda inputs, images: EXPORTED[name](arrays._replace(inputs=inputs, images=images))
+    )
+    exported = jax.export.export(function)(inputs, images)
+    want = function(arrays.inputs[:2], arrays.images)
+    assert_same(exported.call(arrays.inputs[:2], arrays.images), want, **CLOSE)
