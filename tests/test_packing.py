@@ -44,6 +44,7 @@ BITS = {1: 0, 2: 1, 3: 8 / 5, 4: 2, 5: 7 / 3, 6: 8 / 3, 8: 3, 9: 3.5, 11: 3.5, 1
 BITS |= {17: 5, 32: 5, 33: 6, 64: 6, 65: 7, 128: 7, 129: 8, 256: 8}
 SHAPES = [((64,), None), ((12, 7), None), ((3, 3, 5, 8), None)]  # shape, axis of the slices
 SHAPES += [((3, 3, 5, 8), -1), ((4, 20, 6), 0), ((20, 18), 0), ((6, 20, 4), 1)]
+SHAPES += [((1, 20, 6), 0), ((20, 1), 1), ((5, 1, 6), 1)]  # a single slice
 
 pack_codes = jax.jit(packing.pack_codes, static_argnums=1)
 unpack_codes = jax.jit(packing.unpack_codes, static_argnums=(1, 2))
@@ -108,13 +109,16 @@ def test_a_tree_of_the_last_round_packs():
     chex.assert_trees_all_equal(jq.unpack(jq.pack(params, state)), params)
 
 
-def test_stacked_layers_are_taken_apart_by_vmap_and_scan():
-    weights, codebook = on_codebook(3, (4, 20, 6), axis=0)
+@pytest.mark.parametrize("shape", [(4, 20, 6), (1, 20, 6), (1, 1, 6), (1, 3, 2, 5), (3, 1, 1)])
+def test_stacked_layers_are_taken_apart_by_vmap_and_scan(shape):
+    weights, codebook = on_codebook(3, shape, axis=0)
     packed = pack_array(weights, codebook)
-    assert packed.codes.shape == (4, 4, 6)
+    layers, *inputs, outputs = shape
+    assert packed.codes.shape == (layers, packing.packed_rows(math.prod(inputs), 3), outputs)
 
     def layer(x, one):
-        assert one.shape == (20, 6)
+        assert one.shape == shape[1:]
+        np.testing.assert_equal(jq.matmul(jnp.ones(inputs), one).shape, (outputs,))
         return x, jq.unpack(one)
 
     _, unpacked = jax.lax.scan(layer, 0, packed)
