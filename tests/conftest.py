@@ -1,8 +1,10 @@
 """Eight CPU devices, quick compiles, strict promotion, and the hypothesis profile."""
 
 import contextlib
+import ctypes
 import gc
 import os
+import resource
 from pathlib import Path
 
 # Read when JAX starts its CPU backend, so it must be set before anything imports jax.
@@ -61,15 +63,21 @@ def strict_promotion(request):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def release_programs():
-    """Let go of compiled programs before XLA dies of too many.
+def release_memory():
+    """Let go of compiled programs before they fill the memory, and of what compiling took.
 
-    Linux gives a process 65,530 memory maps; no file of tests takes more than 25,000.
+    Linux gives a process 65,530 memory maps; no file of tests takes more than 25,000, and XLA dies
+    of too many. What LLVM frees, two thirds of a worker's memory, glibc would keep.
     """
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_text().count("\n") > 10_000:
-        jax.clear_caches()
+    with contextlib.suppress(OSError, AttributeError):  # another system, another C library
+        trim = ctypes.CDLL("libc.so.6").malloc_trim
+        trim(0)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        maps = Path("/proc/self/maps").read_text().count("\n")
+        if maps > 10_000 or pages * resource.getpagesize() > 2**30:
+            jax.clear_caches()
+            trim(0)
 
 
 @contextlib.contextmanager
