@@ -293,6 +293,73 @@ def test_narrow_weights_are_taken(name, dtype):
             assert np.isfinite(np.asarray(x).astype(np.float32)).all()
 
 
+INTEGERS = {  # n makes an integer: Python's or one of NumPy's
+    "kmeans": lambda n, g: jq.kmeans(
+        g.weights, n(3), iterations=n(2), bins=n(64), cells=n(16), init="quantile"
+    ),
+    "num_centroids": lambda n, g: jq.num_centroids(n(3)),
+    "LayerRule": lambda n, g: jq.LayerRule(
+        ".*", k=n(3), group=n(0), axis=n(1), min_ndim=n(1), depth=n(2)
+    ),
+    "LayerRule of bits": lambda n, g: jq.LayerRule(".*", bits=n(2), group=[n(0)] * 6, axis=n(1)),
+    "select": lambda n, g: jq.select(TREE, k=n(3)),
+    "slq": lambda n, g: jq.slq(TREE, bits=n(2), rounds=np.array([n(1), n(3)]), iterations=n(3)),
+    "mlq": lambda n, g: jq.mlq(TREE, bits=n(2), groups=n(1), iterations=n(3)),
+    "inq": lambda n, g: jq.inq(TREE, bits=n(3), iterations=n(0), shares=np.array([0.5, 1.0])),
+    "incremental": lambda n, g: [
+        jq.incremental(optax.sgd(0.1), PLAN, steps).init({"w": g.weights}).step
+        for steps in (n(3), [n(2), n(3)], np.array([n(2), n(3)]))
+    ],
+    "conv": lambda n, g: jq.conv(
+        g.images,
+        packed(g, "kernel"),
+        window_strides=n(2),
+        padding=((n(1), n(1)), (n(0), n(1))),
+        input_dilation=n(1),
+        kernel_dilation=(n(1), n(1)),
+        feature_group_count=n(1),
+    ),
+    "input_moments": lambda n, g: jq.input_moments(
+        g.images, window=(n(3), n(3)), window_strides=n(1), kernel_dilation=[n(1), n(1)]
+    ),
+    "product.cluster": lambda n, g: jq.product.cluster(
+        g.weights, words=n(4), length=n(2), key=g.key, iterations=n(2)
+    ),
+    "product.correct": lambda n, g: jq.product.correct(
+        product_of(g),
+        jq.product.observe(g.inputs, jnp.ones((4, COLUMNS))),
+        sweeps=n(1),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+@pytest.mark.parametrize("name", list(INTEGERS))
+def test_integers_of_numpy_are_integers(name, kind):
+    got, want = (INTEGERS[name](n, given()) for n in (kind, int))
+    if not jax.tree.leaves(got) or name in ("LayerRule", "LayerRule of bits"):
+        assert got == want
+    else:
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("value", [True, np.True_, 2.0, "2", None, [2]])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda v: jq.kmeans(jnp.arange(9.0), v),
+        lambda v: jq.num_centroids(v),
+        lambda v: jq.slq(TREE, bits=v),
+        lambda v: jq.slq(TREE, rounds=(1, v)),
+        lambda v: jq.inq(TREE, bits=v),
+        lambda v: jq.mlq(TREE, bits=v),
+    ],
+)
+def test_what_is_no_integer_is_refused(call, value):
+    with pytest.raises(ValueError, match="expected"):
+        call(value)
+
+
 WITHOUT_FLOAT8 = {}
 EXPORTED = {
     "assign": lambda g: jq.assign(g.inputs, jnp.array(CENTROIDS)),
