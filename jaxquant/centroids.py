@@ -10,6 +10,7 @@ from jaxquant.codebooks import assign, reconstruct
 from jaxquant.histogram import fold
 from jaxquant.quantize import QuantState, per_slice
 from jaxquant.selection import leaves_with_paths
+from jaxquant.trees import pure, replaced
 
 
 def centroid_gradients(gradients: Any, params: Any, state: QuantState) -> Any:
@@ -66,6 +67,8 @@ def centroid_gradients(gradients: Any, params: Any, state: QuantState) -> Any:
         arrays, tables = (weights, gradient, frozen), (codebook, moves)
         return per_slice(one, arrays, codebook, tables, leaf_shaped=False)
 
+    gradients, params = (pure(x, only_parameters=True) for x in (gradients, params))
+    state = pure(state)
     _check("gradients", gradients, state.frozen)
     _check("params", params, state.frozen)
     return jax.tree.map(leaf, params, gradients, state.frozen, state.codebooks, _movable(state))
@@ -106,6 +109,8 @@ def set_centroids(params: Any, state: QuantState, codebooks: Any) -> tuple[Any, 
             return weights
         return per_slice(one, (weights, frozen), old, (old, new))
 
+    given, params = params, pure(params, only_parameters=True)
+    state, codebooks = pure(state), pure(codebooks)
     _check("params", params, state.frozen)
     _check("codebooks", codebooks, state.codebooks)
     moved = jax.tree.map(
@@ -115,7 +120,7 @@ def set_centroids(params: Any, state: QuantState, codebooks: Any) -> tuple[Any, 
         _movable(state),
     )
     params = jax.tree.map(leaf, params, state.frozen, state.codebooks, moved)
-    return params, state._replace(codebooks=moved)
+    return replaced(given, params, only_parameters=True), state._replace(codebooks=moved)
 
 
 def _movable(state: QuantState) -> Any:

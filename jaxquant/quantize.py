@@ -18,6 +18,7 @@ from jaxquant.meshes import with_auto_axes
 from jaxquant.partition import choose, priority, threshold, weight_priority
 from jaxquant.schedules import Plan
 from jaxquant.selection import Layer, leaves_with_paths
+from jaxquant.trees import pure, replaced
 
 _BATCH = 64  # codebooks solved side by side; bounds the memory of the dynamic program
 
@@ -275,6 +276,7 @@ def init(plan: Plan, params: Any) -> QuantState:
     >>> jq.init(jq.slq(params, bits=2), params).codebooks["kernel"]
     Array([0., 0., 0.], dtype=float32)
     """
+    params = pure(params, only_parameters=True)
     leaves = _check_tree(plan, params, "params")
     pairs = zip(plan.selection.layers, leaves, strict=True)
     check_finite({layer.path: leaf for layer, leaf in pairs if layer.reason is None})
@@ -358,14 +360,17 @@ def quantize_round(
     """
     if plan.partition == "random" and key is None:
         raise ValueError("expected a key for partition='random', got None")
+    given, params = params, pure(params, only_parameters=True)
+    state, sensitivity = pure(state), pure(sensitivity, only_parameters=True)
     _check(plan, params, state, sensitivity)
     moments = dict(moments or {})
     _check_moments(plan, moments)
-    return with_auto_axes(
+    params, state, info = with_auto_axes(
         functools.partial(_round, plan),
         (params, state, sensitivity, moments, key),
         like=(params, state, None),
     )
+    return replaced(given, params, only_parameters=True), state, info
 
 
 def _round(
@@ -453,6 +458,8 @@ def is_on_codebook(params: Any, state: QuantState) -> Any:
     >>> bool(is_on_codebook(params, state)["kernel"])
     True
     """
+
+    params, state = pure(params, only_parameters=True), pure(state)
 
     def check(leaf: jax.Array, codebook: jax.Array) -> jax.Array:
         if not codebook.ndim:
