@@ -9,7 +9,7 @@ from jaxquant.clusters import SPREAD, spread
 from jaxquant.codebooks import assign, reconstruct
 from jaxquant.histogram import fold
 from jaxquant.quantize import QuantState, check_state, per_slice
-from jaxquant.selection import leaves_with_paths
+from jaxquant.trees import leaves_with_paths, pure, replaced
 
 
 def centroid_gradients(gradients: Any, params: Any, state: QuantState) -> Any:
@@ -51,6 +51,8 @@ def centroid_gradients(gradients: Any, params: Any, state: QuantState) -> Any:
         arrays, tables = (weights, gradient, frozen), (codebook, moves)
         return per_slice(_sums, arrays, tables, leaf_shaped=False)
 
+    gradients, params = (pure(x, only_parameters=True) for x in (gradients, params))
+    state = pure(state)
     check_state(state)
     _check("gradients", gradients, state.frozen)
     _check("params", params, state.frozen)
@@ -110,6 +112,8 @@ def set_centroids(params: Any, state: QuantState, codebooks: Any) -> tuple[Any, 
             return weights
         return per_slice(_moved, (weights, frozen), (old, new))
 
+    given, params = params, pure(params, only_parameters=True)
+    state, codebooks = pure(state), pure(codebooks)
     check_state(state)
     _check("params", params, state.frozen)
     _check("codebooks", codebooks, state.codebooks)
@@ -120,7 +124,7 @@ def set_centroids(params: Any, state: QuantState, codebooks: Any) -> tuple[Any, 
         _movable(state),
     )
     params = jax.tree.map(leaf, params, state.frozen, state.codebooks, moved)
-    return params, state._replace(codebooks=moved)
+    return replaced(given, params, only_parameters=True), state._replace(codebooks=moved)
 
 
 def _moved(weights: jax.Array, frozen: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:

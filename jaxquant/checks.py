@@ -11,6 +11,28 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def whole_number(value: Any) -> int | None:
+    """Return an integer of any type, NumPy's and JAX's too, as Python's; None if it is none.
+
+    >>> [whole_number(value) for value in (jnp.int32(3), True, 3.0)]
+    [3, None, None]
+    """
+    try:
+        return None if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def whole_numbers(values: Any) -> tuple[int, ...] | None:
+    """Return some integers, in a sequence or an array, as Python's; None if they are others."""
+    try:
+        numbers = [whole_number(value) for value in values]
+    except TypeError:
+        return None
+    known = tuple(number for number in numbers if number is not None)
+    return known if len(known) == len(numbers) else None
+
+
 def integer(name: str, value: Any, *, least: int, most: int | None = None) -> int:
     """Return a whole number of any type, NumPy's too, as Python's.
 
@@ -21,10 +43,7 @@ def integer(name: str, value: Any, *, least: int, most: int | None = None) -> in
     3
     """
     wanted = f"an integer of at least {least}" if most is None else f"{least} to {most}"
-    try:
-        number = None if isinstance(value, bool | np.bool_) else operator.index(value)
-    except TypeError:
-        number = None
+    number = whole_number(value)
     if number is None or number < least or (most is not None and number > most):
         raise ValueError(f"expected {name} to be {wanted}, got {value!r}")
     return number

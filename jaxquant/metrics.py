@@ -19,7 +19,8 @@ from jaxquant.packing import (
 )
 from jaxquant.quantize import QuantState, check_state, slice_axis
 from jaxquant.schedules import Plan
-from jaxquant.selection import leaves_with_paths, natural_key
+from jaxquant.selection import natural_key, vector_reasons
+from jaxquant.trees import leaves_with_paths, pure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,6 +156,8 @@ def report(
     >>> [(layer.path, layer.distinct) for layer in report(params, state).layers]
     [('bias', None), ('kernel', 3)]
     """
+    params, state = pure(params, only_parameters=True), pure(state)
+    reference = pure(reference, only_parameters=True)
     pairs = _leaves(params)
     structure = jax.tree.structure(params, is_leaf=is_product)
     if state is None:
@@ -172,7 +175,9 @@ def report(
             raise ValueError(
                 f"reference: {path}: expected shape {jnp.shape(leaf)}, got {jnp.shape(other)}"
             )
-    reasons = {} if plan is None else {x.path: x.reason for x in plan.selection.layers}
+    reasons: dict[str, str | None] = dict(vector_reasons(params))
+    if plan is not None:
+        reasons = {x.path: x.reason for x in plan.selection.layers}
     layers = [
         _layer(path, *leaves, reason=reasons.get(path))
         for (path, _), *leaves in zip(pairs, *columns, strict=True)

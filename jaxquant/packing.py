@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec
 from jaxquant.codebooks import MOST_CENTROIDS, assign, reconstruct
 from jaxquant.meshes import compiled
 from jaxquant.quantize import QuantState, check_state, per_slice, slice_axis
-from jaxquant.selection import leaves_with_paths
+from jaxquant.trees import leaves_with_paths, pure, replaced
 
 _WIDTHS = (8, 4, 2, 1)
 
@@ -418,6 +418,7 @@ def pack(params: Any, state: QuantState) -> Any:
     >>> jq.pack(params, state)["kernel"].codes.shape
     (2, 4)
     """
+    given, params, state = params, pure(params, only_parameters=True), pure(state)
     check_state(state)
     if jax.tree.structure(params) != jax.tree.structure(state.codebooks):
         raise ValueError("expected params and state to have the same structure")
@@ -427,7 +428,8 @@ def pack(params: Any, state: QuantState) -> Any:
             leaves_with_paths(params), jax.tree.leaves(state.codebooks), strict=True
         )
     ]
-    return jax.tree.unflatten(jax.tree.structure(params), packed)
+    packed = jax.tree.unflatten(jax.tree.structure(params), packed)
+    return replaced(given, packed, only_parameters=True)
 
 
 def _pack_leaf(path: str, weights: jax.Array, codebook: jax.Array) -> PackedArray:

@@ -19,7 +19,8 @@ from jaxquant.kmeans import is_usable, lloyd, named_start, pin
 from jaxquant.meshes import compiled
 from jaxquant.partition import choose, priority, threshold, weight_priority
 from jaxquant.schedules import Plan
-from jaxquant.selection import Layer, leaves_with_paths
+from jaxquant.selection import Layer
+from jaxquant.trees import leaves_with_paths, pure, replaced
 
 _BATCH = 64  # codebooks solved side by side; bounds the memory of the dynamic program
 
@@ -286,6 +287,7 @@ def init(plan: Plan, params: Any) -> QuantState:
     >>> jq.init(jq.slq(params, bits=2), params).codebooks["kernel"]
     Array([0., 0., 0.], dtype=float32)
     """
+    params = pure(params, only_parameters=True)
     leaves = _check_tree(plan, params, "params")
     pairs = zip(plan.selection.layers, leaves, strict=True)
     checks.values({layer.path: leaf for layer, leaf in pairs if layer.reason is None})
@@ -369,6 +371,8 @@ def quantize_round(
     """
     if plan.partition == "random" and key is None:
         raise ValueError("expected a key for partition='random', got None")
+    given, params = params, pure(params, only_parameters=True)
+    state, sensitivity = pure(state), pure(sensitivity, only_parameters=True)
     _check(plan, params, state, sensitivity)
     moments = dict(moments or {})
     _check_moments(plan, moments)
@@ -383,7 +387,8 @@ def quantize_round(
     )
     new = [_scatter(plan, *pair) for pair in zip(trees, zip(*changed, strict=True), strict=True)]
     params, frozen, codebooks, frozen_centroids = new
-    return params, QuantState(codebooks, frozen, frozen_centroids, round_), info
+    state = QuantState(codebooks, frozen, frozen_centroids, round_)
+    return replaced(given, params, only_parameters=True), state, info
 
 
 def _round(
@@ -478,6 +483,7 @@ def is_on_codebook(params: Any, state: QuantState) -> Any:
     True
     """
 
+    params, state = pure(params, only_parameters=True), pure(state)
     check_state(state)
 
     def check(leaf: jax.Array, codebook: jax.Array) -> jax.Array:

@@ -3,13 +3,14 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from jaxquant.checks import integer, whole_number, whole_numbers
 from jaxquant.codebooks import num_centroids
+from jaxquant.trees import is_nnx, leaves_with_paths, pure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class LayerRule:
     depth: int = 0
 
     def __post_init__(self):
-        """Check what can be checked without parameters."""
+        """Check what can be checked without parameters; NumPy's integers become Python's."""
         try:
             re.compile(self.pattern)
         except (re.error, TypeError) as error:
@@ -50,14 +51,23 @@ class LayerRule:
             raise ValueError(f"rule {self.pattern!r}: expected bits or k, got both")
         if self.bits is not None:
             num_centroids(self.bits)
-        if self.k is not None and (not isinstance(self.k, int) or self.k < 1):
+        for name in ("bits", "k", "group", "axis", "min_ndim", "depth"):
+            object.__setattr__(self, name, self._whole(name, getattr(self, name)))
+        if self.k is not None and self.k < 1:
             raise ValueError(f"rule {self.pattern!r}: expected k to be at least 1, got {self.k!r}")
-        if not isinstance(self.depth, int):
+
+    def _whole(self, name: str, value: Any) -> int | tuple[int, ...] | None:
+        """Return a field's integer, or the group's integers, as Python's."""
+        if value is None and name not in ("min_ndim", "depth"):
+            return None
+        number = whole_number(value)
+        several = whole_numbers(value) if number is None and name == "group" else None
+        if number is None and several is None:
+            wanted = "an integer" + (", or one for each slice" if name == "group" else "")
             raise ValueError(
-                f"rule {self.pattern!r}: expected depth to be an integer, got {self.depth!r}"
+                f"rule {self.pattern!r}: expected {name} to be {wanted}, got {value!r}"
             )
-        if isinstance(self.group, Sequence):
-            object.__setattr__(self, "group", tuple(self.group))
+        return several if number is None else number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,42 +127,43 @@ def natural_key(path: str) -> list[tuple[bool, int, str]]:
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
-def leaves_with_paths(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> list[tuple[str, Any]]:
-    """Return pairs of a path such as "a/b/kernel" and a leaf, in the order of flattening."""
-    pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in pairs]
-
-
 def select(params: Any, rules: Sequence[LayerRule] | None = None, *, k: int = 17) -> Selection:
     """Decide for every leaf whether and how it is quantized.
 
     The first rule that matches the whole path wins; a leaf that no rule matches is left alone.
-    Without rules, every leaf with two dimensions or more is selected. Left alone are also, each
-    with its reason, leaves that are not floating point, that have fewer dimensions than the rule's
+    Without rules, every leaf with two dimensions or more is selected but for what looks like a bias
+    or a scale of stacked layers: by its name, by that of a normalization it is in, or by a shape
+    [layers, features] beside weights [layers, ..., features, ...]. Left alone are also, each with
+    its reason, leaves that are not floating point, that have fewer dimensions than the rule's
     `min_ndim`, or that have no more weights (a codebook) than centroids.
 
     Args:
-      params: any pytree of arrays or of shape and dtype structs.
-      rules: ordered.
+      params: any pytree of arrays or of shape and dtype structs. Of Flax NNX the model, its state
+        with or without variables, or their dictionary; its paths are those of the variables, and
+        its parameters are its `nnx.Param`.
+      rules: ordered. One written for the array in an NNX variable, "dense/kernel/value", matches.
       k: number of centroids where a rule does not say.
 
     Raises:
       ValueError: for a rule that decided about no leaf, an axis or groups that a leaf does not
-        have; the message names rule and path.
+        have, two leaves of one path; the message names rule and path.
 
     >>> tree = {"dense": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}}
     >>> [(layer.path, layer.reason) for layer in select(tree).layers]
     [('dense/bias', '1 dimension, fewer than 2'), ('dense/kernel', None)]
     """
+    pairs = leaves_with_paths(pure(params, only_parameters=True))
+    k = integer("k", k, least=1)
+    endings = ("", "/value") if is_nnx(params) else ("",)
+    guessed = vector_reasons(params) if rules is None else {}
     default = LayerRule(".*")
     used: set[int] = set()
     layers = []
-    for path, leaf in leaves_with_paths(params):
-        position, rule = _first_match(path, rules, default)
+    for path, leaf in pairs:
+        position, rule = _first_match(path, endings, rules, default)
         used.add(position)
-        layers.append(_setting(path, jnp.shape(leaf), _dtype(leaf), rule, k))
+        layer = _setting(path, jnp.shape(leaf), _dtype(leaf), rule, k)
+        layers.append(_left_alone(layer, layer.reason or guessed.get(path)))
     unused = [rule.pattern for i, rule in enumerate(rules or ()) if i not in used]
     if unused:
         paths = ", ".join(layer.path for layer in layers[:5])
@@ -163,30 +174,109 @@ def select(params: Any, rules: Sequence[LayerRule] | None = None, *, k: int = 17
     return Selection(tuple(layers))
 
 
+def fitted(selection: Selection, tree: Any) -> Selection:
+    """Return the settings of a tree's leaves, in its order; it may lack some that are left alone.
+
+    So a part of the parameters, as `optax.masked` and `optax.partition` hand it on, fits the plan
+    of all. Of a tree that does not fit it is the settings that it should: whoever reads it says so.
+    """
+    order = {path: i for i, (path, _) in enumerate(leaves_with_paths(tree))}
+    layers = [x for x in selection.layers if x.path in order or x.reason is None]
+    if len(layers) == len(order) and all(layer.path in order for layer in layers):
+        layers.sort(key=lambda layer: order[layer.path])
+    return Selection(tuple(layers))
+
+
+# Vectors of stacked layers -----------------------------------------------------------------------
+
+_MATRICES = re.compile("kernel|embedding")
+_VECTORS = re.compile("bias|scale|offset|beta|gamma")
+_Stack = tuple[int, frozenset[int]]
+_NORMALIZATIONS = re.compile(r".*norm(?!al).*|[lbg]n(_\w+|\d*)", re.IGNORECASE)
+
+
+def vector_reasons(tree: Any) -> dict[str, str]:
+    """Return, by path, why a leaf with several dimensions looks like many vectors, no matrix.
+
+    Layers that are stacked, by `nn.scan` or `nnx.vmap`, give biases and scales a dimension more.
+    """
+    shapes = {path: jnp.shape(leaf) for path, leaf in leaves_with_paths(tree)}
+    below: dict[str, list[tuple[int, ...]]] = {}  # of each container, at any depth
+    beside: dict[str, list[tuple[int, ...]]] = {}  # directly in it
+    for path, shape in shapes.items():
+        *containers, _ = path.split("/")
+        for end in range(len(containers) + 1):
+            below.setdefault("/".join(containers[:end]), []).append(shape)
+        beside.setdefault("/".join(containers), []).append(shape)
+    whole = {name: _stack(own) for name, own in below.items() if _is_uniform(own)}
+    parts = {name: _stack(own) for name, own in beside.items()}
+    reasons = {path: _vector_reason(path, shape, whole, parts) for path, shape in shapes.items()}
+    return {path: reason for path, reason in reasons.items() if reason is not None}
+
+
+def _vector_reason(
+    path: str, shape: tuple[int, ...], whole: Mapping[str, _Stack], parts: Mapping[str, _Stack]
+) -> str | None:
+    *containers, name = path.split("/")
+    if len(shape) < 2 or _MATRICES.fullmatch(name):
+        return None
+    if _VECTORS.fullmatch(name):
+        return "a bias or a scale, by its name"
+    if any(_NORMALIZATIONS.fullmatch(part) for part in (*containers[-1:], name)):
+        return "part of a normalization, by its name"
+    above = ("/".join(containers[:end]) for end in range(len(containers) + 1))
+    stacks = [parts["/".join(containers)], *(whole[part] for part in above if part in whole)]
+    if len(shape) == 2 and any(shape[0] == n and shape[1] in sizes for n, sizes in stacks):
+        return f"a vector for each of {shape[0]} stacked layers, by its shape"
+    return None
+
+
+def _stack(shapes: Sequence[tuple[int, ...]]) -> _Stack:
+    """Return how many layers weights of three dimensions and more stack, and their other sizes."""
+    stacked = [shape for shape in shapes if len(shape) > 2]
+    is_window = any(len(shape) > 3 and shape[0] == shape[1] for shape in stacked)
+    if is_window or len({shape[0] for shape in stacked}) != 1:
+        return 0, frozenset()
+    return stacked[0][0], frozenset(size for shape in stacked for size in shape[1:])
+
+
+def _is_uniform(shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Return whether all leaves have the same first axis and another."""
+    return all(len(shape) > 1 and shape[0] == shapes[0][0] for shape in shapes)
+
+
+def _left_alone(layer: Layer, reason: str | None) -> Layer:
+    if reason is None:
+        return layer
+    return Layer(path=layer.path, shape=layer.shape, dtype=layer.dtype, reason=reason)
+
+
 def _dtype(leaf: Any) -> Any:
     return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 
 
 def _first_match(
-    path: str, rules: Sequence[LayerRule] | None, default: LayerRule
+    path: str, endings: Sequence[str], rules: Sequence[LayerRule] | None, default: LayerRule
 ) -> tuple[int, LayerRule | None]:
     if rules is None:
         return -1, default
-    matches = ((i, rule) for i, rule in enumerate(rules) if re.fullmatch(rule.pattern, path))
-    return next(matches, (-1, None))
+    for i, rule in enumerate(rules):
+        if any(re.fullmatch(rule.pattern, path + ending) for ending in endings):
+            return i, rule
+    return -1, None
 
 
 def _setting(path: str, shape: tuple, dtype: Any, rule: LayerRule | None, k: int) -> Layer:
     layer = Layer(path=path, shape=tuple(shape), dtype=str(dtype))
     if rule is None or not rule.quantize:
         reason = "no rule matches it" if rule is None else f"left alone by rule {rule.pattern!r}"
-        return dataclasses.replace(layer, reason=reason)
+        return _left_alone(layer, reason)
     k = rule.k or (num_centroids(rule.bits) if rule.bits else k)
     axis = _check_axis(layer, rule)
     layer = dataclasses.replace(layer, k=k, axis=axis, depth=rule.depth)
     reason = _reason(layer, dtype, rule)
     if reason is not None:
-        return Layer(path=path, shape=layer.shape, dtype=layer.dtype, reason=reason)
+        return _left_alone(layer, reason)
     return dataclasses.replace(layer, groups=_check_groups(layer, rule))
 
 
@@ -217,7 +307,7 @@ def _check_groups(layer: Layer, rule: LayerRule) -> tuple[int, ...] | None:
         return None
     group = rule.group
     groups = (group,) * layer.slices if isinstance(group, int) else tuple(group)
-    if len(groups) != layer.slices or any(not isinstance(g, int) or g < 0 for g in groups):
+    if len(groups) != layer.slices or min(groups, default=0) < 0:
         raise ValueError(
             f"{layer.path}: rule {rule.pattern!r} expected {layer.slices} groups >= 0, got {groups}"
         )

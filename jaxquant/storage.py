@@ -29,6 +29,7 @@ from jaxquant.packing import (
     unpack_codes,
 )
 from jaxquant.schedules import Plan
+from jaxquant.trees import pure, replaced
 
 _FORMAT = "jaxquant"
 _VERSION = 1
@@ -99,6 +100,7 @@ def save(
     >>> jq.load(path)["b"].tolist()
     [1.0, 1.0, 1.0]
     """
+    packed = pure(packed)
     entries, tensors = _encode(packed)
     description = {
         "version": _VERSION,
@@ -607,7 +609,8 @@ def _nest(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> Any:
 def _arrange(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any], like: Any) -> Any:
     """Return the leaves in the structure of `like`."""
     own = dict(zip(paths, leaves, strict=True))
-    wanted, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_quantized)
+    plain = pure(like)
+    wanted, structure = jax.tree_util.tree_flatten_with_path(plain, is_leaf=is_quantized)
     keys = [tuple(_path_text(key_path)) for key_path, _ in wanted]
     if set(keys) != own.keys():
         odd = sorted("/".join(path) for path in set(keys) ^ own.keys())
@@ -617,4 +620,4 @@ def _arrange(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any], like: Any)
             raise _InvalidError(
                 f"{'/'.join(key)}: expected shape {tuple(leaf.shape)}, got {own[key].shape}"
             )
-    return jax.tree.unflatten(structure, [own[key] for key in keys])
+    return replaced(like, jax.tree.unflatten(structure, [own[key] for key in keys]))

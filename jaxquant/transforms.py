@@ -1,17 +1,22 @@
 """Quantization inside an optax optimizer: keep frozen weights in place, or run a whole plan."""
 
+import dataclasses
+import functools
 import itertools
-import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from jaxquant.checks import whole_number, whole_numbers
 from jaxquant.quantize import QuantState, nearest, quantize_round
 from jaxquant.quantize import init as init_quantization
 from jaxquant.schedules import Plan
+from jaxquant.selection import Layer, fitted
+from jaxquant.trees import leaves_with_paths, pure, replaced
 
 # Steps after a round in which frozen weights are still moved onto their centroids: p + (c - p) may
 # miss c by a rounding. Once p is near c the difference is exact (Sterbenz), so that the second or
@@ -19,19 +24,35 @@ from jaxquant.schedules import Plan
 _LANDING_STEPS = 8
 
 
-def freeze_quantized() -> optax.GradientTransformationExtraArgs:
-    """Zero the updates of frozen weights; put it last in `optax.chain`.
+def freeze_quantized(
+    tx: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Keep frozen weights where they are: alone, last in `optax.chain`, or around an optimizer.
 
     `u <- 0 where frozen, u elsewhere`, on the *final* update. Masking gradients instead is not
     enough: momentum from before the freeze and weight decay would still move the weight. The value
-    under the mask does not matter, NaN and infinity included. The optimizer's own state goes on as
-    if nothing were frozen. Costs one `select` per leaf, which XLA fuses into the update.
+    under the mask does not matter, NaN and infinity included.
+
+    An optimizer that looks at whole leaves, or at all of them together, must not see what is frozen
+    either: the norm by which `clip_by_global_norm` divides would be that of gradients which move
+    nothing, and the free weights would hardly train. With `tx`, frozen entries take no part in its
+    arithmetic: it gets gradients *and* parameters that are zero there, as if there were only the
+    free weights. So a global norm, a trust ratio (LAMB, LARS), adaptive clipping, a row or a column
+    of Adafactor's second moments and what Muon makes orthogonal are those of free weights; weight
+    decay adds nothing to norms; a mean over a leaf still divides by all its entries. Extra
+    arguments like the parameters are zero there too; functions (`value_fn` of a line search,
+    `grad_fn` of `sam`) get the parameters whole. What `tx` remembers of parameters is about zeros:
+    begin it anew after each round if it measures a distance from its start (DoG, DoWG) or
+    differences (L-BFGS), and keep averages of parameters outside.
+    `optax.chain(freeze_quantized(), tx, freeze_quantized())` does the same for the gradients alone,
+    and shows `tx` the parameters as they are. Costs one `select` per leaf and tree, which XLA fuses
+    into the update.
 
     The optimizers whose evaluated weights are not the trained ones need the same mask once more:
     for `optax.contrib.schedule_free` (which trains y, and evaluates an average x of past iterates)
     that is `jax.tree.map(jnp.where, frozen, params, schedule_free_eval_params(state, params))`, for
-    a moving average of the parameters likewise. `optax.lbfgs` hands every extra argument on to its
-    `value_fn`, which must name `frozen` among its parameters.
+    a moving average of the parameters likewise. `optax.lbfgs` in a chain hands every extra argument
+    on to its `value_fn`, which must name `frozen` among its parameters; inside it need not.
 
     Source: Xu et al., "Deep Neural Network Compression with Single and Multiple Level
     Quantization", AAAI 2018: their released code applies its 0/1 mask to the final update, after
@@ -40,26 +61,24 @@ def freeze_quantized() -> optax.GradientTransformationExtraArgs:
     `update(updates, state, params=None, *, frozen)` takes the mask as a keyword.
 
     Args:
+      tx: the optimizer of the free weights, or None.
       frozen: the tree `QuantState.frozen`, with the structure of the updates; per leaf a bool array
         of the leaf's shape, or a scalar bool for the whole leaf (True = frozen). May be traced.
 
     Returns:
-      The transformation; its state is `optax.EmptyState()`.
+      The transformation; its state is that of `tx`, or `optax.EmptyState()`.
 
     Raises:
       ValueError: By `update`, at trace time, if `frozen` is missing (a wrapper that drops extra
         arguments, such as `optax.MultiSteps(...).gradient_transformation()`, loses it: use
         `MultiSteps` itself), or if its structure or a leaf's shape or dtype is not as above.
 
-    >>> params, frozen = {"w": jnp.ones(2)}, {"w": jnp.array([True, False])}
-    >>> tx = optax.chain(optax.sgd(0.5), freeze_quantized())
+    >>> params, frozen = {"w": jnp.array([3.0, 0.4])}, {"w": jnp.array([True, False])}
+    >>> tx = freeze_quantized(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5)))
     >>> tx.update(params, tx.init(params), params, frozen=frozen)[0]["w"].tolist()
-    [0.0, -0.5]
+    [0.0, -0.20000000298023224]
     """
-
-    def init(params: optax.Params) -> optax.EmptyState:
-        del params
-        return optax.EmptyState()
+    inner = optax.with_extra_args_support(optax.identity() if tx is None else tx)
 
     def update(
         updates: optax.Updates,
@@ -69,19 +88,64 @@ def freeze_quantized() -> optax.GradientTransformationExtraArgs:
         frozen: Any = None,
         **extra: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        del params, extra
         if frozen is None:
             raise ValueError(
                 "expected the keyword argument frozen=state.frozen in tx.update(...), got none"
             )
-        _check_structure(updates, frozen)
-        return jax.tree_util.tree_map_with_path(_zero_frozen, updates, frozen), state
+        frozen = pure(frozen)
+        _check_structure(pure(updates), frozen, "frozen to have the updates' structure")
+        frozen = jax.tree_util.tree_map_with_path(_check_mask, pure(updates), frozen)
+        if tx is None:
+            return _hidden(frozen, updates), state
+        return _update_free(inner, frozen, updates, state, params, extra)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def _zero_frozen(path: tuple[Any, ...], update: jax.Array, frozen: Any) -> jax.Array:
-    """Return `update` with exact zeros where `frozen`."""
+def _update_free(
+    tx: optax.GradientTransformationExtraArgs,
+    frozen: Any,
+    updates: Any,
+    state: optax.OptState,
+    params: Any,
+    extra: Mapping[str, Any],
+) -> tuple[optax.Updates, optax.OptState]:
+    """Update by an optimizer that sees zeros in the place of frozen weights; they get zeros."""
+
+    def shown(value: Any) -> Any:
+        if callable(value):
+            return of_whole(value)
+        return _hidden(frozen, value) if _is_like(params, value) else value
+
+    def of_whole(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(seen: Any, *args: Any, **kwargs: Any) -> Any:
+            whole = jax.tree.map(jnp.where, frozen, pure(params), pure(seen))
+            return shown(function(replaced(seen, whole), *args, **kwargs))
+
+        return call
+
+    extra = {name: shown(value) for name, value in extra.items()}
+    free, state = tx.update(_hidden(frozen, updates), state, shown(params), **extra)
+    return _hidden(frozen, free), state
+
+
+def _is_like(params: Any, tree: Any) -> bool:
+    """Return whether a tree has the structure and the shapes of the parameters."""
+    params, tree = pure(params), pure(tree)
+    if params is None or jax.tree.structure(params) != jax.tree.structure(tree):
+        return False
+    return all(
+        jax.tree.leaves(jax.tree.map(lambda *x: len(set(map(jnp.shape, x))) == 1, params, tree))
+    )
+
+
+def _hidden(frozen: Any, tree: Any) -> Any:
+    """Return a tree like the weights, in its own form, with exact zeros where frozen."""
+    return replaced(tree, jax.tree.map(_zero, frozen, pure(tree)))
+
+
+def _check_mask(path: tuple[Any, ...], update: jax.Array, frozen: Any) -> jax.Array:
     frozen = jnp.asarray(frozen)
     if frozen.dtype != jnp.bool_:
         raise ValueError(f"expected frozen of dtype bool at {_name(path)}, got {frozen.dtype}")
@@ -90,26 +154,22 @@ def _zero_frozen(path: tuple[Any, ...], update: jax.Array, frozen: Any) -> jax.A
             f"expected frozen of shape {jnp.shape(update)} or () at {_name(path)}, "
             f"got {frozen.shape}"
         )
-    return _zero(frozen, update)
+    return frozen
 
 
-def _check_structure(updates: Any, frozen: Any) -> None:
-    """Raise if the two trees differ, naming the leaf at which they part."""
-    expected, got = jax.tree.structure(updates), jax.tree.structure(frozen)
+def _check_structure(tree: Any, other: Any, wanted: str) -> None:
+    """Raise if the other tree differs, naming the leaf at which they part."""
+    expected, got = jax.tree.structure(tree), jax.tree.structure(other)
     if expected == got:
         return
-    wanted, given = _paths(updates), _paths(frozen)
-    missing = next((path for path in wanted if path not in given), None)
-    surplus = next((path for path in given if path not in wanted), None)
+    paths, given = ([path for path, _ in leaves_with_paths(x)] for x in (tree, other))
+    missing = next((path for path in paths if path not in given), None)
+    surplus = next((path for path in given if path not in paths), None)
     if missing is not None:
-        raise ValueError(f"expected frozen to have the updates' structure, got no leaf {missing}")
+        raise ValueError(f"expected {wanted}, got no leaf {missing!r}")
     if surplus is not None:
-        raise ValueError(f"expected frozen to have the updates' structure, got a leaf {surplus}")
-    raise ValueError(f"expected frozen to have the updates' structure {expected}, got {got}")
-
-
-def _paths(tree: Any) -> list[str]:
-    return [_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+        raise ValueError(f"expected {wanted}, got a leaf {surplus!r}")
+    raise ValueError(f"expected {wanted} {expected}, got {got}")
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -122,6 +182,7 @@ class IncrementalState(NamedTuple):
     step: jax.Array  # int32 scalar, updates so far
     quant: QuantState
     inner: optax.OptState  # of the optimizer inside
+    skipped: Any  # like the parameters; bool, [slices] with an axis: NaN kept it out of its round
 
 
 def incremental(
@@ -143,11 +204,21 @@ def incremental(
     update after the one that froze them (the sixth, if updates have a narrower dtype than the
     weights), and stay.
 
+    What is frozen takes no part in the arithmetic of `tx`, which sees gradients and parameters that
+    are zero there: `freeze_quantized` says what that is good for, and which optimizers need
+    `restart` with it.
+
+    A layer with NaN or infinite weights is left as it was by a round, and `skipped` in the state
+    says so, until a later round that raises its share finds it finite, and catches up. A layer that
+    is still skipped after the last round stays float. `optax.apply_if_finite` keeps it from
+    happening.
+
     Everything is in the state, which is checkpointed, sharded and donated as that of any optimizer.
     Pure, under jit, vmap and scan; one compile for all rounds, a `lax.cond` chooses. It must be
     outermost but for wrappers that call it or do not (`MultiSteps`, `apply_if_finite`,
-    `inject_hyperparams`): what changes its updates would move frozen weights. Costs a select for
-    each weight, and in the rounds' first steps an assignment.
+    `inject_hyperparams`, `masked`, `partition`, `nnx.Optimizer`): what changes its updates would
+    move frozen weights. A part of the parameters will do, if what it lacks is left alone. Costs a
+    select for each weight, and in the rounds' first steps an assignment.
 
     Source: Xu et al., AAAI 2018, whose rounds it runs; INQ (Zhou et al., ICLR 2017) has the same
     loop.
@@ -168,8 +239,8 @@ def incremental(
 
     Raises:
       ValueError: for steps that are not positive or not as many as rounds, a missing key; by
-        `init` and `update` for parameters that are missing or not the plan's, and for float16
-        updates of wider weights; names the leaf.
+        `init` and `update` for parameters that are missing or not the plan's, for a state that has
+        lost its types, and for float16 updates of wider weights; names the leaf.
 
     >>> import jaxquant as jq
     >>> params = {"kernel": jnp.linspace(-1.0, 1.0, 64).reshape(8, 8)}
@@ -187,7 +258,11 @@ def incremental(
     tx = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> IncrementalState:
-        return IncrementalState(jnp.int32(0), init_quantization(plan, params), tx.init(params))
+        if _is_placeholder(params):
+            return _placeholders(params, tx.init(params))
+        own = _fitted(plan, params)
+        quant = init_quantization(own, params)
+        return IncrementalState(jnp.int32(0), quant, tx.init(params), _nothing_skipped(own, quant))
 
     def update(
         updates: optax.Updates,
@@ -199,50 +274,59 @@ def incremental(
     ) -> tuple[optax.Updates, optax.OptState]:
         if params is None:
             raise ValueError("expected tx.update(updates, state, params), got no params")
-        jax.tree_util.tree_map_with_path(_check_dtype, state.quant.frozen, params, updates)
-        step, quant, inner = state
+        _check_state(state)
+        _check_structure(state.quant.frozen, pure(params), "params to have the state's structure")
+        _check_structure(pure(params), pure(updates), "updates to have the params' structure")
+        jax.tree_util.tree_map_with_path(
+            _check_dtype, state.quant.frozen, pure(params), pure(updates)
+        )
+        own = _fitted(plan, params)
+        step, quant, inner, skipped = state
 
         # Everything that is traced is an operand: what is closed over would look like a constant.
         def start_round(
-            updates: Any, params: Any, quant: QuantState, inner: Any, sensitivity: Any
-        ) -> tuple[optax.Updates, QuantState, optax.OptState]:
+            updates: Any, params: Any, quant: QuantState, inner: Any, skipped: Any, sensitivity: Any
+        ) -> tuple[optax.Updates, QuantState, optax.OptState, Any]:
             own_key = None if key is None else jax.random.fold_in(key, quant.round)
-            moved, new, _ = quantize_round(
-                plan, params, quant, sensitivity=sensitivity, key=own_key
+            moved, new, info = quantize_round(
+                own, params, quant, sensitivity=sensitivity, key=own_key
             )
-            change = jax.tree.map(_difference, moved, params, updates)
-            return change, new, tx.init(params) if restart else inner
+            trees = map(pure, (moved, params, updates))
+            change = replaced(updates, jax.tree.map(_move, new.frozen, *trees))
+            skipped = _skipped(own, quant.round, info.finite, skipped)
+            inner = tx.init(_hidden(new.frozen, moved)) if restart else inner
+            return change, new, inner, skipped
 
         def train(
-            updates: Any, params: Any, quant: QuantState, inner: Any, sensitivity: Any
-        ) -> tuple[optax.Updates, QuantState, optax.OptState]:
+            updates: Any, params: Any, quant: QuantState, inner: Any, skipped: Any, sensitivity: Any
+        ) -> tuple[optax.Updates, QuantState, optax.OptState, Any]:
             del sensitivity
-            free, new = tx.update(updates, inner, params, **extra)
-            free = jax.tree.map(lambda new, old: new.astype(old.dtype), free, updates)
+            free, new = _update_free(tx, quant.frozen, updates, inner, params, extra)
+            free = jax.tree.map(lambda new, old: new.astype(old.dtype), *map(pure, (free, updates)))
             landing = step < starts[jnp.maximum(quant.round - 1, 0)] + _LANDING_STEPS
             change = jax.lax.cond(
                 landing,
                 lambda *trees: jax.tree.map(_land, *trees),
-                lambda frozen, codebooks, params, free: jax.tree.map(_zero, frozen, free),
-                *(quant.frozen, quant.codebooks, params, free),
+                lambda frozen, codebooks, params, free: free,
+                *(quant.frozen, quant.codebooks, pure(params), free),
             )
-            return change, quant, new
+            return replaced(updates, change), quant, new, skipped
 
         is_start = (quant.round < plan.num_rounds) & (step >= starts[quant.round])
-        change, quant, inner = jax.lax.cond(
-            is_start, start_round, train, updates, params, quant, inner, sensitivity
+        change, quant, inner, skipped = jax.lax.cond(
+            is_start, start_round, train, updates, params, quant, inner, skipped, sensitivity
         )
         after: Any = optax.safe_increment(step)
-        return change, IncrementalState(after, quant, inner)
+        return change, IncrementalState(after, quant, inner, skipped)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def quant_state(opt_state: optax.OptState) -> QuantState:
+def quant_state(opt_state: Any) -> QuantState:
     """Return the `QuantState` in the state of an optimizer that `incremental` is a part of.
 
     Args:
-      opt_state: of `incremental`, or of a wrapper or a chain around it.
+      opt_state: of `incremental`, or of a wrapper or a chain around it; an `nnx.Optimizer`.
 
     Raises:
       ValueError: unless there is exactly one.
@@ -258,26 +342,75 @@ def quant_state(opt_state: optax.OptState) -> QuantState:
         return isinstance(node, IncrementalState)
 
     leaves = jax.tree.leaves(opt_state, is_leaf=is_incremental)
-    found = [leaf.quant for leaf in leaves if is_incremental(leaf)]
+    found = [leaf for leaf in leaves if is_incremental(leaf)]
     if len(found) != 1:
         raise ValueError(
             f"expected the optimizer state of one jq.incremental, got {len(found)} of them"
-            + (" (restored without its type?)" if not found else "")
+            + ("" if found else f" (restored without its type? {_RESTORE})")
         )
-    return found[0]
+    _check_state(found[0])
+    return pure(found[0].quant)
+
+
+_RESTORE = "Restore into the structure of tx.init(params)"
+
+
+def _check_state(state: Any) -> None:
+    """Refuse a state that came back from a checkpoint as dictionaries or lists."""
+    for part, wanted in ((state, IncrementalState), (getattr(state, "quant", None), QuantState)):
+        if not isinstance(part, wanted):
+            raise ValueError(
+                f"expected the {wanted.__name__} of tx.init(params), got a {type(part).__name__} "
+                f"(restored without its type? {_RESTORE})"
+            )
+
+
+def _is_placeholder(params: Any) -> bool:
+    """Return whether this is no tree: `optax.tree.map_params` asks where the parameters go."""
+    return not isinstance(params, Mapping | Sequence | None) and not jax.tree.leaves(params)
+
+
+def _placeholders(params: Any, inner: optax.OptState) -> IncrementalState:
+    """Return the state with a placeholder where trees of the parameters' shapes are."""
+    other = jnp.zeros(())  # stands for a whole tree: codebooks have other shapes
+    return IncrementalState(other, QuantState(other, params, other, other), inner, other)
+
+
+def _fitted(plan: Plan, params: Any) -> Plan:
+    tree = pure(params, only_parameters=True)
+    return dataclasses.replace(plan, selection=fitted(plan.selection, tree))
+
+
+def _nothing_skipped(plan: Plan, quant: QuantState) -> Any:
+    shapes = [() if layer.axis is None else (layer.slices,) for layer in plan.selection.layers]
+    nothing = [jnp.zeros(shape, bool) for shape in shapes]
+    return jax.tree.unflatten(jax.tree.structure(quant.frozen), nothing)
+
+
+def _skipped(plan: Plan, round_: jax.Array, finite: Mapping[str, jax.Array], before: Any) -> Any:
+    """Return which layers were to freeze more in this round or one before, and could not."""
+    grows = jnp.asarray(np.diff(plan.schedule, axis=0, prepend=0) > 0)[round_]
+
+    def after(layer: Layer, before: jax.Array) -> jax.Array:
+        if layer.reason is not None or layer.groups is None:
+            return before
+        groups = layer.groups[0] if layer.axis is None else jnp.array(layer.groups)
+        return jnp.where(grows[groups], ~finite[layer.path], before)
+
+    leaves, structure = jax.tree.flatten(before)
+    return structure.unflatten(map(after, plan.selection.layers, leaves))
 
 
 def _starts(plan: Plan, steps_per_round: int | Sequence[int]) -> list[int]:
     """Return the step at which each round starts, and for the round past the last once more."""
-    several = isinstance(steps_per_round, Sequence)
-    steps = list(steps_per_round) if several else [steps_per_round] * plan.num_rounds
-    whole = all(isinstance(n, numbers.Integral) and n >= 1 for n in steps)
-    if len(steps) != plan.num_rounds or not whole:
+    number = whole_number(steps_per_round)
+    several = whole_numbers(steps_per_round) if number is None else (number,) * plan.num_rounds
+    if several is None or len(several) != plan.num_rounds or min(several) < 1:
         raise ValueError(
             f"expected steps_per_round to be a number from 1, or {plan.num_rounds} of them, one a "
             f"round, got {steps_per_round}"
         )
-    return list(itertools.accumulate(steps, initial=0))
+    return list(itertools.accumulate(several, initial=0))
 
 
 def _check_dtype(path: tuple[Any, ...], frozen: jax.Array, weights: Any, update: Any) -> None:
@@ -286,6 +419,11 @@ def _check_dtype(path: tuple[Any, ...], frozen: jax.Array, weights: Any, update:
             f"expected updates of {weights.dtype} or bfloat16 at {_name(path)}, got float16, which "
             "cannot hold the last bits of a move"
         )
+
+
+def _move(frozen: jax.Array, target: jax.Array, weights: jax.Array, update: jax.Array) -> jax.Array:
+    """Return the update that moves frozen weights to a target; infinite ones are not, and stay."""
+    return jnp.where(frozen, _difference(target, weights, update), jnp.zeros_like(update))
 
 
 def _difference(target: jax.Array, weights: jax.Array, update: jax.Array) -> jax.Array:

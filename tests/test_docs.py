@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant.trees import pure
 from train import summary
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +56,8 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
 
 SELECTED = {
     "Linen": ["Dense_0/kernel", "Dense_1/kernel"],
-    "NNX": ["hidden/kernel/value", "out/kernel/value"],
+    "NNX": ["hidden/kernel", "out/kernel"],
+    "NNX by split and merge": ["hidden/kernel", "out/kernel"],
     "Equinox": ["layers/0/weight", "layers/1/weight"],
     "Haiku and other dictionaries": ["mlp/~/linear_0/w", "mlp/~/linear_1/w"],
     "Tuples and lists": ["0/0", "1/0"],
@@ -84,10 +86,11 @@ def test_there_is_an_example_for_each_make_of_tree(trees):
 
 @pytest.mark.default_promotion
 @pytest.mark.parametrize("title", SELECTED)
-def test_trees_of_every_make_are_trained_and_quantized(title, trees):
+def test_trees_of_every_make_are_trained_and_quantized(title, trees, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     sections, names = trees
     exec(sections[title], names)
-    plan, params, state = names["plan"], names["params"], names["state"]
+    plan, params, state = names["plan"], pure(names["params"], only_parameters=True), names["state"]
     assert [layer.path for layer in plan.selection.selected] == SELECTED[title]
     assert int(state.round) == plan.num_rounds
     assert jax.tree.structure(params) == jax.tree.structure(state.frozen)

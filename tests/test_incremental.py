@@ -158,6 +158,123 @@ def test_it_is_the_loop_of_rounds_and_frozen_updates():
         chex.assert_trees_all_close(got, params, rtol=1e-5, atol=1e-6)
 
 
+# What is frozen, and what is not finite -----------------------------------------------------------
+
+
+@pytest.mark.default_promotion
+@pytest.mark.parametrize("frozen", [100.0, np.nan])
+def test_global_norm_clipping_does_not_count_what_is_frozen(frozen):
+    """A round freezes a third of the weights; the others' gradients have a norm below 1."""
+    params = {"w": jnp.linspace(-1.0, 1.0, 60).reshape(6, 10)}
+    tx = jq.incremental(
+        optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)),
+        jq.slq(params, bits=2, rounds=(1, 3)),
+        9,
+    )
+    update = jax.jit(tx.update)
+    updates, state = update(params, tx.init(params), params)
+    params = optax.apply_updates(params, updates)
+    mask = state.quant.frozen["w"]
+    updates, _ = update({"w": jnp.where(mask, frozen, 0.01)}, state, params)
+    assert 0 < jnp.sum(mask) < 60
+    np.testing.assert_allclose(updates["w"][~mask], -0.01, rtol=1e-6)
+    np.testing.assert_allclose(updates["w"][mask], 0.0, atol=1e-6)  # landing
+
+
+@pytest.mark.default_promotion
+def test_a_restart_begins_from_free_weights():
+    params = {"w": jnp.linspace(-1.0, 1.0, 60).reshape(6, 10)}
+    tx = jq.incremental(
+        contrib.dog(1.0, ("distance", 0.001)),
+        jq.slq(params, bits=2, rounds=(1, 3)),
+        9,
+        restart=True,
+    )
+    update = jax.jit(tx.update)
+    updates, state = update(params, tx.init(params), params)
+    params = optax.apply_updates(params, updates)
+    updates, state = update(params, state, params)
+    mask = state.quant.frozen["w"]
+    assert float(jnp.max(jnp.abs(updates["w"][~mask]))) < 0.002  # and not as far as frozen weights
+
+
+@pytest.mark.default_promotion
+def test_the_state_tells_which_layers_a_round_skipped():
+    tx = incremental(optax.sgd(0.01))
+    update = jax.jit(tx.update)
+    params = tree(0)
+    state = tx.init(params)
+    assert not any(map(np.any, jax.tree.leaves(optax.tree.get(state, "skipped"))))
+    broken = jax.tree.map(jnp.array, params)
+    broken["a"]["kernel"] = params["a"]["kernel"].at[0, 0].set(jnp.inf)
+    updates, state = update(tree(1), state, broken)  # the round of a's boundaries
+    np.testing.assert_array_equal(updates["a"]["kernel"], 0.0)  # left as it was, the infinity too
+    skipped = optax.tree.get(state, "skipped")
+    assert skipped["a"]["kernel"] and not skipped["b"]["kernel"] and not skipped["a"]["bias"]
+    assert jax.tree.structure(skipped) == jax.tree.structure(params)
+    params = optax.apply_updates(broken, updates)
+    for i in range(1, STARTS[-1] + 1):
+        if i == STARTS[2] - 1:
+            assert optax.tree.get(state, "skipped")["a"]["kernel"]  # it has to catch up
+            params["a"]["kernel"] = tree(0)["a"]["kernel"]  # repaired
+        updates, state = update(tree(1 + i), state, params)
+        params = optax.apply_updates(params, updates)
+    assert not optax.tree.get(state, "skipped")["a"]["kernel"]
+    assert bool(jnp.all(state.quant.frozen["a"]["kernel"]))
+
+
+@pytest.mark.default_promotion
+def test_a_stack_tells_it_of_each_layer_and_keeps_it_after_the_last_round():
+    params = {"w": jnp.linspace(-1.0, 1.0, 120).reshape(2, 6, 10)}
+    plan = jq.mlq(params, groups=1, rules=[jq.LayerRule("w", axis=0)])
+    tx = jq.incremental(optax.apply_if_finite(optax.sgd(0.1), 3), plan, 1)
+    params["w"] = params["w"].at[1, 0, 0].set(jnp.nan)
+    state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
+    for _ in range(4):
+        updates, state = update(params, state, params)
+        params = optax.apply_updates(params, updates)
+    assert state.skipped["w"].tolist() == [False, True]
+    assert jnp.all(state.quant.frozen["w"][0]) and not jnp.any(state.quant.frozen["w"][1])
+
+
+# Inside of optax ----------------------------------------------------------------------------------
+
+
+def test_map_params_finds_the_masks_and_moments():
+    tx = incremental(optax.adam(0.1))
+    state = tx.init(tree(0))
+    specs = jax.tree.map(lambda x: f"like {x.shape}", tree(0))
+    got = optax.tree.map_params(
+        tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: "other"
+    )
+    assert got.quant.frozen == specs == optax.tree.get(got, "mu")
+    assert got.quant.codebooks == got.quant.round == got.step == got.skipped == "other"
+    chex.assert_trees_all_equal(optax.tree.map_params(tx, lambda x: x, state), state)
+
+
+@pytest.mark.default_promotion
+@pytest.mark.parametrize("name", ["partition", "masked"])
+def test_a_part_of_the_parameters_fits_if_what_it_lacks_is_left_alone(name):
+    kernels = jax.tree.map(lambda x: x.ndim > 1, ABSTRACT)
+    inner = incremental(optax.adamw(0.05))
+    if name == "masked":
+        tx = optax.chain(
+            optax.masked(inner, kernels),
+            optax.masked(optax.sgd(0.01), jax.tree.map(lambda x: not x, kernels)),
+        )
+    else:
+        labels = jax.tree.map(lambda x: "kernels" if x else "rest", kernels)
+        tx = optax.partition({"kernels": inner, "rest": optax.sgd(0.01)}, labels)
+    history = run(tx)
+    params, state = history[-1]
+    for name in ("a", "b"):
+        assert len(np.unique(params[name]["kernel"])) == 3
+    assert int(jq.quant_state(state).round) == PLAN.num_rounds
+    assert bool(jnp.any(history[-2][0]["a"]["bias"] != params["a"]["bias"]))
+    with pytest.raises(ValueError, match="params: expected the leaf a/kernel, got b/kernel"):
+        incremental(optax.sgd(0.1)).init({"b": tree(0)["b"]})
+
+
 def test_the_whole_run_is_traced_once():
     traces = []
     run(incremental(optax.adamw(0.05)), traces=traces)
@@ -267,10 +384,44 @@ def test_masks_and_moments_are_sharded_as_the_weights(axis_type):
 # --- Bad input ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [0, -1, (1, 2, 3), (1, 2, 3, 0), (1, 2, 3, 4.5), 2.5])
+@pytest.mark.parametrize(
+    "steps",
+    [0, -1, (1, 2, 3), (1, 2, 3, 0), (1, 2, 3, 4.5), 2.5, True, (1, 2, 3, True), "1234", None],
+)
 def test_steps_that_no_plan_could_take_are_refused(steps):
     with pytest.raises(ValueError, match="expected steps_per_round to be a number from 1, or 4"):
         jq.incremental(optax.sgd(0.1), PLAN, steps)
+
+
+@pytest.mark.parametrize(
+    "steps", [np.int64(3), np.array(3), np.full(4, 3), [np.int32(3)] * 4, jnp.int32(3)]
+)
+def test_steps_may_be_integers_of_any_type(steps):
+    jq.incremental(optax.sgd(0.1), PLAN, steps)
+
+
+def test_a_state_that_lost_its_types_is_refused():
+    tx, params = incremental(optax.sgd(0.1)), tree(0)
+    state = tx.init(params)
+    restored = [
+        {"step": state.step, "quant": state.quant._asdict(), "inner": [], "skipped": {}},
+        list(state),
+        state._replace(quant=list(state.quant)),
+    ]
+    for lost in restored:
+        with pytest.raises(ValueError, match=r"Restore into the structure of tx\.init\(params\)"):
+            tx.update(params, lost, params)
+        with pytest.raises(ValueError, match=r"Restore into the structure of tx\.init\(params\)"):
+            jq.quant_state((lost,))
+
+
+def test_updates_and_states_of_other_leaves_are_refused_by_name():
+    tx, params = incremental(optax.sgd(0.1)), tree(0)
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"updates to have .* got no leaf 'b/kernel'"):
+        tx.update({"a": params["a"]}, state, params)
+    with pytest.raises(ValueError, match=r"params to have .* got a leaf 'c'"):
+        tx.update({**params, "c": jnp.ones(2)}, state, {**params, "c": jnp.ones(2)})
 
 
 def test_missing_and_foreign_parameters_are_refused_by_name():

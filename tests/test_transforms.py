@@ -146,6 +146,7 @@ PLACES = {
     "clipped_and_decayed_if_finite": clipped_and_decayed,
     "inside_multi_steps": lambda tx: multi_steps(optax.chain(tx, freeze_quantized())),
     "outside_multi_steps": lambda tx: optax.chain(multi_steps(tx), freeze_quantized()),
+    "around": freeze_quantized,
 }
 
 
@@ -294,6 +295,116 @@ def test_schedule_free_freezes_trained_parameters_and_evaluation_needs_the_mask_
     with pytest.raises(AssertionError, match="frozen entries of"):
         assert_only_free_entries_moved(frozen_at, averaged)
     assert_only_free_entries_moved(frozen_at, jax.tree.map(jnp.where, FROZEN, params, averaged))
+
+
+# --- Around an optimizer: what is frozen takes no part in its arithmetic --------------------------
+
+LEAF = {"w": jnp.array([3.0, -0.4, 0.3, 5.0])}
+MASK = {"w": jnp.array([True, False, False, True])}
+GRADIENT = {"w": jnp.array([100.0, 0.03, -0.04, jnp.nan])}
+
+
+def free_update(tx, gradient=GRADIENT, **extra):
+    """The first update of the two free weights of LEAF."""
+    tx = freeze_quantized(tx)
+    update, _ = tx.update(gradient, tx.init(LEAF), LEAF, frozen=MASK, **extra)
+    np.testing.assert_array_equal(update["w"][jnp.array([0, 3])], 0.0)
+    return np.asarray(update["w"][1:3])
+
+
+ALONE = {"w": LEAF["w"][1:3]}  # as if there were only the free weights
+
+
+@runs_optax
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1.0)),
+        optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(1.0)),
+        optax.chain(
+            optax.add_decayed_weights(0.5), optax.clip_by_global_norm(0.01), optax.sgd(1.0)
+        ),
+        optax.lamb(0.1, weight_decay=0.3),
+        optax.lars(0.1, weight_decay=0.3),
+        optax.fromage(0.1),
+        optax.noisy_sgd(0.1, eta=0.0, key=0),
+    ],
+    ids=["clip", "adaptive", "decay_then_clip", "lamb", "lars", "fromage", "noisy_sgd"],
+)
+def test_free_weights_are_updated_as_if_there_were_no_others(tx):
+    gradient = {"w": GRADIENT["w"][1:3]}
+    expected, _ = tx.update(gradient, tx.init(ALONE), ALONE)
+    np.testing.assert_allclose(free_update(tx), expected["w"], rtol=1e-5)
+
+
+@runs_optax
+def test_norms_are_those_of_free_weights_by_hand():
+    # The gradient's norm is 0.05, that of the free weights 0.5.
+    clipped = optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1.0))
+    np.testing.assert_allclose(free_update(clipped), [-0.006, 0.008], rtol=1e-5)
+    trusted = optax.chain(optax.scale_by_trust_ratio(), optax.scale(-1.0))
+    np.testing.assert_allclose(free_update(trusted), [-0.3, 0.4], rtol=1e-5)
+    # A mean over a leaf divides by all its entries: rms 0.5 / 2, not 0.5 / sqrt(2).
+    scaled = optax.chain(optax.scale_by_param_block_rms(), optax.scale(-1.0))
+    np.testing.assert_allclose(free_update(scaled), [-0.0075, 0.01], rtol=1e-5)
+
+
+@runs_optax
+def test_adafactor_moves_a_quarter_of_a_matrix_as_it_does_the_whole():
+    """By its root mean square times the learning rate: rows, columns and scale shrink alike."""
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (16, 8))
+    params, gradient = jnp.full((16, 8), 0.5), jnp.asarray(signs, jnp.float32)
+    frozen = jnp.add.outer(jnp.arange(16), jnp.arange(8)) % 4 > 0
+    tx = freeze_quantized(optax.adafactor(0.1, min_dim_size_to_factor=4))
+    update, _ = tx.update(gradient, tx.init(params), params, frozen=frozen)
+    np.testing.assert_allclose(update, jnp.where(frozen, 0, -0.05 * gradient), rtol=1e-4)
+
+
+@runs_optax
+def test_what_muon_makes_orthogonal_is_free():
+    gradient, tx = random_tree(0)["dense"]["kernel"], contrib.muon(0.1)
+    frozen = jnp.zeros((6, 4), bool).at[:2].set(True)
+    around = freeze_quantized(tx)
+    update, _ = around.update(gradient, around.init(gradient), gradient, frozen=frozen)
+    expected, _ = tx.update(gradient[2:], tx.init(gradient[2:]), gradient[2:])
+    assert not update[:2].any()
+    np.testing.assert_allclose(update[2:], expected, rtol=1e-3)
+
+
+@runs_optax
+def test_functions_of_the_parameters_see_them_whole_and_their_gradients_are_hidden():
+    seen = []
+
+    def look(updates, state, params, *, value, grad, value_fn, grad_fn):
+        hidden = jnp.where(MASK["w"], 0.0, LEAF["w"])
+        np.testing.assert_array_equal(params["w"], hidden)
+        np.testing.assert_array_equal(grad["w"], jnp.where(MASK["w"], 0.0, GRADIENT["w"]))
+        np.testing.assert_array_equal(jax.grad(value_fn)(params)["w"], 2 * hidden)
+        np.testing.assert_array_equal(grad_fn(params, 1)["w"], 2 * hidden)
+        seen.append((value, value_fn(params)))
+        return updates, state
+
+    def value_fn(params):
+        return jnp.sum(jnp.square(params["w"]))
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), look)
+    free_update(
+        tx,
+        value=jnp.float32(7.0),
+        grad=GRADIENT,
+        value_fn=value_fn,
+        grad_fn=lambda params, step: jax.grad(value_fn)(params),
+    )
+    np.testing.assert_allclose(seen, [(7.0, 34.25)])
+
+
+@runs_optax
+def test_a_chain_with_the_mask_on_both_sides_hides_gradients_alone():
+    tx = optax.chain(
+        freeze_quantized(), optax.clip_by_global_norm(0.01), optax.sgd(1.0), freeze_quantized()
+    )
+    update, _ = tx.update(GRADIENT, tx.init(LEAF), LEAF, frozen=MASK)
+    np.testing.assert_allclose(update["w"], [0.0, -0.006, 0.008, 0.0], rtol=1e-5)
 
 
 # --- The transformation by itself -----------------------------------------------------------------

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import jaxquant as jq
-from jaxquant.selection import leaves_with_paths
+from jaxquant.trees import leaves_with_paths
 from train.logs import write_text
 
 if TYPE_CHECKING:
