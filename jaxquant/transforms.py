@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jax.typing
 import numpy as np
 import optax
 
+from jaxquant import loops
 from jaxquant.checks import whole_number, whole_numbers
 from jaxquant.quantize import QuantState, nearest, quantize_round
 from jaxquant.quantize import init as init_quantization
@@ -182,6 +184,7 @@ class IncrementalState(NamedTuple):
     step: jax.Array  # int32 scalar, updates so far
     quant: QuantState
     inner: optax.OptState  # of the optimizer inside
+    began: jax.Array  # int32 scalar, the update at which the last round ran
     skipped: Any  # like the parameters; bool, [slices] with an axis: NaN kept it out of its round
 
 
@@ -211,7 +214,8 @@ def incremental(
     A layer with NaN or infinite weights is left as it was by a round, and `skipped` in the state
     says so, until a later round that raises its share finds it finite, and catches up. A layer that
     is still skipped after the last round stays float. `optax.apply_if_finite` keeps it from
-    happening.
+    happening. A state that has passed the plan's last round with something free, as that of a plan
+    of more rounds has, gets one more in which all of it freezes.
 
     Everything is in the state, which is checkpointed, sharded and donated as that of any optimizer.
     Pure, under jit, vmap and scan; one compile for all rounds, a `lax.cond` chooses. It must be
@@ -262,7 +266,8 @@ def incremental(
             return _placeholders(params, tx.init(params))
         own = _fitted(plan, params)
         quant = init_quantization(own, params)
-        return IncrementalState(jnp.int32(0), quant, tx.init(params), _nothing_skipped(own, quant))
+        skipped = _nothing_skipped(own, quant)
+        return IncrementalState(jnp.int32(0), quant, tx.init(params), jnp.int32(0), skipped)
 
     def update(
         updates: optax.Updates,
@@ -280,8 +285,15 @@ def incremental(
         jax.tree_util.tree_map_with_path(
             _check_dtype, state.quant.frozen, pure(params), pure(updates)
         )
+        if all(isinstance(leaf, jax.typing.ArrayLike) for leaf in jax.tree.leaves(extra)):
+            return compiled_step(updates, state, params, sensitivity, extra)
+        return advance(updates, state, params, sensitivity, extra)
+
+    def advance(
+        updates: Any, state: IncrementalState, params: Any, sensitivity: Any, extra: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
         own = _fitted(plan, params)
-        step, quant, inner, skipped = state
+        step, quant, inner, began, skipped = state
 
         # Everything that is traced is an operand: what is closed over would look like a constant.
         def start_round(
@@ -303,8 +315,8 @@ def incremental(
             del sensitivity
             free, new = _update_free(tx, quant.frozen, updates, inner, params, extra)
             free = jax.tree.map(lambda new, old: new.astype(old.dtype), *map(pure, (free, updates)))
-            landing = step < starts[jnp.maximum(quant.round - 1, 0)] + _LANDING_STEPS
-            change = jax.lax.cond(
+            landing = step < began + _LANDING_STEPS
+            change = loops.cond(
                 landing,
                 lambda *trees: jax.tree.map(_land, *trees),
                 lambda frozen, codebooks, params, free: free,
@@ -312,12 +324,20 @@ def incremental(
             )
             return replaced(updates, change), quant, new, skipped
 
-        is_start = (quant.round < plan.num_rounds) & (step >= starts[quant.round])
-        change, quant, inner, skipped = jax.lax.cond(
+        is_start = loops.cond(
+            quant.round < plan.num_rounds,
+            lambda quant, skipped: step >= starts[quant.round],
+            functools.partial(_is_unfinished, plan),
+            *(quant, skipped),
+        )
+        change, quant, inner, skipped = loops.cond(
             is_start, start_round, train, updates, params, quant, inner, skipped, sensitivity
         )
         after: Any = optax.safe_increment(step)
-        return change, IncrementalState(after, quant, inner, skipped)
+        began = jnp.where(is_start, step, began)
+        return change, IncrementalState(after, quant, inner, began, skipped)
+
+    compiled_step = jax.jit(advance)  # outside of jit, branches would be compiled at every call
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -373,7 +393,7 @@ def _is_placeholder(params: Any) -> bool:
 def _placeholders(params: Any, inner: optax.OptState) -> IncrementalState:
     """Return the state with a placeholder where trees of the parameters' shapes are."""
     other = jnp.zeros(())  # stands for a whole tree: codebooks have other shapes
-    return IncrementalState(other, QuantState(other, params, other, other), inner, other)
+    return IncrementalState(other, QuantState(other, params, other, other), inner, other, other)
 
 
 def _fitted(plan: Plan, params: Any) -> Plan:
@@ -387,9 +407,21 @@ def _nothing_skipped(plan: Plan, quant: QuantState) -> Any:
     return jax.tree.unflatten(jax.tree.structure(quant.frozen), nothing)
 
 
+def _is_unfinished(plan: Plan, quant: QuantState, skipped: Any) -> jax.Array:
+    """Return whether something is free after the last row: the state is of a longer plan."""
+    whole = quant.frozen_centroids if plan.shares_of == "clusters" else quant.frozen
+
+    def is_left(codebook: jax.Array, whole: jax.Array, skipped: jax.Array) -> jax.Array:
+        return ~jnp.all(whole) & ~jnp.any(skipped) if codebook.ndim else jnp.bool_(False)
+
+    left = jax.tree.leaves(jax.tree.map(is_left, quant.codebooks, whole, skipped))
+    return functools.reduce(jnp.logical_or, left)
+
+
 def _skipped(plan: Plan, round_: jax.Array, finite: Mapping[str, jax.Array], before: Any) -> Any:
     """Return which layers were to freeze more in this round or one before, and could not."""
     grows = jnp.asarray(np.diff(plan.schedule, axis=0, prepend=0) > 0)[round_]
+    grows |= round_ >= plan.num_rounds
 
     def after(layer: Layer, before: jax.Array) -> jax.Array:
         if layer.reason is not None or layer.groups is None:

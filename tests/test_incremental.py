@@ -310,6 +310,32 @@ def test_a_run_goes_on_from_its_state_bit_for_bit():
         chex.assert_trees_all_equal((params, state), history[-1])
 
 
+SHORTER = jq.mlq(ABSTRACT, groups=2, order="boundaries_together")  # three rounds
+SHARES = {
+    "long": jq.inq(ABSTRACT, bits=2, shares=(0.2, 0.4, 1.0)),
+    "short": jq.inq(ABSTRACT, bits=2, shares=(1.0,)),
+}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(PLAN, SHORTER), (SHARES["long"], SHARES["short"])], ids=["mlq", "inq"]
+)
+def test_a_run_that_goes_on_by_a_plan_of_fewer_rounds_is_finished(before, after):
+    history = run(jq.incremental(optax.adam(0.01), before, 4), steps=4 * (before.num_rounds - 1))
+    params, state = history[-1]
+    assert int(state.quant.round) >= after.num_rounds
+    step = make_step(jq.incremental(optax.adam(0.01), after, 2))
+    for i in range(6):  # long after this plan's own last round
+        params, state = step(params, state, tree(50 + i))
+    assert bool(jnp.all(state.quant.frozen["a"]["kernel"]))
+    assert all(map(bool, jax.tree.leaves(jq.is_on_codebook(params, state.quant))))
+    assert int(state.quant.round) == after.num_rounds
+    for _ in range(2):
+        new, state = step(params, state, tree(9))
+        chex.assert_trees_all_equal(new["b"], params["b"])
+        params = new
+
+
 def test_scan_over_steps_and_vmap_over_networks_give_the_same():
     tx = incremental(optax.sgd(0.01, momentum=0.9))
     targets = jax.tree.map(lambda *x: jnp.stack(x), *(tree(1 + i) for i in range(TOTAL)))

@@ -320,7 +320,7 @@ def test_integers_of_any_type_make_the_same_rule(integer):
 
 @pytest.mark.parametrize("k", [0, True, 2.5, "3", None])
 def test_a_number_of_centroids_that_is_none_is_refused(k):
-    with pytest.raises(ValueError, match="expected k to be at least 1, got"):
+    with pytest.raises(ValueError, match="expected k to be an integer of at least 1, got"):
         jq.select(TREE, k=k)
 
 
