@@ -103,6 +103,8 @@ class _InvalidError(ValueError):
 
 def _printable(text: str) -> str:
     """Return text with what controls terminals, and what is no Unicode, escaped."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
