@@ -1,5 +1,6 @@
 """Files: round trips, size, the documented reader, damage and hostility."""
 
+import copy
 import dataclasses
 import errno
 import functools
@@ -7,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import struct
 import time
@@ -715,7 +717,7 @@ def packed_entry(*path, k=3, words=0, **sizes):
 
 def hostile_file(entries, *, values=0, codes=(), frequencies=(), header=None, leaves=None):
     tensors = {
-        "checksums": np.zeros(1 + (len(entries) if leaves is None else leaves), np.uint32),
+        "checksums": np.zeros(len(entries) if leaves is None else leaves, np.uint32),
         "codes": np.array(codes, np.uint32),
         "frequencies": np.array(frequencies, np.uint16),
         "values.float32": np.zeros(values, np.float32),
@@ -731,7 +733,9 @@ COSTLY = {
     "many nested dictionaries": lambda: hostile_file(
         [plain_entry(str(i), *"a" * 90) for i in range(20_000)]
     ),
-    "equal names": lambda: hostile_file([plain_entry("a")] * 20_000),
+    "equal names": lambda: hostile_file(
+        [*(plain_entry(str(i)) for i in range(20_000)), plain_entry("19999")]
+    ),
     "names that begin alike": lambda: hostile_file(
         [plain_entry(*"a" * 99, "b")] + [plain_entry(*"a" * 99, "c", "d")] * 9000
     ),
@@ -784,53 +788,116 @@ def test_small_files_are_refused_at_little_cost(name, tmp_path):
         tracemalloc.stop()
 
 
-PRODUCT = [
-    packed_entry("p", "codes", rows=[1], columns=[1]),
-    plain_entry("p", "words", shape=(1, 3, 2)),
-]
+def product_parts(k=3, subspaces=2, **others):
+    """Return a dictionary of what makes a product, some of it otherwise."""
+    numbers = np.arange(3, dtype=np.float32)
+    codes = as_packed(np.zeros((2, 4), int), numbers)
+    return {"codes": codes, "words": np.ones((subspaces, k, 2), np.float32)} | others
+
+
+MATRIX = as_packed(np.zeros((2, 4), int), np.ones(3, np.float32))
 PRODUCTS = {
-    "at the root beside a leaf": (
-        [packed_entry("codes", rows=[1], columns=[1]), plain_entry("words", shape=(1, 3, 2))],
-        [[]],
-    ),
-    "that hides a leaf below": (PRODUCT, [["p"]]),
-    "twice": (PRODUCT, [["p"], ["p"]]),
+    "at the root beside a leaf": (product_parts(x=1), [[]], "x: expected no leaf at the root"),
+    "beside a leaf": ({"p": product_parts(x=1)}, [["p"]], "p/x: expected no leaf at p"),
+    "at a leaf": ({"p": product_parts()}, [["p", "codes"]], "p/codes: expected packed codes"),
+    "twice": ({"p": product_parts()}, [["p"], ["p"]], "p: expected paths that differ"),
     "inside of another": (
-        [
-            packed_entry("p", "codes", "codes", rows=[1], columns=[1]),
-            plain_entry("p", "codes", "words", shape=(1, 3, 2)),
-            plain_entry("p", "words", shape=(1, 3, 2)),
-        ],
+        {"p": product_parts(codes=product_parts())},
         [["p", "codes"], ["p"]],
+        "p: expected packed codes and words",
     ),
-    "of words alone": (PRODUCT[1:], [["p"]]),
-    "of codes alone": (PRODUCT[:1], [["p"]]),
+    "without codes": ({"p": {"words": np.ones((2, 3, 2))}}, [["p"]], "p: expected packed codes"),
+    "without words": ({"p": {"codes": MATRIX}}, [["p"]], "p: expected packed codes and words"),
     "of words as codes": (
-        [plain_entry("p", "codes", shape=(1, 3)), PRODUCT[1]],
+        {"p": product_parts(codes=np.ones((2, 4)))},
         [["p"]],
+        "p: expected packed codes and words",
     ),
-    "of codes as words": (
-        [PRODUCT[0], packed_entry("p", "words", rows=[1, 3], columns=[2])],
+    "of codes as words": ({"p": product_parts(words=MATRIX)}, [["p"]], "p: expected packed codes"),
+    "of a matrix of words": (
+        {"p": product_parts(words=np.ones((2, 6)))},
         [["p"]],
+        r"p: expected codes \[..., M, features\] and words \[M, K, D\], got \(2, 4\), \(2, 6\)",
     ),
-    "of a matrix of words": ([PRODUCT[0], plain_entry("p", "words", shape=(1, 6))], [["p"]]),
+    "of other subspaces": ({"p": product_parts(subspaces=3)}, [["p"]], "p: expected codes "),
+    "of other words": ({"p": product_parts(k=4)}, [["p"]], "p: expected the numbers of 4 words"),
+    "of other numbers": (
+        {"p": product_parts(codes=MATRIX)},
+        [["p"]],
+        "p: expected the numbers of 3 words as the codebook",
+    ),
+    "of integers": (
+        {"p": product_parts(words=np.ones((2, 3, 2), int))},
+        [["p"]],
+        "p: expected words of floating point, got int64",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_have_two_leaves_and_share_a_path_with_none(name, tmp_path):
-    entries, products = PRODUCTS[name]
-    extra = [plain_entry("p", "x", shape=(1,))] if "leaf" in name else []
-    packed = sum("rows" in entry for entry in entries)
-    data = hostile_file(
-        entries + extra,
-        values=sum(math.prod(entry["shape"]) for entry in entries + extra),
-        frequencies=[65534, 1, 1] * packed,
-        header=described(products=products),
-    )
-    (tmp_path / "x").write_bytes(data)
-    with pytest.raises(ValueError, match=r"x: .*expected"):
+    tree, products, message = PRODUCTS[name]
+    jq.save(tmp_path / "dictionaries", tree)
+    rewritten(tmp_path / "dictionaries", tmp_path / "x", set_description(products=products))
+    with pytest.raises(ValueError, match=f"x: {message}"):
         jq.load(tmp_path / "x")
+
+
+def mutated(value, rng):
+    """Return JSON with one of its values replaced, removed, or put elsewhere."""
+    box = [copy.deepcopy(value)]
+    places, level = [], [box]
+    while level:
+        pairs = [
+            (node, key)
+            for node in level
+            for key in (list(node) if isinstance(node, dict) else range(len(node)))
+        ]
+        places += pairs
+        level = [node[key] for node, key in pairs if isinstance(node[key], dict | list)]
+    (node, key), (other, name) = rng.choice(places), rng.choice(places)
+    atom = rng.choice([None, True, -1, 0, 1, 2**40, 2**70, 0.5, "", "a", EVIL, [], {}, [[]], ["p"]])
+    match rng.randrange(4):
+        case 0:
+            node[key] = copy.deepcopy(other[name])
+        case 1 if isinstance(node, dict):
+            del node[key]
+        case 2 if type(node[key]) is int:
+            node[key] += rng.choice([-1, 1])
+        case _:
+            node[key] = atom
+    return box[0]
+
+
+def test_mutated_files_load_or_are_refused_by_name(tmp_path):
+    path, rng = tmp_path / "x", random.Random(0)
+    numbers = np.arange(3, dtype=np.float32)
+    jq.save(
+        path,
+        {
+            "p": jq.ProductArray(codes=as_packed(np.eye(2, 4), numbers), words=jnp.ones((2, 3, 1))),
+            "layers": packed_array(5, (3, 4, 2), axis=0, dtype="bfloat16"),
+            "plain": jnp.arange(4.0),
+        },
+        metadata={"a": [1, {"b": 2.5}]},
+    )
+    data, refused = path.read_bytes(), 0
+    for _ in range(400):
+        tensors, entries, header = unwrapped(data)
+        if rng.random() < 0.7:
+            entries = mutated(entries, rng)
+        else:
+            header["jaxquant"] = json.dumps(mutated(json.loads(header["jaxquant"]), rng))
+        path.write_bytes(wrapped(tensors, entries, header))
+        try:
+            loaded = jq.load(path)
+            jq.save(tmp_path / "again", loaded)
+            assert_equal_bits(jq.load(tmp_path / "again"), loaded)
+        except ValueError as error:
+            message = str(error).removeprefix(f"{path}: ")
+            assert message != str(error) and message.isprintable() and len(message) < 600, error
+            refused += 1
+    assert 200 < refused < 400
 
 
 EVIL = "\x1b]0;evil\x07\r\n\u202e" + "x" * 10**5
