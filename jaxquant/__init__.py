@@ -11,7 +11,7 @@ from jaxquant.packing import PackedArray, ProductArray, pack, pack_array, unpack
 from jaxquant.quantize import QuantState, RoundInfo, init, is_on_codebook, quantize_round
 from jaxquant.schedules import Plan, inq, mlq, slq
 from jaxquant.selection import LayerRule, Selection, select
-from jaxquant.storage import load, read_metadata, save
+from jaxquant.storage import Limits, load, read_metadata, save
 from jaxquant.transforms import IncrementalState, freeze_quantized, incremental, quant_state
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ __all__ = [
     "KMeansResult",
     "LayerReport",
     "LayerRule",
+    "Limits",
     "PackedArray",
     "Plan",
     "ProductArray",

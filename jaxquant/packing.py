@@ -16,6 +16,7 @@ up until every B is whole: fields of all widths then start at the same symbols.
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -195,55 +196,57 @@ def field_widths(bits: int) -> list[int]:
     return [width for width in _WIDTHS if bits & width]
 
 
-def pack_codes(codes: jax.Array, k: int) -> jax.Array:
+def pack_codes(codes: Any, k: int) -> Any:
     """Pack codes below k down the second to last axis; see the module for the layout.
 
     Args:
-      codes: [..., rows, columns] integers.
+      codes: [..., rows, columns] integers, of JAX or of NumPy, which compiles nothing.
       k: number of centroids, 1 to 256.
 
     Returns:
-      [..., packed rows, columns] uint8.
+      [..., packed rows, columns] uint8, of the library that `codes` are of.
 
     >>> pack_codes(jnp.array([[0], [1], [2], [2], [1]]), 3).tolist()  # 3 + 2 * 9 + 2 * 27 + 81
     [[156]]
     """
     digits, bits = symbol(k)
     together, count = symbols_together(k), num_symbols(codes.shape[-2], k)
-    planes = _planes(codes.astype(jnp.uint8), digits * together, count // together)
+    planes = _planes(codes.astype(np.uint8), digits * together, count // together)
     weighted = [plane * np.uint8(k ** (i // together)) for i, plane in enumerate(planes)]
-    symbols = [functools.reduce(jnp.add, weighted[i::together]) for i in range(together)]
-    fields, low = [jnp.zeros((*codes.shape[:-2], 0, codes.shape[-1]), jnp.uint8)], 0
+    symbols = [functools.reduce(operator.add, weighted[i::together]) for i in range(together)]
+    arrays = codes.__array_namespace__()
+    fields, low = [arrays.zeros((*codes.shape[:-2], 0, codes.shape[-1]), dtype=np.uint8)], 0
     for width in field_widths(bits):
         step = together * width // 8
         field = [(s >> np.uint8(low)) & np.uint8(2**width - 1) for s in symbols]
         shifted = [part << np.uint8(i // step * width) for i, part in enumerate(field)]
-        fields += [functools.reduce(jnp.bitwise_or, shifted[i::step]) for i in range(step)]
+        fields += [functools.reduce(operator.or_, shifted[i::step]) for i in range(step)]
         low += width
-    return jnp.concatenate(fields, axis=-2)
+    return arrays.concat(fields, axis=-2)
 
 
-def unpack_codes(packed: jax.Array, rows: int, k: int) -> jax.Array:
+def unpack_codes(packed: Any, rows: int, k: int) -> Any:
     """Return the codes that `pack_codes` packed.
 
     Args:
-      packed: [..., packed rows, columns] uint8.
+      packed: [..., packed rows, columns] uint8, of JAX or of NumPy.
       rows: how many rows of codes.
       k: number of centroids.
 
     Returns:
-      [..., rows, columns] uint8.
+      [..., rows, columns] uint8, of the library that `packed` is of.
 
     >>> unpack_codes(pack_codes(jnp.array([[3], [16], [0]]), 17), 3, 17).ravel().tolist()
     [3, 16, 0]
     """
-    planes = unpack_planes(list(jnp.moveaxis(byte_planes(packed, k), -3, 0)), k)
+    arrays = packed.__array_namespace__()
+    planes = unpack_planes(list(arrays.moveaxis(byte_planes(packed, k), -3, 0)), k)
     if not planes:
-        return jnp.zeros((*packed.shape[:-2], rows, packed.shape[-1]), jnp.uint8)
-    return jax.lax.slice_in_dim(jnp.concatenate(planes, axis=-2), 0, rows, axis=-2)
+        return arrays.zeros((*packed.shape[:-2], rows, packed.shape[-1]), dtype=np.uint8)
+    return arrays.concat(planes, axis=-2)[..., :rows, :]
 
 
-def byte_planes(packed: jax.Array, k: int) -> jax.Array:
+def byte_planes(packed: Any, k: int) -> Any:
     """Return packed codes as [..., byte planes, rows, columns]; see `unpack_planes`."""
     *stacked, length, columns = packed.shape
     count = symbol(k)[1] * symbols_together(k) // 8
@@ -268,7 +271,7 @@ def unpack_planes(planes: Sequence[jax.Array], k: int) -> list[jax.Array]:
     symbols = unpack_symbols(planes, k)
     codes = []
     for digit in range(digits if bits else 0):
-        rest = [jax.lax.div(s, jnp.full_like(s, k)) for s in symbols] if digit < digits - 1 else []
+        rest = [_quotient(s, k) for s in symbols] if digit < digits - 1 else []
         codes += [s - r * k for s, r in zip(symbols, rest, strict=True)] if rest else symbols
         symbols = rest
     return codes
@@ -293,11 +296,16 @@ def unpack_symbols(planes: Sequence[jax.Array], k: int) -> list[jax.Array]:
     return symbols
 
 
-def _planes(x: jax.Array, count: int, length: int) -> list[jax.Array]:
+def _quotient(x: Any, k: int) -> Any:
+    """Return x // k of numbers that are not negative, without a test of their sign."""
+    return x // k if isinstance(x, np.ndarray) else jax.lax.div(x, jnp.full_like(x, k))
+
+
+def _planes(x: Any, count: int, length: int) -> list[Any]:
     """Cut the rows into `count` runs of a length, with zeros at the end."""
     missing = [(0, 0)] * (x.ndim - 2) + [(0, count * length - x.shape[-2]), (0, 0)]
-    x = jnp.pad(x, missing)
-    return [jax.lax.slice_in_dim(x, i * length, (i + 1) * length, axis=-2) for i in range(count)]
+    x = x.__array_namespace__().pad(x, missing)
+    return [x[..., i * length : (i + 1) * length, :] for i in range(count)]
 
 
 # Arrays and trees --------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """A packed tree as one safetensors file, its codes entropy-coded. The format: docs/format.md.
 
 A file is read as if it came from a stranger: nothing in it is executed, every size is checked
-before memory is taken for it, and every leaf has a checksum.
+before memory is taken for it, and all of it has checksums. What `save` is about to write passes the
+same checks first, so that what is saved loads.
 """
 
 import contextlib
@@ -9,23 +10,26 @@ import dataclasses
 import json
 import math
 import os
-import uuid
+import re
+import reprlib
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.files import read_file, replace_file
 from jaxquant.packing import (
+    MOST_CENTROIDS,
     PackedArray,
     ProductArray,
     is_packed,
     is_product,
     is_quantized,
     pack_codes,
+    packed_rows,
     unpack_codes,
 )
 from jaxquant.schedules import Plan
@@ -35,8 +39,13 @@ _FORMAT = "jaxquant"
 _VERSION = 1
 _PRECISION = 16  # bits of the frequencies in the file; the coder itself counts in 24
 _CHUNK = 2**22  # codes decoded at once, as int32
-_MANIFEST_LIMIT = 2**26  # bytes
-_WEIGHTS_PER_BYTE = 1024  # no packed model has more: 0.008 bits a weight
+_SMALL_MANIFEST = 2**20  # bytes of JSON that a file of any size may have
+_MANIFEST_PER_BYTE = 16  # and what a longer one may have for each of its bytes
+_WEIGHTS_PER_BYTE = 64
+_MOST_ENTRIES = 2**48  # of an array, beyond any memory
+_MOST_AXES = 64  # of NumPy
+_LONGEST_MESSAGE = 500  # characters
+_LONGEST_NAME = 100  # of a leaf in a message
 _DTYPES = {
     "bool": "BOOL",
     "uint8": "U8",
@@ -48,21 +57,70 @@ _DTYPES = {
     "uint64": "U64",
     "int64": "I64",
     "float8_e4m3fn": "F8_E4M3",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
     "float8_e5m2": "F8_E5M2",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
     "float16": "F16",
     "bfloat16": "BF16",
     "float32": "F32",
     "float64": "F64",
     "complex64": "C64",
 }
+_FLOATING = {name for name in _DTYPES if jnp.issubdtype(jnp.dtype(name), jnp.floating)}
 _NAMES = {code: name for name, code in _DTYPES.items()}
+_Path = tuple[str, ...]
+_PRODUCT_PARTS = ("codes", "words")
+_KINDS = {dict: "object", list: "array"}
+_TENSORS = {"manifest": "U8", "checksums": "U32", "codes": "U32", "frequencies": "U16"}
 
-_pack_codes = jax.jit(pack_codes, static_argnums=1)
-_unpack_codes = jax.jit(unpack_codes, static_argnums=(1, 2))
+
+class Limits(NamedTuple):
+    """What `load` takes from a file, and `save` puts in one; raise it for larger trees.
+
+    Attributes:
+      leaves: how many there may be.
+      depth: keys from the root to a leaf; levels of the metadata.
+      name: characters of a key.
+      weights: entries of all leaves together, an empty axis counted as one entry, whatever the
+        size of the file; a file that is larger than a 64th of it may have 64 for each of its bytes.
+    """
+
+    leaves: int = 2**17
+    depth: int = 100
+    name: int = 1000
+    weights: int = 2**26
+
+
+_LIMITS = Limits()
 
 
 class _InvalidError(ValueError):
-    """What is wrong, so far without the name of the file or the leaf."""
+    """What is wrong, so far without the name of the file; short and printable."""
+
+    def __init__(self, message: str):
+        super().__init__(_printable(message[:_LONGEST_MESSAGE])[:_LONGEST_MESSAGE])
+
+
+def _printable(text: str) -> str:
+    """Return text with what controls terminals, and what is no Unicode, escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put the name of a leaf before the message of an error."""
+    try:
+        yield
+    except _InvalidError as error:
+        raise _InvalidError(f"{name}: {error}") from None
+
+
+def _name(path: Sequence[str]) -> str:
+    name = "/".join(path[:_LONGEST_NAME]) or "the root"
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
 
 
 # Writing -----------------------------------------------------------------------------------------
@@ -74,6 +132,7 @@ def save(
     *,
     plan: Plan | None = None,
     metadata: Mapping[str, Any] | None = None,
+    limits: Limits = _LIMITS,
 ) -> None:
     """Write a packed tree to one safetensors file, whole or not at all.
 
@@ -82,14 +141,20 @@ def save(
     are. `docs/format.md` describes the format and reads it in a few lines of NumPy. Needs
     safetensors and constriction: `pip install jaxquant[storage]`. Runs on the host.
 
+    What is saved loads: equal, bit for bit, in the structure of `like`. Numbers of Python and NumPy
+    come back as arrays.
+
     Args:
-      path: of the file; replaced if it exists.
+      path: of the file; replaced if it exists, with its mode kept. A symbolic link stays, and what
+        it leads to is replaced.
       packed: from `pack`; any tree of PackedArray nodes, ProductArrays and arrays of numbers.
       plan: recorded in the file, for the reader's information.
-      metadata: anything that JSON can hold; recorded too.
+      metadata: anything that JSON can hold, with text as keys; recorded too, tuples as lists.
+      limits: of the tree; `load` needs the same if they are not the default.
 
     Raises:
-      ValueError: for a leaf or metadata that cannot be stored; names the leaf. Nothing is written.
+      ValueError: for a leaf or metadata that cannot be stored, or could not be loaded; names the
+        leaf. Nothing is written.
       OSError: if the file cannot be written; an older one of that name is as it was.
 
     >>> import jaxquant as jq, tempfile
@@ -100,8 +165,6 @@ def save(
     >>> jq.load(path)["b"].tolist()
     [1.0, 1.0, 1.0]
     """
-    packed = pure(packed)
-    entries, tensors = _encode(packed)
     description = {
         "version": _VERSION,
         "jaxquant": _library_version(),
@@ -109,30 +172,15 @@ def save(
         "plan": None if plan is None else _describe_plan(plan),
         "metadata": dict(metadata or {}),
     }
-    products = _product_paths(packed)
+    leaves, products = _flatten(pure(packed))
     if products:
         description["products"] = products
-    try:
-        text = json.dumps(description, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"metadata: expected what JSON can hold: {error}") from None
-    tensors["manifest"] = np.frombuffer(
-        zlib.compress(json.dumps(entries, separators=(",", ":")).encode(), 9), np.uint8
-    )
-    from safetensors.numpy import save as serialize
-
-    arrays = {name: np.ascontiguousarray(tensor) for name, tensor in sorted(tensors.items())}
-    _write(Path(path), _in_order(serialize(arrays, {"format": _FORMAT, _FORMAT: text})))
-
-
-def _in_order(data: bytes) -> bytes:
-    """Sort the header's fields, which safetensors writes as they hash: same tree, same file."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # what follows stays aligned
-    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+    text = _description_text(description, limits)
+    entries, tensors = _encode(leaves, limits)
+    tensors["manifest"] = _manifest(entries, sum(tensor.nbytes for tensor in tensors.values()))
+    data = _serialize(tensors, text)
+    _examine(data, limits)
+    replace_file(path, data)
 
 
 def _library_version() -> str:
@@ -146,96 +194,96 @@ def _describe_plan(plan: Plan) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in ("selection", "method")}
 
 
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+def _description_text(description: Mapping[str, Any], limits: Limits) -> str:
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        text = json.dumps(description, allow_nan=False, ensure_ascii=False)
+        text.encode()  # no halves of surrogate pairs, which would come back as one character
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _InvalidError(f"metadata: expected what JSON can hold: {error}") from None
+    _check_metadata(description["metadata"], limits.depth)
+    return text
 
 
-def _encode(packed: Any) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """Return the manifest's entries, and the tensors of the file by name."""
-    entries: list[dict[str, Any]] = []
-    codes: list[np.ndarray] = []
-    frequencies: list[np.ndarray] = []
-    values: dict[str, list[np.ndarray]] = {}
-    checksums: list[int] = []
-    for key_path, leaf in jax.tree_util.tree_flatten_with_path(packed, is_leaf=is_packed)[0]:
-        name = jax.tree_util.keystr(key_path, simple=True, separator="/")
-        array = np.asarray(leaf.codebook) if is_packed(leaf) else _as_numpy(name, leaf)
-        if array.dtype.name not in _DTYPES:
-            raise ValueError(f"{name}: expected a dtype of safetensors, got {array.dtype}")
-        entry: dict[str, Any] = {
-            "path": _path_text(key_path),
-            "shape": list(array.shape),
-            "dtype": array.dtype.name,
-        }
-        checksum = zlib.crc32(array.tobytes())
-        if is_packed(leaf):
-            plain = _codes_by_model(leaf)
-            words, tables = _compress(plain, leaf.k)
-            entry |= {
-                "rows": list(leaf.rows),
-                "columns": list(leaf.columns),
-                "stacked": list(leaf.codes.shape[:-2]),
-                "models": len(tables),
-                "words": len(words),
-            }
-            codes.append(words)
-            frequencies.append(tables.ravel())
-            checksum = zlib.crc32(plain.tobytes(), checksum)
-        values.setdefault(array.dtype.name, []).append(array.ravel())
-        entries.append(entry)
-        checksums.append(checksum)
-    _refuse_equal_paths(entries)
-    tensors = {f"values.{name}": np.concatenate(arrays) for name, arrays in values.items()}
-    tensors["checksums"] = np.array(checksums, np.uint32)
-    tensors["codes"] = np.concatenate([np.zeros(0, np.uint32), *codes])
-    tensors["frequencies"] = np.concatenate([np.zeros(0, np.uint16), *frequencies])
-    return entries, tensors
-
-
-def _product_paths(packed: Any) -> list[list[str]]:
-    """Return the paths of ProductArrays, whose codes and words are leaves of the file."""
-    pairs = jax.tree_util.tree_flatten_with_path(packed, is_leaf=is_product)[0]
-    return [_path_text(path) for path, leaf in pairs if is_product(leaf)]
+def _flatten(packed: Any) -> tuple[list[tuple[list[str], Any]], list[list[str]]]:
+    """Return the leaves with their paths, and those of ProductArrays, whose parts are leaves."""
+    pairs = jax.tree_util.tree_flatten_with_path(packed, is_leaf=is_packed)[0]
+    nodes = jax.tree_util.tree_flatten_with_path(packed, is_leaf=is_product)[0]
+    products = [_path_text(path) for path, node in nodes if is_product(node)]
+    return [(_path_text(path), leaf) for path, leaf in pairs], products
 
 
 def _path_text(key_path: Sequence[Any]) -> list[str]:
     return [jax.tree_util.keystr((key,), simple=True) for key in key_path]
 
 
-def _as_numpy(name: str, leaf: Any) -> np.ndarray:
+def _encode(
+    leaves: Sequence[tuple[list[str], Any]], limits: Limits
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """Return the manifest's entries, and the tensors of the file by name, but for the manifest."""
+    entries: list[dict[str, Any]] = []
+    codes, frequencies = [np.zeros(0, np.uint32)], [np.zeros(0, np.uint16)]
+    values: dict[str, list[np.ndarray]] = {}
+    checksums: list[int] = []
+    for path, leaf in leaves:
+        with _named(_name(path)):
+            array = _as_numpy(leaf.codebook if is_packed(leaf) else leaf)
+            entry: dict[str, Any] = {
+                "path": path,
+                "shape": list(array.shape),
+                "dtype": array.dtype.name,
+            }
+            checksum = zlib.crc32(array.tobytes())
+            if is_packed(leaf):
+                entry |= _sizes(leaf)
+                _check_entry(entry, limits)
+                plain = _codes_by_model(leaf)
+                words, tables = _compress(plain, leaf.k)
+                entry |= {"models": len(tables), "words": len(words)}
+                codes.append(words)
+                frequencies.append(tables.ravel())
+                checksum = zlib.crc32(plain.tobytes(), checksum)
+            _check_entry(entry, limits)
+        values.setdefault(array.dtype.name, []).append(array.ravel())
+        entries.append(entry)
+        checksums.append(checksum)
+    tensors = {f"values.{name}": np.concatenate(arrays) for name, arrays in values.items()}
+    tensors["checksums"] = np.array([*checksums, 0], np.uint32)  # the last is the header's
+    tensors["codes"] = np.concatenate(codes)
+    tensors["frequencies"] = np.concatenate(frequencies)
+    return entries, tensors
+
+
+def _as_numpy(leaf: Any) -> np.ndarray:
+    """Return the numbers of a leaf, in the byte order of the machine."""
     try:
-        return np.asarray(leaf)
-    except TypeError as error:  # a random key
-        raise ValueError(f"{name}: expected an array of numbers, got {error}") from None
+        array = np.asarray(leaf)
+    except (TypeError, ValueError, RuntimeError) as error:  # a random key, a deleted array
+        raise _InvalidError(f"expected an array of numbers, got {error}") from None
+    if array.dtype.name not in _DTYPES:
+        raise _InvalidError(f"expected a dtype of safetensors, got {array.dtype}")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def _refuse_equal_paths(entries: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a path that is another's, or leads through another leaf: no dictionary holds both."""
-    leaves = {tuple(entry["path"]) for entry in entries}
-    if len(leaves) < len(entries):
-        paths = ["/".join(entry["path"]) for entry in entries]
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise _InvalidError(f"{twice}: expected paths that differ as text, got this one twice")
-    for path in leaves:
-        inner = next((path[:i] for i in range(len(path)) if path[:i] in leaves), None)
-        if inner is not None:
-            raise _InvalidError(
-                f"{'/'.join(path)}: expected no leaf at {'/'.join(inner) or 'the root'}"
-            )
+def _sizes(packed: PackedArray) -> dict[str, Any]:
+    """Return what an entry says of a packed leaf; its codes are not encoded yet."""
+    stacked = np.shape(packed.codes)[:-2]
+    sizes = {"rows": packed.rows, "columns": packed.columns, "stacked": stacked}
+    return {name: list(size) for name, size in sizes.items()} | {"models": 1, "words": 0}
 
 
 def _codes_by_model(packed: PackedArray) -> np.ndarray:
     """Return the codes, uint8 [stacked layers, weights of one]."""
-    codes = np.asarray(_unpack_codes(packed.codes, math.prod(packed.rows), packed.k))
-    return codes.reshape(math.prod(packed.codes.shape[:-2]) if codes.size else 1, -1)
+    codes, k = _as_numpy(packed.codes), packed.k
+    rows, columns = math.prod(packed.rows), math.prod(packed.columns)
+    if codes.dtype != np.uint8 or codes.shape[-2:] != (packed_rows(rows, k), columns):
+        raise _InvalidError(
+            f"expected codes uint8 [..., {packed_rows(rows, k)}, {columns}], "
+            f"got {codes.dtype} {codes.shape}"
+        )
+    plain = unpack_codes(codes, rows, k)
+    if plain.size and plain.max() >= k:
+        raise _InvalidError(f"expected codes below {k}, got {plain.max()}")
+    return plain.reshape(math.prod(codes.shape[:-2]) if plain.size else 1, -1)
 
 
 def _compress(codes: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -288,230 +336,94 @@ def _models(tables: np.ndarray) -> list[Any]:
     return [make(row, perfect=True) if len(row) > 1 else None for row in shares]
 
 
+def _manifest(entries: Sequence[Mapping[str, Any]], size: int) -> np.ndarray:
+    """Return the manifest of a file of `size` other bytes, compressed no more than `load` takes."""
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    compressed = zlib.compress(text, 9)
+    if len(text) > _longest_manifest(size + len(compressed)):
+        compressed = zlib.compress(text, 0)
+    return np.frombuffer(compressed, np.uint8)
+
+
+def _serialize(tensors: Mapping[str, np.ndarray], text: str) -> bytes:
+    """Return the file. Not by `safetensors.serialize`: its order, and so the file, is random."""
+    header: dict[str, Any] = {"__metadata__": {"format": _FORMAT, _FORMAT: text}}
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # is aligned
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        dtype = _DTYPES[tensor.dtype.name]
+        header[name] = {"dtype": dtype, "shape": [tensor.size], "data_offsets": [start, end]}
+    data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    data += b" " * (-len(data) % 8)
+    data = len(data).to_bytes(8, "little") + data
+    tensors["checksums"][-1] = _header_checksum(data, tensors)
+    return b"".join([data, *(tensor.tobytes() for _, tensor in ordered)])
+
+
 # Reading -----------------------------------------------------------------------------------------
 
 
-def load(path: str | os.PathLike[str], *, like: Any = None) -> Any:
+def load(path: str | os.PathLike[str], *, like: Any = None, limits: Limits = _LIMITS) -> Any:
     """Read a tree that `save` wrote. Safe for files from strangers.
+
+    Time and memory grow no faster than the file: beyond the limits, which hold for files of any
+    size, it may claim at most 64 weights for each of its bytes, and 16 bytes of manifest. Sizes are
+    checked before anything is decoded, and nothing is compiled.
 
     Args:
       path: of the file.
       like: a tree of the structure to return, its leaves arrays, shapes or anything else; without
         it, nested dictionaries with text as keys, whatever the containers were.
+      limits: of the tree; to be raised only for files that one trusts.
 
     Returns:
       The tree with PackedArray and ProductArray nodes where they were, ready for `unpack` and for
-      products. Numbers
-      of 64 bits stay NumPy arrays unless jax_enable_x64 is set.
+      products. Numbers of 64 bits stay NumPy arrays unless jax_enable_x64 is set.
 
     Raises:
       ValueError: if the file is damaged, not such a file, claims absurd sizes, or has other leaves
         than `like`; names the file, and the leaf where there is one.
       OSError: if it cannot be read.
     """
-    path = Path(path)
-    with _named(path):
-        description, tensors = _read(path)
-        entries, paths = _check_manifest(tensors), []
-        leaves = []
-        for entry, checksum, parts in _parts(entries, tensors):
-            with _named("/".join(entry["path"])):
-                leaves.append(_decode(entry, checksum, **parts))
-            paths.append(tuple(entry["path"]))
-        paths, leaves = _join_products(description.get("products", []), paths, leaves)
-        return _nest(paths, leaves) if like is None else _arrange(paths, leaves, like)
+    with _of_file(path):
+        description, parts = _examine(read_file(path), limits)
+        own = {}
+        for entry, *rest in parts:
+            with _named(_name(entry["path"])):
+                own[tuple(entry["path"])] = _decode(entry, *rest)
+        for product in _products(description):
+            codes, words = (own.pop((*product, name)) for name in _PRODUCT_PARTS)
+            own[product] = ProductArray(codes=codes, words=words)
+        return _nest(own.items()) if like is None else _arrange(own, like)
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_metadata(path: str | os.PathLike[str], *, limits: Limits = _LIMITS) -> dict[str, Any]:
     """Return what `save` recorded: versions, method, plan, metadata.
 
     Args:
       path: of the file.
+      limits: as in `load`.
 
     Raises:
       ValueError, OSError: as `load`.
     """
-    path = Path(path)
-    with _named(path):
-        header, _ = _read(path)
-        return header
+    with _of_file(path):
+        return _examine(read_file(path), limits)[0]
 
 
 @contextlib.contextmanager
-def _named(name: object) -> Iterator[None]:
+def _of_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Put the name of the file before the message of an error."""
     try:
         yield
     except _InvalidError as error:
-        raise _InvalidError(f"{name}: {error}") from None
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the description in the header, and the tensors, all of one dimension."""
-    from safetensors import SafetensorError, deserialize
-
-    data = path.read_bytes()
-    try:
-        raw = deserialize(data)  # checks every offset against the size of the file
-    except (SafetensorError, ValueError, OverflowError) as error:
-        raise _InvalidError(
-            f"expected a safetensors file, got {' '.join(str(error).split())}"
-        ) from None
-    header = _json(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    described = header.get("__metadata__") or {}
-    if described.get("format") != _FORMAT or _FORMAT not in described:
-        raise _InvalidError("expected a file of jaxquant.save, got other safetensors")
-    description = _json(described[_FORMAT].encode())
-    if description.get("version") != _VERSION:
-        raise _InvalidError(
-            f"expected format version {_VERSION}, got {description.get('version')!r}"
-        )
-    known = {"manifest": "U8", "checksums": "U32", "codes": "U32", "frequencies": "U16"}
-    known |= {f"values.{name}": code for name, code in _DTYPES.items()}
-    tensors = {}
-    for name, tensor in raw:
-        if tensor["dtype"] != known.get(name) or len(tensor["shape"]) != 1:
-            raise _InvalidError(f"expected no tensor {name} of {tensor['dtype']} {tensor['shape']}")
-        tensors[name] = np.frombuffer(tensor["data"], jnp.dtype(_NAMES[tensor["dtype"]]))
-    missing = {"manifest", "checksums", "codes", "frequencies"} - tensors.keys()
-    if missing:
-        raise _InvalidError(f"expected a tensor {sorted(missing)[0]}, got none")
-    return description, tensors
-
-
-def _json(data: bytes) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            raise _InvalidError("expected every name once, got one twice")
-        return result
-
-    try:
-        value = json.loads(data, object_pairs_hook=once)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise _InvalidError(f"expected JSON, got {error}") from None
-    if not isinstance(value, dict):
-        raise _InvalidError(f"expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _check_manifest(tensors: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Return the entries; their lengths fit the tensors, and none claims absurd sizes."""
-    unzip = zlib.decompressobj()
-    try:
-        text = unzip.decompress(tensors["manifest"].tobytes(), _MANIFEST_LIMIT)
-    except zlib.error as error:
-        raise _InvalidError(f"manifest: {error}") from None
-    if not unzip.eof:
-        raise _InvalidError(f"manifest: expected at most {_MANIFEST_LIMIT} bytes, whole")
-    entries = _json(b'{"entries":' + text + b"}")["entries"]
-    if not isinstance(entries, list) or len(entries) != len(tensors["checksums"]):
-        raise _InvalidError("manifest: expected an entry for each checksum")
-    limit = _WEIGHTS_PER_BYTE * sum(tensor.nbytes for tensor in tensors.values())
-    lengths = dict.fromkeys(tensors.keys() - {"manifest"}, 0)
-    lengths["checksums"] = len(entries)
-    claimed = 0
-    for number, entry in enumerate(entries):
-        with _named(f"manifest: entry {number}"):
-            _check_entry(entry)
-            name = f"values.{entry['dtype']}"
-            if name not in lengths:
-                raise _InvalidError(f"expected a tensor {name}, got none")
-            lengths[name] += math.prod(entry["shape"])
-            shape = _weight_shape(entry) if "rows" in entry else entry["shape"]
-            claimed += math.prod(max(size, 1) for size in shape)  # an empty array may be absurd too
-            if "rows" in entry:
-                lengths["codes"] += entry["words"]
-                lengths["frequencies"] += entry["models"] * entry["shape"][-1]
-    for name, length in lengths.items():
-        if length != tensors[name].size:
-            raise _InvalidError(f"{name}: expected {length} entries, got {tensors[name].size}")
-    if claimed > limit:
-        raise _InvalidError(
-            f"expected at most {limit} weights in a file of this size, got {claimed}"
-        )
-    _refuse_equal_paths(entries)
-    return entries
-
-
-def _weight_shape(entry: Mapping[str, Any]) -> tuple[int, ...]:
-    return (*entry["stacked"], *entry["rows"], *entry["columns"])
-
-
-def _check_entry(entry: Any) -> None:
-    if not isinstance(entry, dict):
-        raise _InvalidError(f"expected an object, got {entry!r:.50}")
-    packed = "rows" in entry
-    sizes = ["shape"] + (["rows", "columns", "stacked"] if packed else [])
-    counts = ["models", "words"] if packed else []
-    if entry.keys() != {"path", "dtype", *sizes, *counts}:
-        raise _InvalidError(f"expected other fields than {', '.join(map(str, entry))}")
-    path, dtype = entry["path"], entry["dtype"]
-    if not isinstance(path, list) or not all(isinstance(key, str) for key in path):
-        raise _InvalidError(f"expected a path of text, got {path!r:.50}")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise _InvalidError(f"expected a dtype of safetensors, got {dtype!r:.50}")
-    for name in sizes:
-        size = entry[name]
-        if not isinstance(size, list) or len(size) > 64 or not all(map(_is_count, size)):
-            raise _InvalidError(f"expected {name} to be sizes, got {size!r:.50}")
-    for name in counts:
-        if not _is_count(entry[name]):
-            raise _InvalidError(f"expected {name} to be a count, got {entry[name]!r:.50}")
-    if packed:
-        _check_packed(entry)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**48
-
-
-def _check_packed(entry: Mapping[str, Any]) -> None:
-    shape, codebook = _weight_shape(entry), tuple(entry["shape"])
-    if not jnp.issubdtype(jnp.dtype(entry["dtype"]), jnp.floating):
-        raise _InvalidError(f"expected a codebook of floating point, got {entry['dtype']}")
-    if not codebook or not 1 <= codebook[-1] <= 256:
-        raise _InvalidError(f"expected a codebook of 1 to 256 centroids, got shape {codebook}")
-    slices = [i for i, size in enumerate(codebook[:-1]) if size != 1]
-    fits = len(codebook) == 1 or (
-        len(codebook) == len(shape) + 1
-        and len(slices) <= 1
-        and all(codebook[i] == shape[i] for i in slices)
-    )
-    if not fits or len(entry["columns"]) > 1 or len(entry["stacked"]) > 1:
-        raise _InvalidError(
-            f"expected a codebook for weights of shape {shape}, got shape {codebook}"
-        )
-    if entry["models"] not in (1, math.prod(entry["stacked"])):
-        raise _InvalidError(f"expected a model for all layers or for each, got {entry['models']}")
-
-
-def _parts(
-    entries: Sequence[dict[str, Any]], tensors: Mapping[str, np.ndarray]
-) -> Iterator[tuple[dict[str, Any], int, dict[str, np.ndarray]]]:
-    """Yield each entry with its checksum and its parts of the tensors, which follow each other."""
-    starts = dict.fromkeys(tensors, 0)
-
-    def take(name: str, count: int) -> np.ndarray:
-        start = starts[name]
-        starts[name] += count
-        return tensors[name][start : start + count]
-
-    for entry, checksum in zip(entries, tensors["checksums"], strict=True):
-        shape = tuple(entry["shape"])
-        parts: dict[str, Any] = {
-            "values": take(f"values.{entry['dtype']}", math.prod(shape)).reshape(shape)
-        }
-        if "rows" in entry:
-            parts["words"] = take("codes", entry["words"])
-            tables = take("frequencies", entry["models"] * shape[-1])
-            parts["tables"] = tables.reshape(entry["models"], shape[-1])
-        yield entry, int(checksum), parts
+        raise ValueError(f"{_printable(str(path))}: {error}") from None
 
 
 def _decode(
     entry: Mapping[str, Any],
     checksum: int,
-    *,
     values: np.ndarray,
     words: np.ndarray | None = None,
     tables: np.ndarray | None = None,
@@ -521,14 +433,14 @@ def _decode(
         if own != checksum:
             raise _InvalidError("expected another checksum, the values are damaged")
         return _as_jax(values)
-    shape = _weight_shape(entry)
-    codes = _decompress(words, tables, math.prod(shape))
+    k = values.shape[-1]
+    codes = _decompress(words, tables.reshape(-1, k), math.prod(_leaf_shape(entry)))
     if zlib.crc32(codes.tobytes(), own) != checksum:
         raise _InvalidError("expected another checksum, the codes or the codebook are damaged")
     stacked, rows, columns = (tuple(entry[name]) for name in ("stacked", "rows", "columns"))
     matrix = codes.reshape(*stacked, math.prod(rows), math.prod(columns))
     return PackedArray(
-        codes=_pack_codes(matrix, values.shape[-1]),
+        codes=jnp.asarray(pack_codes(matrix, k)),
         codebook=_as_jax(values),
         rows=rows,
         columns=columns,
@@ -545,8 +457,8 @@ def _decompress(words: np.ndarray, tables: np.ndarray, size: int) -> np.ndarray:
     """Return the codes, uint8 [size]."""
     codes = np.zeros(size, np.uint8)
     if tables.shape[1] == 1:
-        if words.size:
-            raise _InvalidError("expected no code words for a single centroid")
+        if words.size or tables.any():
+            raise _InvalidError("expected no code words and a frequency of 0 for one centroid")
         return codes
     wide = tables.astype(np.int64)
     if (wide == 0).any() or (wide.sum(axis=1) != 2**_PRECISION).any():
@@ -563,61 +475,327 @@ def _decompress(words: np.ndarray, tables: np.ndarray, size: int) -> np.ndarray:
     return codes
 
 
-def _join_products(
-    products: Any, paths: list[tuple[str, ...]], leaves: list[Any]
-) -> tuple[list[tuple[str, ...]], list[Any]]:
-    """Put the codes and words of each ProductArray together, in the place of both."""
-    if not isinstance(products, list) or not all(
-        isinstance(path, list) and all(isinstance(key, str) for key in path) for path in products
-    ):
-        raise _InvalidError("expected products to be paths")
-    own = dict(zip(paths, leaves, strict=True))
-    for path in map(tuple, products):
-        with _named("/".join(path)):
-            parts = [own.pop((*path, name), None) for name in ("codes", "words")]
-            own[path] = _join(*parts)
-    return list(own), list(own.values())
-
-
-def _join(codes: Any, words: Any) -> ProductArray:
-    if not is_packed(codes) or words is None or is_packed(words) or words.ndim != 3:
-        raise _InvalidError("expected packed codes and words [M, K, D]")
-    subspaces, k, _ = words.shape
-    numbers = np.asarray(codes.codebook)
-    fits = len(codes.shape) >= 2 and codes.shape[-2] == subspaces
-    if not fits or not np.array_equal(numbers, np.arange(k, dtype=numbers.dtype)):
-        raise _InvalidError(
-            f"expected codes of {subspaces} subspaces, numbers of {k} words, got {codes.shape}"
-        )
-    if not jnp.issubdtype(words.dtype, jnp.floating):
-        raise _InvalidError(f"expected words of floating point, got {words.dtype}")
-    return ProductArray(codes=codes, words=words)
-
-
-def _nest(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any]) -> Any:
-    if paths == [()]:
-        return leaves[0]
-    tree: dict[str, Any] = {}
-    for path, leaf in zip(paths, leaves, strict=True):
-        node = tree
-        for key in path[:-1]:
+def _nest(leaves: Iterable[tuple[_Path, Any]]) -> Any:
+    """Return nested dictionaries; a path must not be another's or lead through another leaf."""
+    root: dict[str, Any] = {}
+    for path, leaf in leaves:
+        *way, last = ("", *path)  # below one key, so that the root may be a leaf
+        node = root
+        for i, key in enumerate(way):
             node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return tree
+            if not isinstance(node, dict):
+                raise _InvalidError(f"{_name(path)}: expected no leaf at {_name(path[:i])}")
+        if last in node:
+            raise _InvalidError(
+                f"{_name(path)}: expected paths that differ as text, got this one twice"
+            )
+        node[last] = leaf
+    return root.get("", {})
 
 
-def _arrange(paths: Sequence[tuple[str, ...]], leaves: Sequence[Any], like: Any) -> Any:
+def _arrange(own: Mapping[_Path, Any], like: Any) -> Any:
     """Return the leaves in the structure of `like`."""
-    own = dict(zip(paths, leaves, strict=True))
-    plain = pure(like)
-    wanted, structure = jax.tree_util.tree_flatten_with_path(plain, is_leaf=is_quantized)
+    wanted, structure = jax.tree_util.tree_flatten_with_path(pure(like), is_leaf=is_quantized)
     keys = [tuple(_path_text(key_path)) for key_path, _ in wanted]
-    if set(keys) != own.keys():
-        odd = sorted("/".join(path) for path in set(keys) ^ own.keys())
+    _check_paths(keys)
+    odd = sorted(_name(path) for path in set(keys) ^ own.keys())
+    if odd:
         raise _InvalidError(f"expected the leaves of `like`, they differ in {', '.join(odd[:3])}")
     for key, (_, leaf) in zip(keys, wanted, strict=True):
         if hasattr(leaf, "shape") and tuple(leaf.shape) != tuple(own[key].shape):
             raise _InvalidError(
-                f"{'/'.join(key)}: expected shape {tuple(leaf.shape)}, got {own[key].shape}"
+                f"{_name(key)}: expected shape {tuple(leaf.shape)}, got {own[key].shape}"
             )
     return replaced(like, jax.tree.unflatten(structure, [own[key] for key in keys]))
+
+
+# Checks, of files to read and of files to write --------------------------------------------------
+
+
+def _examine(data: bytes, limits: Limits) -> tuple[dict[str, Any], list[Any]]:
+    """Check all of a file that can be checked without decoding.
+
+    Returns:
+      What the header says, and for each leaf its entry of the manifest, its checksum, and its parts
+      of the tensors: values and, of a packed leaf, code words and frequencies.
+    """
+    description, tensors = _open(data)
+    entries = _read_manifest(tensors["manifest"], len(data))
+    _check_header(data[: 8 + _header_size(data)], tensors, len(entries))
+    _check_description(description, limits)
+    _check_entries(entries, tensors, limits, len(data))
+    parts = list(_parts(entries, tensors))
+    _check_products(_products(description), {tuple(part[0]["path"]): part for part in parts})
+    return description, parts
+
+
+def _header_size(data: bytes) -> int:
+    return int.from_bytes(data[:8], "little")
+
+
+def _open(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the description in the header, and the tensors, all of one dimension."""
+    from safetensors import SafetensorError, deserialize
+
+    try:
+        raw = deserialize(data)  # checks every offset against the size of the file
+    except (SafetensorError, ValueError, OverflowError) as error:
+        raise _InvalidError(f"expected a safetensors file, got {error}") from None
+    described = _json(data[8 : 8 + _header_size(data)], dict).get("__metadata__") or {}
+    if described.get("format") != _FORMAT or _FORMAT not in described:
+        raise _InvalidError("expected a file of jaxquant.save, got other safetensors")
+    description = _json(described[_FORMAT], dict)
+    version = description.get("version")
+    if type(version) is not int or version != _VERSION:
+        raise _InvalidError(f"expected format version {_VERSION}, got {reprlib.repr(version)}")
+    known = _TENSORS | {f"values.{name}": code for name, code in _DTYPES.items()}
+    tensors = {}
+    for name, tensor in raw:
+        dtype, shape = tensor["dtype"], tensor["shape"]
+        if dtype != known.get(name) or len(shape) != 1:
+            raise _InvalidError(f"expected no tensor {_name([name])} of {dtype} {shape}")
+        tensors[name] = np.frombuffer(tensor["data"], jnp.dtype(_NAMES[dtype]))
+    missing = _TENSORS.keys() - tensors.keys()
+    if missing:
+        raise _InvalidError(f"expected a tensor {sorted(missing)[0]}, got none")
+    return description, tensors
+
+
+def _json(text: str | bytes, kind: type) -> Any:
+    """Return the value of JSON, of a kind, with no name twice in an object."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            raise ValueError("a name twice in an object, expected every name once")
+        return result
+
+    def refuse(constant: str) -> float:
+        raise ValueError(constant)
+
+    try:
+        value = json.loads(text, object_pairs_hook=once, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:  # also of UTF-8, and of too many digits
+        raise _InvalidError(f"expected JSON, got {error}") from None
+    if type(value) is not kind:
+        raise _InvalidError(f"expected a JSON {_KINDS[kind]}, got {type(value).__name__}")
+    return value
+
+
+def _read_manifest(manifest: np.ndarray, size: int) -> list[Any]:
+    """Return the entries in a file of so many bytes."""
+    unzip, longest = zlib.decompressobj(), _longest_manifest(size)
+    with _named("manifest"):
+        try:
+            text = unzip.decompress(manifest.tobytes(), longest)
+        except zlib.error as error:
+            raise _InvalidError(str(error)) from None
+        if not unzip.eof or unzip.unused_data:
+            raise _InvalidError(f"expected at most {longest} bytes, whole and nothing else")
+        return _json(text, list)
+
+
+def _longest_manifest(size: int) -> int:
+    """Return how many bytes of JSON a file of so many bytes may have."""
+    return max(_SMALL_MANIFEST, _MANIFEST_PER_BYTE * size)
+
+
+def _check_header(header: bytes, tensors: Mapping[str, np.ndarray], leaves: int) -> None:
+    checksums = tensors["checksums"]
+    if len(checksums) not in (leaves, leaves + 1):  # the first files had none of the header
+        raise _InvalidError("manifest: expected an entry for each checksum")
+    if len(checksums) > leaves and checksums[-1] != _header_checksum(header, tensors):
+        raise _InvalidError("expected another checksum, the header is damaged")
+
+
+def _header_checksum(header: bytes, tensors: Mapping[str, np.ndarray]) -> int:
+    return zlib.crc32(tensors["manifest"].tobytes(), zlib.crc32(header))
+
+
+def _check_description(description: Mapping[str, Any], limits: Limits) -> None:
+    fields = {"version", "jaxquant", "method", "plan", "metadata"}
+    if description.keys() - {"products"} != fields or type(description["metadata"]) is not dict:
+        raise _InvalidError(f"expected a header with {', '.join(sorted(fields))}")
+    products = description.get("products", [])
+    if type(products) is not list or not all(map(_is_path, products)):
+        raise _InvalidError("expected products to be paths")
+    _check_metadata(description["metadata"], limits.depth)
+
+
+def _products(description: Mapping[str, Any]) -> list[_Path]:
+    return [tuple(path) for path in description.get("products", [])]
+
+
+def _check_metadata(metadata: Mapping[str, Any], depth: int) -> None:
+    """Refuse keys that are no text, and metadata of more levels than `depth`."""
+    levels, level = 0, [metadata]
+    while level:
+        levels += 1
+        if levels > depth:
+            raise _InvalidError(f"metadata: expected at most {depth} levels (see `limits`)")
+        odd = [
+            key
+            for node in level
+            if isinstance(node, dict)
+            for key in node
+            if not isinstance(key, str)
+        ]
+        if odd:
+            raise _InvalidError(f"metadata: expected text as keys, got {reprlib.repr(odd[0])}")
+        inner = [node.values() if isinstance(node, dict) else node for node in level]
+        level = [x for items in inner for x in items if isinstance(x, dict | list | tuple)]
+
+
+def _check_entries(
+    entries: Sequence[Any], tensors: Mapping[str, np.ndarray], limits: Limits, size: int
+) -> None:
+    """Check the entries, which share the tensors of a file of so many bytes."""
+    if len(entries) > limits.leaves:
+        raise _InvalidError(
+            f"expected at most {limits.leaves} leaves (see `limits`), got {len(entries)}"
+        )
+    most = min(max(limits.weights, _WEIGHTS_PER_BYTE * size), _MOST_ENTRIES)
+    lengths, claimed = dict.fromkeys(tensors.keys() - {"manifest", "checksums"}, 0), 0
+    for number, entry in enumerate(entries):
+        with _named(f"manifest: entry {number}"):
+            _check_entry(entry, limits)
+        with _named(_name(entry["path"])):
+            claimed += math.prod(max(size, 1) for size in _leaf_shape(entry))
+            if claimed > most:
+                raise _InvalidError(
+                    f"expected at most {most} weights in a file of this size (see `limits`), "
+                    f"got {claimed}"
+                )
+            for name, length in _lengths(entry).items():
+                if name not in lengths:
+                    raise _InvalidError(f"expected a tensor {name}, got none")
+                lengths[name] += length
+    for name, length in lengths.items():
+        if length != tensors[name].size:
+            raise _InvalidError(f"{name}: expected {length} entries, got {tensors[name].size}")
+    _check_paths(tuple(entry["path"]) for entry in entries)
+
+
+def _check_paths(paths: Iterable[_Path]) -> None:
+    """Refuse a path that is another's, or leads through another leaf: no dictionary holds both."""
+    _nest((path, path) for path in sorted(paths, key=len))
+
+
+def _check_entry(entry: Any, limits: Limits) -> None:
+    if not isinstance(entry, dict):
+        raise _InvalidError(f"expected an object, got {reprlib.repr(entry)}")
+    packed = _is_packed(entry)
+    sizes = ["shape"] + (["rows", "columns", "stacked"] if packed else [])
+    counts = ["models", "words"] if packed else []
+    if entry.keys() != {"path", "dtype", *sizes, *counts}:
+        raise _InvalidError(f"expected other fields than {reprlib.repr(list(entry))}")
+    _check_path(entry["path"], limits)
+    dtype = entry["dtype"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise _InvalidError(f"expected a dtype of safetensors, got {reprlib.repr(dtype)}")
+    for name in sizes:
+        size = entry[name]
+        if not isinstance(size, list) or len(size) > _MOST_AXES or not all(map(_is_count, size)):
+            raise _InvalidError(f"expected {name} to be sizes, got {reprlib.repr(size)}")
+    for name in counts:
+        if not _is_count(entry[name]):
+            raise _InvalidError(f"expected {name} to be a count, got {reprlib.repr(entry[name])}")
+    if packed:
+        _check_packed(entry)
+
+
+def _is_packed(entry: Mapping[str, Any]) -> bool:
+    return "rows" in entry
+
+
+def _check_path(path: Any, limits: Limits) -> None:
+    if not _is_path(path):
+        raise _InvalidError(f"expected a path of text, got {reprlib.repr(path)}")
+    if len(path) > limits.depth:
+        raise _InvalidError(
+            f"expected at most {limits.depth} keys to a leaf (see `limits`), got {len(path)}"
+        )
+    longest = max(map(len, path), default=0)
+    if longest > limits.name:
+        raise _InvalidError(
+            f"expected keys of at most {limits.name} characters (see `limits`), got {longest}"
+        )
+
+
+def _is_path(path: Any) -> bool:
+    """Return whether this is a list of Unicode text, without halves of surrogate pairs."""
+    return isinstance(path, list) and all(
+        isinstance(key, str) and not re.search("[\ud800-\udfff]", key) for key in path
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _MOST_ENTRIES
+
+
+def _check_packed(entry: Mapping[str, Any]) -> None:
+    shape, codebook = _leaf_shape(entry), tuple(entry["shape"])
+    if entry["dtype"] not in _FLOATING:
+        raise _InvalidError(f"expected a codebook of floating point, got {entry['dtype']}")
+    if not codebook or not 1 <= codebook[-1] <= MOST_CENTROIDS:
+        raise _InvalidError(f"expected a codebook of 1 to 256 centroids, got shape {codebook}")
+    slices = [i for i, size in enumerate(codebook[:-1]) if size != 1]
+    fits = len(codebook) == 1 or (
+        len(codebook) == len(shape) + 1
+        and len(slices) <= 1
+        and all(codebook[i] == shape[i] for i in slices)
+    )
+    if not fits or len(entry["columns"]) > 1 or len(entry["stacked"]) > 1:
+        raise _InvalidError(
+            f"expected a codebook for weights of shape {shape}, got shape {codebook}"
+        )
+    if entry["models"] not in (1, math.prod(entry["stacked"])):
+        raise _InvalidError(f"expected a model for all layers or for each, got {entry['models']}")
+
+
+def _leaf_shape(entry: Mapping[str, Any]) -> tuple[int, ...]:
+    names = ("stacked", "rows", "columns") if _is_packed(entry) else ("shape",)
+    return tuple(size for name in names for size in entry[name])
+
+
+def _lengths(entry: Mapping[str, Any]) -> dict[str, int]:
+    """Return how much of each tensor is a leaf's."""
+    lengths = {f"values.{entry['dtype']}": math.prod(entry["shape"])}
+    if _is_packed(entry):
+        lengths["codes"] = entry["words"]
+        lengths["frequencies"] = entry["models"] * entry["shape"][-1]
+    return lengths
+
+
+def _parts(entries: Sequence[Any], tensors: Mapping[str, np.ndarray]) -> Iterator[tuple[Any, ...]]:
+    """Yield each entry with its checksum and its parts of the tensors, which follow each other."""
+    ends = dict.fromkeys(tensors, 0)
+    for entry, checksum in zip(entries, tensors["checksums"], strict=False):
+        parts = []
+        for name, length in _lengths(entry).items():
+            start, ends[name] = ends[name], ends[name] + length
+            parts.append(tensors[name][start : ends[name]])
+        yield entry, int(checksum), parts[0].reshape(entry["shape"]), *parts[1:]
+
+
+def _check_products(products: Sequence[_Path], parts: Mapping[_Path, Any]) -> None:
+    """Refuse products that are not of their two leaves, or share a path with other leaves."""
+    joined = {(*path, name) for path in products for name in _PRODUCT_PARTS}
+    for path in products:
+        with _named(_name(path)):
+            _check_product(*(parts.get((*path, name)) for name in _PRODUCT_PARTS))
+    _check_paths([*products, *(path for path in parts if path not in joined)])
+
+
+def _check_product(codes: Any, words: Any) -> None:
+    if codes is None or words is None or not _is_packed(codes[0]) or _is_packed(words[0]):
+        raise _InvalidError("expected packed codes and words")
+    shape, size, numbers = _leaf_shape(codes[0]), words[0]["shape"], codes[2]
+    if len(size) != 3 or len(shape) < 2 or shape[-2] != size[0]:
+        raise _InvalidError(
+            f"expected codes [..., M, features] and words [M, K, D], got {shape}, {tuple(size)}"
+        )
+    if numbers.shape != (size[1],) or (numbers.astype(np.float64) != np.arange(size[1])).any():
+        raise _InvalidError(f"expected the numbers of {size[1]} words as the codebook of the codes")
+    if words[0]["dtype"] not in _FLOATING:
+        raise _InvalidError(f"expected words of floating point, got {words[0]['dtype']}")
