@@ -121,6 +121,11 @@ def test_many_missing_names_are_cut_short(tmp_path):
         pretrained.load(path, random_variables("resnet20"))
 
 
+def read_all(path):
+    with pretrained.opened(path) as file:
+        return {name: tensor.read() for name, tensor in file.items()}
+
+
 def damaged_files(folder):
     np.savez(folder / "whole.npz", a=np.arange(1000.0))
     whole = (folder / "whole.npz").read_bytes()
@@ -149,14 +154,14 @@ def test_damaged_and_other_files_are_refused_by_name(tmp_path):
     for name, content in damaged_files(tmp_path).items():
         path = tmp_path / name
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name}: expected a .*, got") as caught:
-            pretrained.read_state_dict(path)
+        with pytest.raises(ValueError, match=f"{name}: (.*: )?expected an? .*, got") as caught:
+            read_all(path)
         assert "\n" not in str(caught.value)
 
 
 def test_absent_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.npz: no such file"):
-        pretrained.read_state_dict(tmp_path / "absent.npz")
+        read_all(tmp_path / "absent.npz")
 
 
 def test_unknown_leaf_is_refused():
@@ -173,7 +178,7 @@ def test_public_checkpoint_fits(name):
     module = models.build(name, num_classes=10)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     variables = pretrained.load(path, shapes)
-    tensors = pretrained.read_state_dict(path)
+    tensors = read_all(path)
     back = pretrained.to_state_dict(variables)
     ours = {f"module.{name}": tensor for name, tensor in back.items()}
     theirs = {name: t for name, t in tensors.items() if not name.endswith("num_batches_tracked")}

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from jaxquant import LayerRule
 from jaxquant.packing import MOST_CENTROIDS
+from train.logs import read_json
 
 _MOST = 1_000_000  # of what is done one after the other
 
@@ -78,13 +79,15 @@ class Quantize:
     method: Literal["slq", "mlq", "inq", "qcnn", "none"] = "slq"
     bits: int = 5
     # slq: clusters frozen after each round.
-    rounds: Annotated[tuple[int, ...], _Listed] = (5, 9, 13, 15, 17)
+    rounds: Annotated[tuple[_Positive, ...], _Listed] = (5, 9, 13, 15, 17)
     groups: _Positive = 3  # mlq
-    equal: str = "layers"  # mlq: layers or weights, of which groups have equal numbers
-    order: str = "boundaries_first"  # mlq
+    equal: Literal["layers", "weights"] = "layers"  # mlq: of which groups have equal numbers
+    order: Literal["boundaries_first", "boundaries_together", "layer_by_layer", "network"] = (
+        "boundaries_first"  # mlq
+    )
     reverse: bool = False  # mlq
     # inq: of weights; mlq, order network: of clusters; (): usual.
-    shares: Annotated[tuple[float, ...], _Listed] = ()
+    shares: Annotated[tuple[_Share, ...], _Listed] = ()
     partition: str = ""  # "": the method's usual
     init: str = ""  # "": the method's usual
     # Lloyd passes; -1: the method's usual, of k-means until nothing changes.
@@ -145,6 +148,10 @@ def seeds(name: str, config: Config, count: int = 3) -> dict[str, Config]:
     return {f"{name}_seed{i}": dataclasses.replace(config, seed=i) for i in range(count)}
 
 
+# Of a folder; those of tables and figures beside it end otherwise.
+_NAME = r"(?!.*\.(md|png)$)[\w.+-]*\w"
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Config]:
     """Return the experiments of a Python file by name, with overrides like "fit.epochs=3".
 
@@ -162,7 +169,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Config]:
         if not isinstance(config, Config):
             source = f"get_configs()[{name!r}]" if study else "get_config()"
             raise ValueError(f"{path}: expected {source} to be a Config, got {type(config)}")
-        if not (isinstance(name, str) and re.fullmatch(r"[\w.+-]*\w", name)):
+        if not (isinstance(name, str) and re.fullmatch(_NAME, name)):
             raise ValueError(f"{path}: expected names that can be folders, got {name!r}")
         for override in overrides:
             config = override_field(config, override)
@@ -178,7 +185,7 @@ def _run(path: Path) -> tuple[dict[Any, Any], bool]:
     if not path.is_file():
         raise ValueError(f"{path}: expected a config file, got no such file")
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py" or spec is None or spec.loader is None:
         raise ValueError(f"{path}: expected a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
     try:
@@ -227,7 +234,7 @@ def _parse(text: str, kind: Any, flag: str) -> Any:
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        raise ValueError(_first_error(error, flag)) from None
+        raise ValueError(first_error(error, flag)) from None
 
 
 def validate(config: Config) -> Config:
@@ -239,7 +246,7 @@ def validate(config: Config) -> Config:
     try:
         config = _ADAPTER.validate_python(config)
     except ValidationError as error:
-        raise ValueError(_first_error(error)) from None
+        raise ValueError(first_error(error)) from None
     _check_together(config)
     return config
 
@@ -253,10 +260,11 @@ _EXPECTED = {
     "less_than_equal": "at most {le:.12g}",
     "literal_error": "one of {expected}",
     "too_short": "at least one number",
+    "missing": "to be there",
 }
 
 
-def _first_error(error: ValidationError, *flag: str) -> str:
+def first_error(error: ValidationError, *flag: str) -> str:
     """Say on one line which field is wrong, what was expected and what came instead."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in (*flag, *first["loc"]))
@@ -300,6 +308,15 @@ _CHANGEABLE = ("mesh.", "save_seconds", "data.workers")  # fields, in a run that
 def to_json(config: Config) -> str:
     """Return the config as JSON, for the workdir."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def difference_from(path: Path, config: Config) -> str:
+    """Return the fields in which a config differs from that in a file of `to_json`.
+
+    Raises:
+      ValueError: if the file holds no such thing, naming it.
+    """
+    return difference(json.dumps(read_json(path)), to_json(config))
 
 
 def difference(old: str, new: str) -> str:
