@@ -2,10 +2,13 @@
 
 Without a verb: train or load a network, quantize it, report; the same workdir continues. Several
 configs, separated by commas, and those of a study run one after the other in subfolders and end in
-one table, summary.md; --only runs those whose names match. A config is a Python file, and is run:
-load none that you would not run. What is finished is not run again, and
+one table, summary.md; --only runs those whose names match. What is finished is not run again, and
 the same command in a second process (with a GPU or a processor core of its own) takes what no other
 process is at.
+
+A config is a file of Python code, which every verb but report runs: give none that you would not
+run. Ctrl-C and SIGTERM end the program once it has saved, a second one at once; the same command
+continues.
 
 --distributed runs the same command in several processes, of one machine or many that share the
 workdir's file system, as one: --config.mesh.devices=0 splits batches over all their devices. On
