@@ -29,8 +29,6 @@ from train import signals
 
 if __name__ == "__main__":
     signals.install()  # before anything takes long
-elif __name__ == "__mp_main__":
-    signals.ignore()  # processes that decode images
 
 import argparse
 import contextlib

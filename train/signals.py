@@ -8,6 +8,7 @@ whatever the others do.
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,10 +28,21 @@ def install() -> None:
     threading.Thread(target=_watch, args=(receive,), daemon=True).start()
 
 
-def ignore() -> None:
-    """Leave these signals to the process that started this one."""
-    for number in _NUMBERS:
-        signal.signal(number, signal.SIG_IGN)
+@contextlib.contextmanager
+def withheld() -> Iterator[None]:
+    """Start processes that never get these signals, which a terminal sends to all processes."""
+    from multiprocessing import resource_tracker
+
+    # Its own start, with the first process, would let signals through again. It is not to say that
+    # it frees what is left when the program ends.
+    sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
+    resource_tracker.ensure_running()
+    sys.warnoptions.pop()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
