@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxquant import LayerRule
 from train import config
 from train.config import Config, Data, Fit, Quantize
 
@@ -46,10 +47,18 @@ def test_overrides_reach_nested_fields_of_every_type():
         ("fit.lr=3", r"--config.fit.lr: expected one of epochs, learning_rate"),
         ("fit=3", r"--config.fit: expected one of its fields: fit.epochs, "),
         ("seed.x=3", r"--config.seed.x: expected seed to have fields"),
-        ("seed=three", r"--config.seed: expected int, got 'three'"),
-        ("fit.learning_rate=", r"--config.fit.learning_rate: expected float, got ''"),
-        ("retrain.epochs=1,x", r"--config.retrain.epochs: expected int, got 'x'"),
-        ("quantize.zero=1", r"--config.quantize.zero: expected true or false, got '1'"),
+        ("seed=three", r"--config.seed: expected a valid integer, .*, got 'three'"),
+        ("seed=1.5", r"--config.seed: expected a valid integer, .*, got '1.5'"),
+        ("seed=-1", r"--config.seed: expected at least 0, got '-1'"),
+        ("seed=4294967296", r"--config.seed: expected less than"),
+        ("fit.learning_rate=", r"--config.fit.learning_rate: expected a valid number, .* got ''"),
+        ("retrain.epochs=1,x", r"--config.retrain.epochs.1: expected a valid integer, .* got 'x'"),
+        ("retrain.epochs=()", r"--config.retrain.epochs: expected at least one number, got \[\]"),
+        (
+            "quantize.zero=maybe",
+            r"--config.quantize.zero: expected a valid boolean, .* got 'maybe'",
+        ),
+        ("quantize.method=ptq", r"--config.quantize.method: expected one of 'slq', 'mlq', "),
         ("quantize.rules=x", r"--config.quantize.rules: set this in the config's file"),
         ("seed", r"--config.seed: expected --config.NAME=VALUE"),
     ],
@@ -64,14 +73,14 @@ def test_a_wrong_override_is_named(override, message):
     [
         (
             Config(quantize=Quantize(method="ptq")),
-            "quantize.method: expected one of slq, mlq, inq, qcnn, none",
+            "quantize.method: expected one of 'slq', 'mlq', 'inq', 'qcnn' or 'none', got 'ptq'",
         ),
         (Config(quantize=Quantize(sensitivity="x")), "quantize.sensitivity: expected one of"),
         (
             Config(quantize=Quantize(method="inq"), retrain=Fit(centroid_rate=0.1)),
             "retrain.centroid_rate: expected 0, trained centroids leave powers of two",
         ),
-        (Config(quantize=Quantize(words=257)), "quantize.words: expected 1 to 256, got 257"),
+        (Config(quantize=Quantize(words=257)), "quantize.words: expected at most 256, got 257"),
         (Config(quantize=Quantize(length=0)), "quantize.length: expected at least 1, got 0"),
         (
             Config(quantize=Quantize(moment_batches=-1)),
@@ -94,15 +103,61 @@ def test_a_wrong_override_is_named(override, message):
             "retrain.mirrored_teacher: expected distill_weight or feature_weight above 0",
         ),
         (Config(retrain=Fit(feature_weight=-1.0)), "retrain.feature_weight: expected at least 0"),
-        (Config(retrain=Fit(distill_weight=2.0)), "retrain.distill_weight: expected 0 to 1"),
+        (Config(retrain=Fit(distill_weight=2.0)), "retrain.distill_weight: expected at most 1"),
         (Config(retrain=Fit(temperature=0.0)), "retrain.temperature: expected more than 0"),
-        (Config(retrain=Fit(learning_rate=float("nan"))), "retrain.learning_rate: expected at"),
-        (Config(retrain=Fit(epochs=(-1,))), "retrain.epochs: expected at least 0, got -1"),
+        (Config(retrain=Fit(learning_rate=float("nan"))), "retrain.learning_rate: expected a fin"),
+        (Config(save_seconds=float("inf")), "save_seconds: expected a finite number, got inf"),
+        (Config(retrain=Fit(epochs=(2, -1))), "retrain.epochs.1: expected at least 0, got -1"),
+        (Config(retrain=Fit(epochs=())), "retrain.epochs: expected at least one number"),
+        (
+            Config(retrain=Fit(epochs=(10**30,))),
+            "retrain.epochs.0: expected at most 1000000, got 10000",
+        ),
     ],
 )
 def test_values_that_no_run_could_use_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         config.validate(wrong)
+
+
+RULE = LayerRule(".*", axis=0)
+object.__setattr__(RULE, "axis", "0")  # whatever made it so
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (Config(seed=1.5), "seed: expected a valid integer, got 1.5"),
+        (Config(seed=True), "seed: expected a valid integer, got True"),
+        (Config(seed=None), "seed: expected a valid integer, got None"),
+        (Config(plots=1), "plots: expected a valid boolean, got 1"),
+        (Config(model=b"x"), "model: expected a valid string, got b'x'"),
+        (Config(save_seconds=False), "save_seconds: expected a valid number, got False"),
+        (Config(fit=Fit(learning_rate="0.1")), "fit.learning_rate: expected a valid number, "),
+        (Config(retrain=Fit(epochs=1)), "retrain.epochs: expected a valid tuple, got 1"),
+        (Config(retrain=Fit(epochs=("1",))), "retrain.epochs.0: expected a valid integer, got '1'"),
+        (Config(quantize=Quantize(shares=(0.5, True))), "quantize.shares.1: expected a valid num"),
+        (Config(data="digits"), "data: expected an instance of Data, got 'digits'"),
+        (Config(data=Data), "data: expected an instance of Data, got <class"),
+        (Config(data={"name": "digits"}), "data: expected an instance of Data, got {"),
+        (Config(quantize=Quantize(rules=(".*",))), "quantize.rules.0: expected an instance of"),
+        (Config(quantize=Quantize(rules=RULE)), "quantize.rules: expected a valid tuple, got Lay"),
+        (Config(quantize=Quantize(rules=(RULE,))), "quantize.rules.0.axis: expected a valid int"),
+    ],
+)
+def test_values_of_another_type_are_named(wrong, message):
+    with pytest.raises(ValueError) as caught:
+        config.validate(wrong)
+    assert str(caught.value).startswith(message)
+
+
+def test_whole_numbers_and_lists_become_what_the_field_holds():
+    lists = Fit(epochs=[1, 2], learning_rate=1)
+    rules = [LayerRule(".*kernel")]
+    checked = config.validate(Config(retrain=lists, quantize=Quantize(rules=rules)))
+    assert checked.retrain.epochs == (1, 2) and type(checked.retrain.learning_rate) is float
+    assert checked.quantize.rules == tuple(rules)
+    assert hash(checked.retrain) == hash(Fit(epochs=(1, 2), learning_rate=1.0))
 
 
 @pytest.mark.parametrize(
@@ -120,9 +175,19 @@ def test_values_that_no_run_could_use_are_named(wrong, message):
             "expected names that can be folders, got '../a'",
         ),
         (
-            "from train.config import Config\ndef get_configs(): return {'a': Config(seed=-1)}",
-            "a: seed: expected at least 0",
+            "from train.config import Config\ndef get_configs(): return {3: Config()}",
+            "expected names that can be folders, got 3",
         ),
+        (
+            "from train.config import Config\ndef get_configs(): return {'a': Config(seed=-1)}",
+            "c.py: a: seed: expected at least 0",
+        ),
+        (
+            "from train.config import Config, Fit\n"
+            "def get_config(): return Config(fit=Fit(epochs=1))",
+            "c.py: fit.epochs: expected a valid tuple, got 1",
+        ),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
     ],
 )
 def test_a_file_that_gives_no_config_is_refused(tmp_path, text, message):

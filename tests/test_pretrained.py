@@ -1,6 +1,9 @@
 """Tests of PyTorch state_dicts: names, layouts, the round trip, and what is refused."""
 
+import io
 import os
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import jax
@@ -121,6 +124,11 @@ def test_many_missing_names_are_cut_short(tmp_path):
         pretrained.load(path, random_variables("resnet20"))
 
 
+def read_all(path):
+    with pretrained.opened(path) as file:
+        return {name: tensor.read() for name, tensor in file.items()}
+
+
 def damaged_files(folder):
     np.savez(folder / "whole.npz", a=np.arange(1000.0))
     whole = (folder / "whole.npz").read_bytes()
@@ -149,14 +157,132 @@ def test_damaged_and_other_files_are_refused_by_name(tmp_path):
     for name, content in damaged_files(tmp_path).items():
         path = tmp_path / name
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name}: expected a .*, got") as caught:
-            pretrained.read_state_dict(path)
+        with pytest.raises(ValueError, match=f"{name}: (.*: )?expected an? .*, got") as caught:
+            read_all(path)
         assert "\n" not in str(caught.value)
+
+
+def npy(array, *, version=(1, 0), header=""):
+    """Return an array as `np.save` writes it, with another header if one is given."""
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array, version)
+    content = file.getvalue()
+    if header:
+        values = content[content.index(b"\n") + 1 :]
+        size = (len(header) + 1).to_bytes(2 if version == (1, 0) else 4, "little")
+        content = content[:8] + size + header.encode() + b"\n" + values
+    return content
+
+
+BIG = 1 << 24  # float32: 64 MiB, which deflate to 64 KiB
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("other.npy", npy(np.zeros(BIG, np.float32)), r"got 1 unexpected \(other\)"),
+        (
+            "fc2.bias.npy",
+            npy(np.zeros(BIG, np.float32)),
+            r"fc2.bias: expected shape \(10,\), got \(16777216,\)",
+        ),
+        ("fc2.bias.npy", npy(np.zeros(10, "U1000000")), "fc2.bias: expected floating point values"),
+        (
+            "fc2.bias.npy",
+            npy(np.zeros(10, np.float32)) + bytes(4 * BIG),
+            "member fc2.bias.npy: expected an array, got ValueError: more values",
+        ),
+        ("fc2.bias.npy", b"\x93NUMPY\x02\x00" + b"\xff" * 4 + bytes(4 * BIG), "EOF"),
+    ],
+    ids=["name", "shape", "dtype", "trailing", "header"],
+)
+def test_nothing_is_decompressed_before_names_and_shapes_are_right(lenet, name, content, message):
+    variables, _, write = lenet
+    path = write(**{"fc2.bias": None})
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, content)
+        if name == "other.npy":
+            archive.writestr("fc2.bias.npy", npy(np.zeros(10)))
+    del content
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=message):
+        pretrained.load(path, variables)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20  # the network has 1.7 MB
+
+
+def test_what_the_network_does_without_is_not_decompressed(lenet):
+    variables, _, write = lenet
+    path = write()
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bn.num_batches_tracked.npy", npy(np.zeros(BIG, np.float32)))
+    tracemalloc.start()
+    jax.tree.map(np.testing.assert_array_equal, pretrained.load(path, variables), variables)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "(" * 9_000,
+        "[" * 99 + "]" * 99,
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 4000 + ",), }",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (0x" + "f" * 9000 + ",), }",
+        "{'descr': 'x" + "," * 1000 + "', 'fortran_order': False, 'shape': (), }",
+        "-" * 9_000 + "1",
+        "\x1b[2J",
+    ],
+    ids=["open", "deep", "negative", "long", "hexadecimal", "dtype", "signs", "escapes"],
+)
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+def test_malformed_headers_are_one_line_with_file_and_member(lenet, header, version):
+    variables, _, write = lenet
+    path = write(**{"fc2.bias": None})
+    with zipfile.ZipFile(path, "a") as archive:
+        content = npy(np.zeros(10, np.float32), version=version, header=header)
+        archive.writestr("fc2.bias.npy", content)
+    with pytest.raises(ValueError) as caught:
+        pretrained.load(path, variables)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: member fc2.bias.npy: expected an array, got ")
+    assert message.isprintable() and len(message) < len(str(path)) + 300
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    ("member", "compression"),
+    [
+        ("fc2.bias.npy", zipfile.ZIP_LZMA),  # whose header says how much memory it takes
+        ("fc2.bias", zipfile.ZIP_STORED),
+        ("fc1.bias.npy", zipfile.ZIP_STORED),  # a second one
+    ],
+)
+def test_members_that_numpy_does_not_write_are_refused(lenet, member, compression):
+    variables, _, write = lenet
+    path = write(**{"fc2.bias": None})
+    with zipfile.ZipFile(path, "a", compression) as archive:
+        archive.writestr(member, npy(np.zeros(10)))
+    with pytest.raises(ValueError, match=f"member {member}: expected an array, got"):
+        pretrained.load(path, variables)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_names_of_a_file_are_shown_cut_and_without_escapes(tmp_path, suffix):
+    path = tmp_path / f"names{suffix}"
+    tensors = {f"\x1b[2J{i}" + "x" * 10_000: np.zeros(1) for i in range(5)}
+    save_file(tensors, path) if suffix == ".safetensors" else np.savez(path, **tensors)
+    with pytest.raises(ValueError) as caught:
+        pretrained.load(path, random_variables("lenet5"))
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1500
 
 
 def test_absent_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.npz: no such file"):
-        pretrained.read_state_dict(tmp_path / "absent.npz")
+        read_all(tmp_path / "absent.npz")
 
 
 def test_unknown_leaf_is_refused():
@@ -173,7 +299,7 @@ def test_public_checkpoint_fits(name):
     module = models.build(name, num_classes=10)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     variables = pretrained.load(path, shapes)
-    tensors = pretrained.read_state_dict(path)
+    tensors = read_all(path)
     back = pretrained.to_state_dict(variables)
     ours = {f"module.{name}": tensor for name, tensor in back.items()}
     theirs = {name: t for name, t in tensors.items() if not name.endswith("num_batches_tracked")}

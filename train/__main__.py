@@ -6,6 +6,10 @@ one table, summary.md; --only runs those whose names match. What is finished is 
 the same command in a second process (with a GPU or a processor core of its own) takes what no other
 process is at.
 
+A config is a file of Python code, which every verb but report runs: give none that you would not
+run. Ctrl-C and SIGTERM end the program once it has saved, a second one at once; the same command
+continues.
+
 --distributed runs the same command in several processes, of one machine or many that share the
 workdir's file system, as one: --config.mesh.devices=0 splits batches over all their devices. On
 TPU pods, Slurm and Kubernetes the flag is enough; elsewhere each process says where the first one
@@ -21,37 +25,47 @@ compare: run experiments that differ in how they quantize from one float network
 write comparison.md and comparison.png, accuracy against bytes; see configs/compare_digits.py.
 """
 
+from train import signals
+
+if __name__ == "__main__":
+    signals.install()  # before anything takes long
+
 import argparse
 import contextlib
 import fnmatch
+import logging
 import os
 import sys
 import threading
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from train.config import Config
 
 _OVERRIDE = "--config."
+_LONGEST = 2000  # characters of a message
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code: 0, or 2 for what the user can mend."""
-    warnings.showwarning = lambda message, *_, **__: _note(message)
+    warnings.showwarning = lambda message, *_, **__: _tell("note", message)
     try:
         options, overrides = _parse(arguments)
         with _joined(options.distributed):
             return _dispatch(options, overrides)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+        _tell("error", error)
         return 2
 
 
-def _note(message: object) -> None:
-    print(f"note: {message}", file=sys.stderr)
+def _tell(kind: str, message: object) -> None:
+    """Say it on one line, without what could move a terminal's cursor, of bounded length."""
+    words = " ".join(str(message).split()) or type(message).__name__
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in words[:_LONGEST])
+    print(f"{kind}: {line}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -85,16 +99,13 @@ def _dispatch(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise ValueError(f"--distributed: expected to train, got {options.verb}")
     if options.verb == "report":
         return _report(options.workdir, options.output)
-    from train import config
-
     if not options.config:
         raise ValueError("expected --config FILE")
-    loaded = {}
-    for path in options.config.split(","):
-        loaded.update(config.load(path, overrides))
+    loaded = _load(",".join(options.config).split(","), overrides)
     chosen = {n: c for n, c in loaded.items() if fnmatch.fnmatchcase(n, options.only)}
     if not chosen:
         raise ValueError(f"--only: expected one of {', '.join(loaded)}, got {options.only!r}")
+    _start_devices()
     study = len(loaded) > 1  # one with a folder for each row, even if --only leaves a single one
     if options.verb in ("eval", "export"):
         if len(chosen) > 1:
@@ -113,6 +124,32 @@ def _dispatch(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     )
 
 
+def _start_devices() -> None:
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where a plugin is not installed
+        reason = " ".join(str(error).split()) or type(error).__name__
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise ValueError(f"JAX_PLATFORMS={asked!r}: expected a device, got {reason}") from None
+
+
+def _load(paths: Sequence[str], overrides: Sequence[str]) -> dict[str, "Config"]:
+    """Return the experiments of all files by name, which is that of a folder too."""
+    from train import config
+
+    loaded, files = {}, {}
+    for path in paths:
+        for name, one in config.load(path, overrides).items():
+            if name in files:
+                raise ValueError(
+                    f"--config: expected other names, got {name} of {files[name]} and of {path}"
+                )
+            loaded[name], files[name] = one, path
+    return loaded
+
+
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     overrides = [a.removeprefix(_OVERRIDE) for a in arguments if a.startswith(_OVERRIDE)]
     rest = [a for a in arguments if not a.startswith(_OVERRIDE)]
@@ -126,7 +163,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "verb", nargs="?", choices=("train", "eval", "export", "report", "compare"), default="train"
     )
-    parser.add_argument("--config", "--configs", metavar="FILE[,FILE...]")
+    parser.error = _refuse
+    parser.add_argument("--config", "--configs", metavar="FILE[,FILE...]", action="append")
     parser.add_argument("--workdir", metavar="DIR", type=Path)
     parser.add_argument("--output", metavar="FILE", type=Path, help="for export, report")
     parser.add_argument("--format", choices=("packed", "pytorch"), default="packed")
@@ -136,6 +174,10 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--mirrored", action="store_true", help="for eval")
     parser.add_argument("--only", metavar="PATTERN", default="*", help="rows of a study, as 'a*'")
     return parser.parse_args(rest), overrides
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)
 
 
 def _train(loaded: dict[str, "Config"], workdir: Path) -> int:
@@ -166,9 +208,7 @@ def _train_study(loaded: dict[str, "Config"], chosen: Collection[str], workdir: 
     from train import experiment, loop, summary
     from train.logs import say, write_text
 
-    # All of them are checked before the first one starts.
-    jobs = {name: experiment.prepare(loaded[name], workdir / name) for name in chosen}
-    loop.run_all(jobs)
+    loop.run_all(experiment.prepare_all({name: loaded[name] for name in chosen}, workdir))
     done = [name for name in loaded if (workdir / name / "report.json").is_file()]
     results = {name: summary.read(workdir / name) for name in done}
     text = f"{summary.table(results)}\n\n{summary.curves(results)}\n"
@@ -212,15 +252,30 @@ def _report(workdir: Path | None, output: Path | None) -> int:
     print(f"{summary.table(results)}\n\n{summary.curves(results)}")
     for folder in folders:
         if (folder / "report.md").is_file():
-            print("\n" + (folder / "report.md").read_text())
+            print("\n" + (folder / "report.md").read_text(errors="replace"))
     if output is not None:
         summary.plot_curves(output, results)
         print(f"\n{output}")
     return 0
 
 
+def _run() -> int:
+    """Run the command line. What fails beside it, in threads and callbacks, is told if it does not.
+
+    On a full disk that is dozens of things, of TensorBoard and of checkpoints.
+    """
+    beside: dict[str, Any] = {}
+
+    def note(failed: Any) -> None:
+        beside.setdefault(repr(failed.exc_value), failed.exc_value)
+
+    threading.excepthook = sys.unraisablehook = note
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    code = main(sys.argv[1:])
+    for error in beside.values() if code == 0 else ():
+        _tell("note", error)
+    return code
+
+
 if __name__ == "__main__":
-    # What happens in threads, such as TensorBoard's on a full disk, is said in one line too.
-    threading.excepthook = lambda thread: _note(thread.exc_value)
-    sys.unraisablehook = lambda callback: _note(callback.exc_value)
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(_run())

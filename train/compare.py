@@ -72,8 +72,12 @@ def run(configs: Mapping[str, Config], chosen: Iterable[str], workdir: Path) -> 
     from train.logs import write_text
 
     start = _shared_start(configs)
+    if _FLOAT in configs and not start.init:
+        raise ValueError(f"expected other names than {_FLOAT}, the network that all start from")
     for name in chosen:  # all of them, before the first one starts
         experiment.check(configs[name])
+        if configs[name].quantize.method == "none":
+            raise ValueError(f"{name}: expected a quantize.method to compare, got none")
     if not start.init:
         init = _train_float(start, workdir / _FLOAT)
         fit = dataclasses.replace(start.fit, epochs=(0,))
@@ -81,7 +85,7 @@ def run(configs: Mapping[str, Config], chosen: Iterable[str], workdir: Path) -> 
             name: dataclasses.replace(config, init=str(init), fit=fit)
             for name, config in configs.items()
         }
-    loop.run_all({name: experiment.prepare(configs[name], workdir / name) for name in chosen})
+    loop.run_all(experiment.prepare_all({name: configs[name] for name in chosen}, workdir))
     done = [name for name in configs if (workdir / name / "report.json").is_file()]
     reports = {name: summary.read(workdir / name) for name in done}
     text = table(reports, {name: configs[name] for name in done})

@@ -4,13 +4,27 @@ import dataclasses
 import importlib.util
 import json
 import re
+import reprlib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from jaxquant import LayerRule
 from jaxquant.packing import MOST_CENTROIDS
+from train.logs import read_json
+
+_MOST = 1_000_000  # of what is done one after the other
+
+# Types and bounds are checked by `validate`, not by the classes: only a whole config can say which
+# of its fields is wrong.
+_Count = Annotated[int, Field(ge=0, le=_MOST)]
+_Positive = Annotated[int, Field(ge=1, le=_MOST)]
+_Amount = Annotated[float, Field(ge=0)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Listed = Field(strict=False)  # a list is as good as a tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,16 +34,18 @@ class Data:
     name: str = "digits"
     dir: str = "data"  # of prepared data and, in downloads/manual, of archives placed by hand
     allow_unofficial: bool = False  # accept archives placed by hand whose checksum is not known
-    train_limit: int = 0  # use the first so many training images only, to rank ideas; 0: all
-    image_size: int = 224  # side of the crops of images that stay on disk (imagenet2012)
-    workers: int = 0  # processes that decode these; 0: threads of this process
+    # Use the first so many training images only, to rank ideas; 0: all.
+    train_limit: Annotated[int, Field(ge=0)] = 0
+    image_size: _Positive = 224  # side of the crops of images that stay on disk (imagenet2012)
+    # Processes that decode these; 0: threads of this process.
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
     """The devices that train; see `train.layout`."""
 
-    devices: int = 1  # over which batches are split; 0: all, of all processes
+    devices: _Count = 1  # over which batches are split; 0: all, of all processes
     fsdp: bool = False  # weights, masks and optimizer state split over them too
 
 
@@ -37,16 +53,17 @@ class Mesh:
 class Fit:
     """One stage of training: SGD with momentum, linear warm-up, cosine to zero."""
 
-    epochs: tuple[int, ...] = (1,)  # of each round; a single number serves for all of them
-    learning_rate: float = 0.1
-    warmup_epochs: float = 0.0
-    momentum: float = 0.9
-    weight_decay: float = 1e-4  # added to the gradient
-    distill_weight: float = 0.0  # of the float network's soft targets; 0: labels only
-    temperature: float = 2.0
-    feature_weight: float = 0.0  # of the distance to the float network's features; 0: none
+    # Of each round; a single number serves for all of them.
+    epochs: Annotated[tuple[_Count, ...], _Listed, Field(min_length=1)] = (1,)
+    learning_rate: _Amount = 0.1
+    warmup_epochs: _Amount = 0.0
+    momentum: _Amount = 0.9
+    weight_decay: _Amount = 1e-4  # added to the gradient
+    distill_weight: _Share = 0.0  # of the float network's soft targets; 0: labels only
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    feature_weight: _Amount = 0.0  # of the distance to the float network's features; 0: none
     mirrored_teacher: bool = False  # it answers by the mean over an image and its mirror image
-    centroid_rate: float = 0.0  # learning rate of frozen centroids, in learning rates; 0: fixed
+    centroid_rate: _Amount = 0.0  # learning rate of frozen centroids, in learning rates; 0: fixed
 
     @property
     def has_teacher(self) -> bool:
@@ -58,34 +75,47 @@ class Fit:
 class Quantize:
     """The plan; see `jaxquant.slq`, `jaxquant.mlq` and `jaxquant.inq`."""
 
-    method: str = "slq"  # slq, mlq, inq, qcnn (see train.products), or none
+    # qcnn: see `train.products`.
+    method: Literal["slq", "mlq", "inq", "qcnn", "none"] = "slq"
     bits: int = 5
-    rounds: tuple[int, ...] = (5, 9, 13, 15, 17)  # slq: clusters frozen after each round
-    groups: int = 3  # mlq
-    equal: str = "layers"  # mlq: layers or weights, of which groups have equal numbers
-    order: str = "boundaries_first"  # mlq
+    # slq: clusters frozen after each round.
+    rounds: Annotated[tuple[_Positive, ...], _Listed] = (5, 9, 13, 15, 17)
+    groups: _Positive = 3  # mlq
+    equal: Literal["layers", "weights"] = "layers"  # mlq: of which groups have equal numbers
+    order: Literal["boundaries_first", "boundaries_together", "layer_by_layer", "network"] = (
+        "boundaries_first"  # mlq
+    )
     reverse: bool = False  # mlq
-    shares: tuple[float, ...] = ()  # inq: of weights; mlq, order network: of clusters; (): usual
+    # inq: of weights; mlq, order network: of clusters; (): usual.
+    shares: Annotated[tuple[_Share, ...], _Listed] = ()
     partition: str = ""  # "": the method's usual
     init: str = ""  # "": the method's usual
-    iterations: int = -1  # Lloyd passes; -1: the method's usual, of k-means until nothing changes
+    # Lloyd passes; -1: the method's usual, of k-means until nothing changes.
+    iterations: Annotated[int, Field(ge=-1, le=_MOST)] = -1
     zero: bool = False
     powers_of_two: bool = False  # slq, mlq: centroids rounded to them
-    sensitivity: str = "none"  # none, or fisher: squared gradients weigh clusters and losses
-    sensitivity_batches: int = 32
-    moment_batches: int = 0  # slq, mlq: last clusters freeze by moments of inputs; 0: by distance
-    recalibrate_batches: int = 0  # batch-norm statistics renewed after quantizing; 0: kept
-    words: int = 16  # qcnn: of each subspace
-    length: int = 4  # qcnn: input channels of a subspace; less where it does not divide them
-    sweeps: int = 2  # qcnn: of error correction; 0: k-means alone
-    calibration_images: int = 256  # qcnn: of the training images, unlabelled
+    # fisher: squared gradients weigh clusters and losses.
+    sensitivity: Literal["none", "fisher"] = "none"
+    sensitivity_batches: _Positive = 32
+    # slq, mlq: the last clusters freeze by moments of inputs; 0: by distance.
+    moment_batches: _Count = 0
+    recalibrate_batches: _Count = 0  # batch-norm statistics renewed after quantizing; 0: kept
+    words: Annotated[int, Field(ge=1, le=MOST_CENTROIDS)] = 16  # qcnn: of each subspace
+    length: _Positive = 4  # qcnn: input channels of a subspace; less where it does not divide them
+    sweeps: _Count = 2  # qcnn: of error correction; 0: k-means alone
+    calibration_images: _Positive = 256  # qcnn: of the training images, unlabelled
     # Set in the config's file only; None: all kernels, see `train.models.depth_rules`.
-    rules: tuple[LayerRule, ...] | None = None
+    rules: Annotated[tuple[LayerRule, ...] | None, _Listed] = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """An experiment."""
+
+    # Holds for its parts too.
+    __pydantic_config__ = ConfigDict(
+        strict=True, revalidate_instances="always", allow_inf_nan=False
+    )
 
     data: Data = Data()
     model: str = "small_cnn"
@@ -94,11 +124,11 @@ class Config:
     quantize: Quantize = Quantize()
     retrain: Fit = Fit(epochs=(2,), learning_rate=0.01)  # of each round
     mesh: Mesh = Mesh()
-    seed: int = 0
-    batch_size: int = 128
-    eval_batch_size: int = 500
-    steps_per_call: int = 0  # training steps in one XLA program; 0: 1 on CPU, else 50
-    save_seconds: float = 60.0  # between checkpoints within a stage; each stage ends in one
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    batch_size: _Positive = 128
+    eval_batch_size: _Positive = 500
+    steps_per_call: _Count = 0  # training steps in one XLA program; 0: 1 on CPU, else 50
+    save_seconds: _Amount = 60.0  # between checkpoints within a stage; each stage ends in one
     one_program: bool = False  # all rounds in one XLA program; nothing is saved before its end
     plots: bool = True
     tensorboard: bool = True
@@ -118,45 +148,55 @@ def seeds(name: str, config: Config, count: int = 3) -> dict[str, Config]:
     return {f"{name}_seed{i}": dataclasses.replace(config, seed=i) for i in range(count)}
 
 
+# Of a folder; those of tables and figures beside it end otherwise.
+_NAME = r"(?!.*\.(md|png)$)[\w.+-]*\w"
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Config]:
     """Return the experiments of a Python file by name, with overrides like "fit.epochs=3".
 
     A file with `get_config()` holds one, called like the file; a study with `get_configs()` holds
-    several by name.
+    several by name. The file is run, as any Python program: load only those that you would run.
 
     Raises:
       ValueError: for a file that gives no Config, an unknown name or a value that does not fit;
         one line that says what was expected.
     """
     path = Path(path)
+    configs, study = _run(path)
+    loaded = {}
+    for name, config in configs.items():
+        if not isinstance(config, Config):
+            source = f"get_configs()[{name!r}]" if study else "get_config()"
+            raise ValueError(f"{path}: expected {source} to be a Config, got {type(config)}")
+        if not (isinstance(name, str) and re.fullmatch(_NAME, name)):
+            raise ValueError(f"{path}: expected names that can be folders, got {name!r}")
+        for override in overrides:
+            config = override_field(config, override)
+        try:
+            loaded[name] = validate(config)
+        except ValueError as error:
+            raise ValueError(f"{path}: {name}: {error}" if study else f"{path}: {error}") from None
+    return loaded
+
+
+def _run(path: Path) -> tuple[dict[Any, Any], bool]:
+    """Run a config file; return what it gives by name, and whether it is a study."""
     if not path.is_file():
         raise ValueError(f"{path}: expected a config file, got no such file")
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py" or spec is None or spec.loader is None:
         raise ValueError(f"{path}: expected a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         study = hasattr(module, "get_configs")
         configs = module.get_configs() if study else {path.stem: module.get_config()}
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # whatever comes of running it
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(configs, dict) or not configs:
         raise ValueError(f"{path}: expected get_configs() to return configs by name")
-    for name, config in configs.items():
-        if not isinstance(config, Config):
-            source = f"get_configs()[{name!r}]" if study else "get_config()"
-            raise ValueError(f"{path}: expected {source} to be a Config, got {type(config)}")
-        if not re.fullmatch(r"[\w.+-]*\w", str(name)):
-            raise ValueError(f"{path}: expected names that can be folders, got {name!r}")
-        for override in overrides:
-            config = override_field(config, override)
-        try:
-            validate(config)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}" if study else str(error)) from None
-        configs[name] = config
-    return configs
+    return configs, study
 
 
 def override_field(config: Any, override: str) -> Any:
@@ -168,7 +208,7 @@ def override_field(config: Any, override: str) -> Any:
 
 
 def _replace(node: Any, names: list[str], text: str, flag: str) -> Any:
-    fields = typing.get_type_hints(type(node))
+    fields = typing.get_type_hints(type(node), include_extras=True)
     head, *rest = names
     if head not in fields:
         raise ValueError(f"{flag}: expected one of {', '.join(fields)}, got {head!r}")
@@ -184,67 +224,64 @@ def _replace(node: Any, names: list[str], text: str, flag: str) -> Any:
 
 def _parse(text: str, kind: Any, flag: str) -> Any:
     """Convert the text of an override to the field's type."""
-    origin = typing.get_origin(kind)
-    if origin is not tuple and kind not in (bool, int, float, str):
+    plain = typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
+    if type(None) in typing.get_args(plain):
         raise ValueError(f"{flag}: set this in the config's file, not on the command line")
-    if origin is tuple:
-        entry = typing.get_args(kind)[0]
-        parts = text.strip("()[] ").rstrip(",").split(",")
-        return tuple(_parse(part.strip(), entry, flag) for part in parts)
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"{flag}: expected true or false, got {text!r}")
-        return text.lower() == "true"
+    value: Any = text
+    if typing.get_origin(plain) is tuple:
+        inside = text.strip("()[] ").rstrip(",")
+        value = inside.split(",") if inside else []
     try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"{flag}: expected {kind.__name__}, got {text!r}") from None
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(first_error(error, flag)) from None
 
 
-def validate(config: Config) -> None:
-    """Raise a ValueError, one line, for values that no run could use."""
+def validate(config: Config) -> Config:
+    """Return the config with tuples and floats where it has lists and whole numbers instead.
+
+    Raises:
+      ValueError: one line, for types and values that no run could use.
+    """
+    try:
+        config = _ADAPTER.validate_python(config)
+    except ValidationError as error:
+        raise ValueError(first_error(error)) from None
+    _check_together(config)
+    return config
+
+
+_ADAPTER = TypeAdapter(Config)
+# What pydantic would say in other words.
+_EXPECTED = {
+    "greater_than": "more than {gt:.12g}",
+    "greater_than_equal": "at least {ge:.12g}",
+    "less_than": "less than {lt:.12g}",
+    "less_than_equal": "at most {le:.12g}",
+    "literal_error": "one of {expected}",
+    "too_short": "at least one number",
+    "missing": "to be there",
+}
+
+
+def first_error(error: ValidationError, *flag: str) -> str:
+    """Say on one line which field is wrong, what was expected and what came instead."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in (*flag, *first["loc"]))
+    known = _EXPECTED.get(first["type"])
+    expected = known.format(**first.get("ctx", {})) if known else first["msg"]
+    expected = expected.removeprefix("Input should be ")
+    return f"{where}: expected {expected}, got {reprlib.repr(first['input'])}"
+
+
+def _check_together(config: Config) -> None:
+    """Raise a ValueError for values that do not go together."""
     quantize, fit, retrain = config.quantize, config.fit, config.retrain
-    _one_of("quantize.method", quantize.method, ("slq", "mlq", "inq", "qcnn", "none"))
-    _one_of("quantize.sensitivity", quantize.sensitivity, ("none", "fisher"))
-    _at_least("batch_size", config.batch_size, 1)
-    _at_least("eval_batch_size", config.eval_batch_size, 1)
-    _at_least("steps_per_call", config.steps_per_call, 0)
-    _at_least("seed", config.seed, 0)
-    _at_least("mesh.devices", config.mesh.devices, 0)
-    _at_least("save_seconds", config.save_seconds, 0)
-    _at_least("data.train_limit", config.data.train_limit, 0)
-    _at_least("data.image_size", config.data.image_size, 1)
-    _at_least("data.workers", config.data.workers, 0)
-    _at_least("quantize.iterations", quantize.iterations, -1)
-    _at_least("quantize.sensitivity_batches", quantize.sensitivity_batches, 1)
-    _at_least("quantize.moment_batches", quantize.moment_batches, 0)
     if quantize.moment_batches and quantize.method in ("inq", "qcnn"):
         raise ValueError(
             f"quantize.moment_batches: expected 0 for {quantize.method}, got "
             f"{quantize.moment_batches}"
         )
-    _at_least("quantize.recalibrate_batches", quantize.recalibrate_batches, 0)
-    _at_least("quantize.length", quantize.length, 1)
-    _at_least("quantize.sweeps", quantize.sweeps, 0)
-    _at_least("quantize.calibration_images", quantize.calibration_images, 1)
-    if not 1 <= quantize.words <= MOST_CENTROIDS:
-        raise ValueError(f"quantize.words: expected 1 to {MOST_CENTROIDS}, got {quantize.words}")
-    for name, stage in (("fit", fit), ("retrain", retrain)):
-        for epochs in stage.epochs:
-            _at_least(f"{name}.epochs", epochs, 0)
-        for field in (
-            "learning_rate",
-            "warmup_epochs",
-            "momentum",
-            "weight_decay",
-            "feature_weight",
-            "centroid_rate",
-        ):
-            _at_least(f"{name}.{field}", getattr(stage, field), 0)
-        if not 0 <= stage.distill_weight <= 1:
-            raise ValueError(f"{name}.distill_weight: expected 0 to 1, got {stage.distill_weight}")
-        if not stage.temperature > 0:
-            raise ValueError(f"{name}.temperature: expected more than 0, got {stage.temperature}")
     if retrain.mirrored_teacher and not retrain.has_teacher:
         raise ValueError(
             "retrain.mirrored_teacher: expected distill_weight or feature_weight above 0"
@@ -265,22 +302,21 @@ def validate(config: Config) -> None:
             raise ValueError(f"fit.{field}: expected {none}, the float network has no {lacking}")
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise ValueError(f"{name}: expected at least {least}, got {value!r}")
-
-
 _CHANGEABLE = ("mesh.", "save_seconds", "data.workers")  # fields, in a run that has begun
 
 
 def to_json(config: Config) -> str:
     """Return the config as JSON, for the workdir."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def difference_from(path: Path, config: Config) -> str:
+    """Return the fields in which a config differs from that in a file of `to_json`.
+
+    Raises:
+      ValueError: if the file holds no such thing, naming it.
+    """
+    return difference(json.dumps(read_json(path)), to_json(config))
 
 
 def difference(old: str, new: str) -> str:

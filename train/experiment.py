@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,9 +39,22 @@ def prepare(config: Config, workdir: Path) -> Job:
     Raises:
       ValueError, OSError: as `check`, and for a workdir of another config.
     """
-    job = check(config)
-    _claim(config, workdir)
-    return job._replace(workdir=workdir)
+    return prepare_all({"": config}, workdir)[""]
+
+
+def prepare_all(chosen: Mapping[str, Config], workdir: Path) -> dict[str, Job]:
+    """Check experiments and claim a folder of the workdir for each, none before all are right.
+
+    Raises:
+      ValueError, OSError: as `prepare`.
+    """
+    jobs = {name: check(config)._replace(workdir=workdir / name) for name, config in chosen.items()}
+    if layout.is_primary():  # the first process does it for all
+        for job in jobs.values():
+            _refuse_other(job.config, job.workdir)
+        for job in jobs.values():
+            _claim(job.config, job.workdir)
+    return jobs
 
 
 def check(config: Config) -> Job:
@@ -127,18 +140,28 @@ def init_variables(model: nn.Module, dataset: data.Dataset, key: jax.Array) -> A
     return model.init(key, image, train=False)
 
 
-def _claim(config: Config, workdir: Path) -> None:
-    """Create the workdir, or refuse one that another config has been run in."""
-    if not layout.is_primary():
-        return  # the first process does it for all
-    path, text = workdir / "config.json", configs.to_json(config)
+def _refuse_other(config: Config, workdir: Path) -> None:
+    """Raise a ValueError for a workdir that another config has been run in."""
+    path = workdir / "config.json"
     if path.is_file():
-        changed = configs.difference(path.read_text(), text)
+        changed = configs.difference_from(path, config)
         if changed:
             raise ValueError(f"{workdir}: expected the config it was started with, got {changed}")
         return
+    for name in ("checkpoints", "report.json"):
+        if (workdir / name).exists():
+            raise ValueError(
+                f"{workdir}: expected the config.json of what ran here beside {name}, got no such "
+                "file"
+            )
+
+
+def _claim(config: Config, workdir: Path) -> None:
+    """Create the workdir, with the config that runs in it."""
+    path = workdir / "config.json"
     workdir.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    if not path.is_file():
+        write_text(path, configs.to_json(config))
 
 
 @contextlib.contextmanager

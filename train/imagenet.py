@@ -8,11 +8,11 @@ the number of workers, nor from where a run was stopped and resumed.
 import contextlib
 import functools
 import io
+import itertools
 import math
 import multiprocessing
 import os
 import re
-import signal
 import tarfile
 import threading
 from collections.abc import Generator, Iterator, Sequence
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from train import prepare
+from train import prepare, signals
 from train.prepare import Source, Splits, one_line
 
 if TYPE_CHECKING:
@@ -152,13 +152,14 @@ class Encoded(NamedTuple):
             )
         )
         with contextlib.closing(iterator):
+            with signals.withheld() if self.workers else contextlib.nullcontext():
+                first = list(itertools.islice(iterator, 1))
+            yield from first
             yield from iterator
 
 
 def _follow_parent(*_: int) -> None:
-    """End a worker with the process that reads, and no sooner: it may have to save first."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    """End a worker with the process that reads; no signal does, as that one may have to save."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -1,6 +1,7 @@
 """What a run tells: a progress bar or lines, metrics.jsonl, TensorBoard."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -26,6 +27,34 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a JSON file holds.
+
+    Raises:
+      ValueError: for anything but a JSON object, naming the file.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def to_json(value: Any) -> str:
+    """Return JSON on one line; what it has no numbers for, NaN and infinities, is null."""
+    return json.dumps(_without_nan(value), allow_nan=False) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Log:
     """Events of a run, in memory, in metrics.jsonl and, for numbers, in TensorBoard.
 
@@ -46,7 +75,7 @@ class Log:
         self.events = list(events)
         self._path = workdir / "metrics.jsonl" if write else None
         if self._path is not None:
-            write_text(self._path, "".join(json.dumps(event) + "\n" for event in self.events))
+            write_text(self._path, "".join(map(to_json, self.events)))
         self._writer = None
         if tensorboard and write:
             from tensorboardX import SummaryWriter
@@ -61,7 +90,7 @@ class Log:
         self.events.append(event)
         if self._path is not None:
             with self._path.open("a") as file:
-                file.write(json.dumps(event) + "\n")
+                file.write(to_json(event))
         if self._writer is not None:
             for name, value in values.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):

@@ -3,10 +3,10 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
-from train import data, engine, layout, models, pretrained, products, program, summary
+from jaxquant.selection import leaves_with_paths
+from train import data, engine, layout, models, pretrained, products, program, signals, summary
 from train.checkpoints import Checkpoints
 from train.config import Config, Fit
 from train.experiment import Job, check, init_variables, lock
@@ -93,22 +94,27 @@ def run(job: Job) -> dict[str, Any]:
             tensorboard=config.tensorboard,
             write=layout.is_primary(),
         )
-        with contextlib.closing(log), _keeper(config, checkpoints, log) as keeper:
+        with contextlib.closing(log):
+            keeper = _Keeper(config.save_seconds, checkpoints, log)
             worker = _Worker(job, functions, log, keeper)
             run_units = units(config, job.plan)
-            while progress.units < len(run_units):
-                number, unit = progress.units, run_units[progress.units]
-                if config.one_program and unit.round >= 0:
-                    state = worker.work_through(number, run_units[number:], state)
-                    progress = Progress(units=len(run_units))
-                else:
-                    state = worker.work(number, unit, state, progress)
-                    progress = Progress(units=number + 1)
-                if keeper.due() or run_units[progress.units - 1].last:
-                    keeper.save(state, progress)
+            with signals.deferred(keeper.tell):
+                while progress.units < len(run_units):
+                    number, unit = progress.units, run_units[progress.units]
+                    if config.one_program and unit.round >= 0:
+                        state = worker.work_through(number, run_units[number:], state)
+                        progress = Progress(units=len(run_units))
+                    else:
+                        state = worker.work(number, unit, state, progress)
+                        progress = Progress(units=number + 1)
+                    if keeper.due() or run_units[progress.units - 1].last:
+                        keeper.save(state, progress)
+                keeper.due()
+                keeper.stop_if_told()  # during the last save
             state = layout.gather(state)
             if config.quantize.method == "qcnn":
                 state = worker.quantize_products(len(run_units), state)
+    _check_finite("training diverged", state.train.params, state.train.batch_stats)
     if layout.is_primary():
         summary.write(job, state, log.events)
     layout.wait_for_all(f"{job.workdir}: report")
@@ -123,43 +129,34 @@ class _Keeper:
     checkpoints: Checkpoints
     log: Log
     saved: float = dataclasses.field(default_factory=time.monotonic)
-    told: bool = False  # to stop, by a signal that may come at any moment
-    stopping: bool = False  # as all processes have agreed
+    told: int = 0  # to stop, by a signal that may come at any moment: its number
+    stopping: int = 0  # as all processes have agreed
+
+    def tell(self, number: int) -> None:
+        """Have the run stop at its next step."""
+        self.told = number
 
     def due(self) -> bool:
         """Return whether it is time to save, all processes at the same step."""
         late = time.monotonic() - self.saved > self.save_seconds
-        urgency = layout.highest(2 if self.told else int(late))
-        self.stopping = urgency == 2
+        urgency = layout.highest(self.told or int(late))
+        self.stopping = urgency if urgency > 1 else 0  # no signal that stops has the number 1
         return urgency > 0
 
     def save(self, state: RunState, progress: Progress) -> None:
-        """Save, and end the process if it was told to: the exit code says by what, as shells do."""
+        """Save, and end the process if it was told to."""
         record = {"progress": progress._asdict(), "events": self.log.events}
         self.checkpoints.save(state, record)
         self.saved = time.monotonic()
+        self.stop_if_told()
+
+    def stop_if_told(self) -> None:
+        """End the process: the exit code says by which signal, as shells do."""
         if self.stopping:
             self.checkpoints.wait()
-            say("stopped by SIGTERM, all is saved: the same command continues")
-            raise SystemExit(128 + signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def _keeper(config: Config, checkpoints: Checkpoints, log: Log) -> Iterator[_Keeper]:
-    """Give a keeper that SIGTERM, by which schedulers take machines away, tells to stop."""
-    keeper = _Keeper(config.save_seconds, checkpoints, log)
-
-    def stop(*_: Any) -> None:
-        keeper.told = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield keeper  # signals are the main thread's
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield keeper
-    finally:
-        signal.signal(signal.SIGTERM, before)
+            name = signal.Signals(self.stopping).name
+            say(f"stopped by {name}, all is saved: the same command continues")
+            raise SystemExit(128 + self.stopping)
 
 
 def _functions(job: Job) -> engine.Engine:
@@ -224,6 +221,7 @@ class _Worker:
             return state
         result = self._evaluate(state)
         if unit.round < 0:
+            _check_loss("float", result["loss"])
             self.log.add("float", number, **result)
             params, batch_stats = state.train.params, state.train.batch_stats
             variables = {"params": params, "batch_stats": batch_stats}
@@ -283,6 +281,7 @@ class _Worker:
         train = state.train._replace(params=params, batch_stats=batch_stats)
         state = state._replace(train=train)
         result = self._evaluate(state)
+        _check_loss("products", result["loss"])
         layers = {
             path: {"error_before": error.before, "error_after": error.after}
             for path, error in errors.items()
@@ -411,9 +410,8 @@ class _Worker:
 
     def _log_epoch(self, number: int, unit: Unit, loss: float, correct: float) -> None:
         """Log an epoch's mean loss and mean correct answers a step."""
-        if not loss < float("inf"):
-            title = "float" if unit.round < 0 else f"round {unit.round + 1}"
-            raise FloatingPointError(f"{title}, epoch {unit.epoch + 1}: training diverged")
+        title = "float" if unit.round < 0 else f"round {unit.round + 1}"
+        _check_loss(f"{title}, epoch {unit.epoch + 1}", loss)
         accuracy = correct / self.job.config.batch_size
         self.log.add("epoch", number, round=unit.round + 1, loss=loss, train_accuracy=accuracy)
 
@@ -422,6 +420,7 @@ class _Worker:
     ) -> None:
         plan = self.job.plan
         assert plan is not None
+        _check_loss(f"round {unit.round + 1}, quantized", result["loss"])
         record = summary.round_record(plan, info)
         self.log.add("quantized", number, round=unit.round + 1, **result, **record)
         say(
@@ -430,6 +429,7 @@ class _Worker:
         )
 
     def _log_retrained(self, number: int, unit: Unit, result: dict[str, float]) -> None:
+        _check_loss(f"round {unit.round + 1}", result["loss"])
         self.log.add("retrained", number, round=unit.round + 1, **result)
         count = "1 epoch" if unit.epochs == 1 else f"{unit.epochs} epochs"
         say(f"round {unit.round + 1}: {result['accuracy']:.2%} after {count} of re-training")
@@ -442,6 +442,19 @@ class _Worker:
         """Keys depend on the seed and the unit alone: a resumed run draws the same numbers."""
         key = jax.random.fold_in(jax.random.key(self.job.config.seed), number)
         return jax.random.fold_in(key, purpose)
+
+
+def _check_loss(stage: str, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"{stage}: training diverged, the loss is {loss}")
+
+
+def _check_finite(what: str, *trees: Any) -> None:
+    """Raise a FloatingPointError that names what is NaN or infinite, of weights or statistics."""
+    leaves = [item for tree in trees for item in leaves_with_paths(tree)]
+    bad = [path for path, leaf in leaves if not np.isfinite(np.asarray(leaf)).all()]
+    if bad:
+        raise FloatingPointError(f"{what}: NaN or infinite values in {', '.join(bad)}")
 
 
 def evaluate(config: Config, workdir: Path | None, *, mirrored: bool = False) -> dict[str, float]:
@@ -466,7 +479,10 @@ def evaluate(config: Config, workdir: Path | None, *, mirrored: bool = False) ->
         )
     batch_stats = variables.get("batch_stats", {})
     test = job.dataset.test
-    return functions.evaluate(variables["params"], batch_stats, test, mirrored=mirrored)
+    result = functions.evaluate(variables["params"], batch_stats, test, mirrored=mirrored)
+    if not math.isfinite(result["loss"]):
+        raise FloatingPointError(f"expected a finite loss, got {result['loss']}")
+    return result
 
 
 def export(config: Config, workdir: Path, output: Path, *, pytorch: bool) -> int:
@@ -500,4 +516,6 @@ def _restore(config: Config, workdir: Path) -> tuple[Job, engine.Engine, RunStat
         restored = checkpoints.restore(_fresh(job, functions))
     if restored is None:
         raise ValueError(f"{workdir}: expected at least one checkpoint, got none")
+    train = restored[0].train
+    _check_finite(f"{workdir}: its latest checkpoint", train.params, train.batch_stats)
     return job, functions, restored[0]

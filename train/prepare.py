@@ -7,6 +7,7 @@ archive is unpacked to disk.
 
 import hashlib
 import http.client
+import io
 import itertools
 import json
 import shutil
@@ -175,6 +176,7 @@ def builder_class(source: Source) -> Any:
         VERSION = tfds.core.Version(source.version)
         splits_to_write: Splits
         sums: dict[str, str]
+        stdout: Any  # of the program
 
         def _info(self) -> Any:
             features = {
@@ -218,16 +220,17 @@ def builder_class(source: Source) -> Any:
                     size=_CHUNK,
                     total=-(-len(keys) // _CHUNK),
                 )
-                for _ in chunks:
-                    writer.add_examples({split: list(itertools.islice(examples, _CHUNK))})
+                with redirect_stdout(self.stdout):
+                    for _ in chunks:
+                        writer.add_examples({split: list(itertools.islice(examples, _CHUNK))})
                 writer.close_splits([split])
             self.info.set_splits(info.splits)
 
         def write(self, splits: Splits, sums: dict[str, str]) -> None:
-            self.splits_to_write, self.sums = splits, sums
+            self.splits_to_write, self.sums, self.stdout = splits, sums, sys.stdout
             tfds.disable_progress_bar()
             config = tfds.download.DownloadConfig(try_download_gcs=False)
-            with redirect_stdout(sys.stderr):  # It prints what it is about to do.
+            with redirect_stdout(io.StringIO()):  # It prints what `_make` has said.
                 self.download_and_prepare(download_config=config, file_format="array_record")
 
     Builder.name = source.name

@@ -16,18 +16,21 @@ So torchvision's published state_dicts of the ImageNet networks fit as they are:
     params/inception3a/branch2_1/conv/kernel    inception3a.branch2.1.conv.weight
 """
 
+import contextlib
+import functools
+import io
 import re
 import zipfile
-import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
+from jaxquant.selection import leaves_with_paths
 from train.logs import write_bytes
 
 _LEAF_NAMES = {
@@ -38,65 +41,127 @@ _LEAF_NAMES = {
     "var": "running_var",
 }
 _SHOWN = 4
-# What NumPy and zipfile raise on damaged, encrypted, exotic or dishonest files.
-_DAMAGE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    ValueError,
-    KeyError,
-    EOFError,
-    OSError,
-    NotImplementedError,
-    RuntimeError,
-    MemoryError,
-)
+_LONGEST_NAME = 100
+_COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # NumPy's; others may ask for gigabytes
+_HEADER_BYTES = 10_240  # NumPy's longest header, and what is before it
+_LONGEST_AXIS = 1 << 48
 
 
-def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
-    """Read every tensor of a `.npz` or `.safetensors` file; pickled objects are refused.
+class Tensor(NamedTuple):
+    """A tensor of a file, known from its header: its values have not been read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    floating: bool
+    read: Callable[[], np.ndarray]
+
+
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[dict[str, Tensor]]:
+    """Give the tensors of a `.npz` or `.safetensors` file by the file's own names, and close it.
+
+    Nothing is decompressed but headers, so a file may claim what it will. No pickled objects.
 
     Args:
       path: The file; its suffix tells the format.
 
-    Returns:
-      The arrays by name, with the file's own names, shapes and dtypes.
-
     Raises:
       FileNotFoundError: If there is no such file.
-      ValueError: If the suffix is another one, or the file is damaged, naming the file.
+      ValueError: If the suffix is another one, or the file is damaged, naming the file; also from
+        `read`, naming the tensor too.
     """
     path = Path(path)
-    readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
-    if path.suffix not in readers:
+    formats = {
+        ".npz": (zipfile.ZipFile, _npz_tensors),
+        ".safetensors": (_open_safetensors, _safetensors_tensors),
+    }
+    if path.suffix not in formats:
         raise ValueError(f"{path}: expected a .npz or .safetensors file, got {path.suffix!r}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    return readers[path.suffix](path)
+    open_file, list_tensors = formats[path.suffix]
+    with contextlib.ExitStack() as stack:
+        with _readable(f"{path}: expected a {path.suffix} of arrays"):
+            file = stack.enter_context(open_file(path))
+        yield list_tensors(path, file)
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, Mapping):
-                raise ValueError("a single array")
-            tensors = {name: archive[name] for name in archive}
-    except _DAMAGE as error:
-        raise ValueError(f"{path}: expected a .npz of arrays, got {_one_line(error)}") from None
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, np.ndarray):  # A member that is no .npy comes as bytes.
-            raise ValueError(f"{path}: expected a .npz of arrays, got member {name!r}")
+def _npz_tensors(path: Path, archive: zipfile.ZipFile) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for info in archive.infolist():
+        name = info.filename.removesuffix(".npy")
+        member = f"{path}: member {_shown(info.filename)}"
+        with _readable(f"{member}: expected an array"):
+            if name == info.filename or name in tensors or info.compress_type not in _COMPRESSION:
+                raise ValueError("another kind of file, name or compression")
+            shape, dtype = _npy_header(archive, info)
+        tensors[name] = Tensor(
+            shape,
+            str(dtype),
+            dtype.kind == "f",
+            functools.partial(_read_npy, member, archive, info),
+        )
     return tensors
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+def _npy_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], Any]:
+    """Return the shape and the dtype of an array from its member's first bytes."""
+    with archive.open(info) as member:
+        start = io.BytesIO(member.read(_HEADER_BYTES))
+    version = np.lib.format.read_magic(start)
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(start)
+    elif version == (2, 0):
+        shape, _, dtype = np.lib.format.read_array_header_2_0(start)
+    else:  # a later one is for arrays of structures
+        raise ValueError(f"version {version}")
+    if not all(0 <= length < _LONGEST_AXIS for length in shape):
+        raise ValueError("an impossible shape")
+    return shape, dtype
 
+
+def _read_npy(where: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    with _readable(f"{where}: expected an array"), archive.open(info) as member:
+        array = np.lib.format.read_array(member, allow_pickle=False)
+        if member.read(1):  # at the end the checksum has been compared
+            raise ValueError("more values than its header says")
+        return array
+
+
+def _open_safetensors(path: Path) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(path, framework="numpy")
+
+
+def _safetensors_tensors(path: Path, file: Any) -> dict[str, Tensor]:
+    tensors = {}
+    for name in file.keys():  # noqa: SIM118
+        header = file.get_slice(name)
+        dtype = header.get_dtype()
+        read = functools.partial(_read_safetensors, f"{path}: {_shown(name)}", file, name)
+        tensors[name] = Tensor(tuple(header.get_shape()), dtype, "F" in dtype, read)
+    return tensors
+
+
+def _read_safetensors(where: str, file: Any, name: str) -> np.ndarray:
+    with _readable(f"{where}: expected an array"):
+        return file.get_tensor(name)
+
+
+@contextlib.contextmanager
+def _readable(expected: str) -> Iterator[None]:
     try:
-        return load_file(path)
-    except (SafetensorError, ValueError, TypeError, KeyError, OSError) as error:
-        raise ValueError(f"{path}: expected a .safetensors file, got {_one_line(error)}") from None
+        yield
+    except Exception as error:  # whatever comes of damaged, exotic or dishonest files
+        raise ValueError(f"{expected}, got {_one_line(error)}") from None
+
+
+def _shown(name: str) -> str:
+    """Return a file's own name for something: it may be of any length and hold anything."""
+    return (
+        name if name.isprintable() and len(name) <= _LONGEST_NAME else ascii(name[:_LONGEST_NAME])
+    )
 
 
 def _one_line(error: BaseException) -> str:
@@ -123,7 +188,11 @@ def _load_packed(path: str | Path, variables: Any) -> Any:
                 return None
     except (SafetensorError, OSError):
         return None  # `load` says what is wrong with it
-    return jq.load(path, like={name: x for name, x in variables.items() if jax.tree.leaves(x)})
+    packed = jq.load(path, like={name: x for name, x in variables.items() if jax.tree.leaves(x)})
+    for name, leaf in leaves_with_paths(packed):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            _check_finite(path, name, leaf)
+    return packed
 
 
 def load(path: str | Path, variables: Any, *, unused: str | None = None) -> Any:
@@ -135,7 +204,7 @@ def load(path: str | Path, variables: Any, *, unused: str | None = None) -> Any:
     every tensor of the network is filled and every one of the file is used.
 
     Args:
-      path: A file for `read_state_dict`, or of `jaxquant.save`.
+      path: A file for `opened`, or of `jaxquant.save`.
       variables: {"params": ..., "batch_stats": ...} of arrays or `jax.ShapeDtypeStruct`, as of
         `module.init` or `jax.eval_shape` of it.
       unused: Regular expression for whole names of tensors that the network does without, see
@@ -153,14 +222,14 @@ def load(path: str | Path, variables: Any, *, unused: str | None = None) -> Any:
     packed = _load_packed(path, variables)
     if packed is not None:
         return packed
-    tensors = _strip(read_state_dict(path), unused)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(variables)
-    names = [_torch_name(key_path) for key_path, _ in leaves]
-    _check_names(path, expected=names, got=tensors)
-    filled = [
-        _to_linen(path, name, tensors[name], leaf)
-        for name, (_, leaf) in zip(names, leaves, strict=True)
-    ]
+    wanted = {_torch_name(key_path): leaf for key_path, leaf in leaves}
+    with opened(path) as file:
+        tensors = _strip(file, unused)
+        _check_names(path, expected=list(wanted), got=tensors)
+        for name, leaf in wanted.items():
+            _check_header(path, name, tensors[name], leaf)
+        filled = [_to_linen(path, name, tensors[name], leaf) for name, leaf in wanted.items()]
     return jax.tree.unflatten(treedef, [jnp.asarray(array) for array in filled])
 
 
@@ -197,7 +266,7 @@ def save(variables: Any, path: Path) -> int:
     return path.stat().st_size
 
 
-def _strip(tensors: dict[str, np.ndarray], unused: str | None) -> dict[str, np.ndarray]:
+def _strip(tensors: dict[str, Tensor], unused: str | None) -> dict[str, Tensor]:
     prefix = "module." if all(name.startswith("module.") for name in tensors) else ""
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return {
@@ -241,18 +310,27 @@ def _check_names(path: str | Path, *, expected: list[str], got: Iterable[str]) -
 
 
 def _first(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    return ", ".join(_shown(name) for name in names[:_SHOWN]) + (
+        ", ..." if len(names) > _SHOWN else ""
+    )
 
 
-def _to_linen(path: str | Path, name: str, tensor: np.ndarray, leaf: Any) -> np.ndarray:
+def _check_header(path: str | Path, name: str, tensor: Tensor, leaf: Any) -> None:
     expected = _to_torch_layout(np.broadcast_to(np.float32(0), leaf.shape)).shape
     if tensor.shape != expected:
         raise ValueError(f"{path}: {name}: expected shape {expected}, got {tensor.shape}")
-    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+    if not tensor.floating:
         raise ValueError(f"{path}: {name}: expected floating point values, got {tensor.dtype}")
+
+
+def _to_linen(path: str | Path, name: str, tensor: Tensor, leaf: Any) -> np.ndarray:
     with np.errstate(over="ignore"):
-        tensor = tensor.astype(leaf.dtype)
-    bad = tensor.size - int(np.isfinite(tensor.astype(np.float32)).sum())
+        array = tensor.read().astype(leaf.dtype)
+    _check_finite(path, name, array)
+    return _to_linen_layout(array)
+
+
+def _check_finite(path: str | Path, name: str, array: Any) -> None:
+    bad = array.size - int(np.isfinite(np.asarray(array, np.float32)).sum())
     if bad:
         raise ValueError(f"{path}: {name}: expected finite values, got {bad} NaN or infinite")
-    return _to_linen_layout(tensor)

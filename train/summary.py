@@ -1,16 +1,18 @@
 """What a run came to: report.json, report.md, plots; and a table over several runs."""
 
-import json
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 import jaxquant as jq
 from jaxquant.trees import leaves_with_paths
-from train.logs import write_text
+from train.config import first_error
+from train.logs import read_json, to_json, write_text
 
 if TYPE_CHECKING:
     from train.experiment import Job
@@ -96,7 +98,7 @@ def write(job: "Job", state: "RunState", events: Sequence[Mapping[str, Any]]) ->
         lines += [_rounds_table(rounds), "", _closing(result), "", str(network), ""]
         if job.config.plots:
             _plot(job, state, rounds, float_event["accuracy"])
-    write_text(job.workdir / "report.json", json.dumps(result) + "\n")
+    write_text(job.workdir / "report.json", to_json(result))
     write_text(job.workdir / "report.md", "\n".join(lines))
 
 
@@ -260,6 +262,41 @@ def _cells(name: str, full: float, text: str, accuracy: float, q: Mapping[str, A
     )
 
 
+@dataclasses.dataclass
+class _Float:
+    accuracy: float
+
+
+@dataclasses.dataclass
+class _Quantized:
+    accuracy: float
+    bits_per_weight: float
+    bytes: int
+    entropy_bytes: int
+    float_bytes: int
+    compression: float
+
+
+@dataclasses.dataclass
+class _Round:
+    accuracy: float
+    accuracy_quantized: float
+
+
+@dataclasses.dataclass
+class _Report:
+    """What tables and figures want of a report.json."""
+
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
+
+    float: _Float
+    quantized: _Quantized | None = None
+    rounds: list[_Round] | None = None
+
+
+_REPORT = TypeAdapter(_Report)
+
+
 def read(workdir: Path) -> dict[str, Any]:
     """Return the report.json of a workdir.
 
@@ -269,7 +306,9 @@ def read(workdir: Path) -> dict[str, Any]:
     path = workdir / "report.json"
     if not path.is_file():
         raise ValueError(f"{path}: expected the report of a finished run, got no such file")
+    report = read_json(path)
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from None
+        _REPORT.validate_json(path.read_bytes(), strict=True)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {first_error(error)}") from None
+    return report
