@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant import checks
 from jaxquant.clusters import SPREAD, spread
 from jaxquant.codebooks import assign, reconstruct
 from jaxquant.histogram import fold
@@ -117,6 +118,7 @@ def set_centroids(params: Any, state: QuantState, codebooks: Any) -> tuple[Any, 
     check_state(state)
     _check("params", params, state.frozen)
     _check("codebooks", codebooks, state.codebooks)
+    checks.values({f"codebooks: {path}": leaf for path, leaf in leaves_with_paths(codebooks)})
     moved = jax.tree.map(
         lambda old, new, moves: jnp.where(moves, jnp.asarray(new).astype(old.dtype), old),
         state.codebooks,

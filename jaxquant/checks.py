@@ -49,6 +49,13 @@ def integer(name: str, value: Any, *, least: int, most: int | None = None) -> in
     return number
 
 
+def key(name: str, value: Any) -> None:
+    """Raise a ValueError for what is no key of `jax.random`."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
+        raise ValueError(f"expected {name} to be a key, as jax.random.key(0), got {value!r:.50}")
+
+
 def values(arrays: Mapping[str, jax.Array], *, nonnegative: Collection[str] = ()) -> None:
     """Refuse arrays that cannot be clustered, if they can be looked at: not while tracing.
 

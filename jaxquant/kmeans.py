@@ -317,8 +317,10 @@ def check_iterations(iterations: Any) -> int | None:
 
 def _check_centroids(k: int, init: Any, frozen: Any) -> None:
     centroids = None if init is None or isinstance(init, str) else jnp.asarray(init)
-    if centroids is not None and centroids.shape != (k,):
-        raise ValueError(f"expected init of shape ({k},), got {centroids.shape}")
+    if centroids is not None:
+        if centroids.shape != (k,):
+            raise ValueError(f"expected init of shape ({k},), got {centroids.shape}")
+        checks.values({"init": centroids})
     if frozen is None:
         return
     if centroids is None:

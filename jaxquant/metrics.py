@@ -20,7 +20,7 @@ from jaxquant.packing import (
 from jaxquant.quantize import QuantState, check_state, slice_axis
 from jaxquant.schedules import Plan
 from jaxquant.selection import natural_key, vector_reasons
-from jaxquant.trees import leaves_with_paths, pure
+from jaxquant.trees import check_structure, leaves_with_paths, pure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,15 +160,15 @@ def report(
     reference = pure(reference, only_parameters=True)
     pairs = _leaves(params)
     structure = jax.tree.structure(params, is_leaf=is_product)
+    nothing = jax.tree.unflatten(structure, [jnp.zeros(())] * len(pairs))
     if state is None:
-        nothing = jax.tree.unflatten(structure, [jnp.zeros(())] * len(pairs))
         trees = [nothing, nothing]
     else:
         check_state(state)
         trees = [state.codebooks, state.frozen]
     trees += [] if reference is None else [reference]
-    if {jax.tree.structure(tree) for tree in trees} != {structure}:
-        raise ValueError("expected params, state and reference to have the same structure")
+    for tree, name in zip(trees, ("state", "state", "reference"), strict=False):
+        check_structure(nothing, tree, f"{name} to have the params' structure")
     columns = [[leaf for _, leaf in pairs], *map(jax.tree.leaves, trees)]
     for (path, leaf), other in zip(pairs, columns[-1], strict=True):
         if reference is not None and jnp.shape(other) != jnp.shape(leaf):

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec
 from jaxquant.codebooks import MOST_CENTROIDS, assign, reconstruct
 from jaxquant.meshes import compiled
 from jaxquant.quantize import QuantState, check_state, per_slice, slice_axis
-from jaxquant.trees import leaves_with_paths, pure, replaced
+from jaxquant.trees import check_structure, leaves_with_paths, pure, replaced
 
 _WIDTHS = (8, 4, 2, 1)
 
@@ -428,8 +428,7 @@ def pack(params: Any, state: QuantState) -> Any:
     """
     given, params, state = params, pure(params, only_parameters=True), pure(state)
     check_state(state)
-    if jax.tree.structure(params) != jax.tree.structure(state.codebooks):
-        raise ValueError("expected params and state to have the same structure")
+    check_structure(state.codebooks, params, "params to have the state's structure")
     packed = [
         _pack_leaf(path, jnp.asarray(leaf), codebook) if codebook.ndim else leaf
         for (path, leaf), codebook in zip(

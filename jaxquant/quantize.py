@@ -20,7 +20,7 @@ from jaxquant.meshes import compiled
 from jaxquant.partition import choose, priority, threshold, weight_priority
 from jaxquant.schedules import Plan
 from jaxquant.selection import Layer
-from jaxquant.trees import leaves_with_paths, pure, replaced
+from jaxquant.trees import check_structure, leaves_with_paths, pure, replaced
 
 _BATCH = 64  # codebooks solved side by side; bounds the memory of the dynamic program
 
@@ -369,8 +369,7 @@ def quantize_round(
     >>> round(float(info.clusters_frozen["kernel"]), 3)
     0.333
     """
-    if plan.partition == "random" and key is None:
-        raise ValueError("expected a key for partition='random', got None")
+    check_key(plan, key)
     given, params = params, pure(params, only_parameters=True)
     state, sensitivity = pure(state), pure(sensitivity, only_parameters=True)
     _check(plan, params, state, sensitivity)
@@ -485,6 +484,7 @@ def is_on_codebook(params: Any, state: QuantState) -> Any:
 
     params, state = pure(params, only_parameters=True), pure(state)
     check_state(state)
+    check_structure(state.codebooks, params, "params to have the state's structure")
 
     def check(leaf: jax.Array, codebook: jax.Array) -> jax.Array:
         return compiled(_is_on, leaf, codebook) if codebook.ndim else jnp.bool_(True)
@@ -695,6 +695,14 @@ def _describe(
     return RoundInfo(**rows)
 
 
+def check_key(plan: Plan, key: Any) -> None:
+    """Raise a ValueError for what is no key, or none where the plan draws."""
+    if key is not None:
+        checks.key("key", key)
+    elif plan.partition == "random":
+        raise ValueError("expected a key for partition='random', got None")
+
+
 def check_state(state: Any) -> None:
     """Refuse what is no `QuantState`: checkpoints that are restored by structure alone lose types.
 
@@ -748,6 +756,11 @@ def _check_moments(plan: Plan, moments: dict[str, jax.Array]) -> None:
         inputs = math.prod(layer.shape[len(lead) : -1])
         _check_shape(f"moments: {path}", own, (*lead, inputs, inputs))
     checks.values({f"moments: {path}": own for path, own in moments.items()})
+    energies = {
+        f"moments: {path}: the diagonal": jnp.diagonal(own, axis1=-2, axis2=-1)
+        for path, own in moments.items()
+    }
+    checks.values(energies, nonnegative=energies)
 
 
 def _gather(plan: Plan, *trees: Any) -> list[Any]:

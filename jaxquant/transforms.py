@@ -14,11 +14,11 @@ import optax
 
 from jaxquant import loops
 from jaxquant.checks import whole_number, whole_numbers
-from jaxquant.quantize import QuantState, nearest, quantize_round
+from jaxquant.quantize import QuantState, check_key, nearest, quantize_round
 from jaxquant.quantize import init as init_quantization
 from jaxquant.schedules import Plan
 from jaxquant.selection import Layer, fitted
-from jaxquant.trees import leaves_with_paths, pure, replaced
+from jaxquant.trees import check_structure, pure, replaced
 
 # Steps after a round in which frozen weights are still moved onto their centroids: p + (c - p) may
 # miss c by a rounding. Once p is near c the difference is exact (Sterbenz), so that the second or
@@ -95,7 +95,7 @@ def freeze_quantized(
                 "expected the keyword argument frozen=state.frozen in tx.update(...), got none"
             )
         frozen = pure(frozen)
-        _check_structure(pure(updates), frozen, "frozen to have the updates' structure")
+        check_structure(pure(updates), frozen, "frozen to have the updates' structure")
         frozen = jax.tree_util.tree_map_with_path(_check_mask, pure(updates), frozen)
         if tx is None:
             return _hidden(frozen, updates), state
@@ -157,21 +157,6 @@ def _check_mask(path: tuple[Any, ...], update: jax.Array, frozen: Any) -> jax.Ar
             f"got {frozen.shape}"
         )
     return frozen
-
-
-def _check_structure(tree: Any, other: Any, wanted: str) -> None:
-    """Raise if the other tree differs, naming the leaf at which they part."""
-    expected, got = jax.tree.structure(tree), jax.tree.structure(other)
-    if expected == got:
-        return
-    paths, given = ([path for path, _ in leaves_with_paths(x)] for x in (tree, other))
-    missing = next((path for path in paths if path not in given), None)
-    surplus = next((path for path in given if path not in paths), None)
-    if missing is not None:
-        raise ValueError(f"expected {wanted}, got no leaf {missing!r}")
-    if surplus is not None:
-        raise ValueError(f"expected {wanted}, got a leaf {surplus!r}")
-    raise ValueError(f"expected {wanted} {expected}, got {got}")
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -257,8 +242,7 @@ def incremental(
     3
     """
     starts = jnp.array(_starts(plan, steps_per_round), jnp.int32)
-    if plan.partition == "random" and key is None:
-        raise ValueError("expected a key for partition='random', got None")
+    check_key(plan, key)
     tx = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> IncrementalState:
@@ -280,8 +264,8 @@ def incremental(
         if params is None:
             raise ValueError("expected tx.update(updates, state, params), got no params")
         _check_state(state)
-        _check_structure(state.quant.frozen, pure(params), "params to have the state's structure")
-        _check_structure(pure(params), pure(updates), "updates to have the params' structure")
+        check_structure(state.quant.frozen, pure(params), "params to have the state's structure")
+        check_structure(pure(params), pure(updates), "updates to have the params' structure")
         jax.tree_util.tree_map_with_path(
             _check_dtype, state.quant.frozen, pure(params), pure(updates)
         )

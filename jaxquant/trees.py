@@ -92,6 +92,21 @@ def leaves_with_paths(
     return list(zip(keys, (leaf for _, leaf in pairs), strict=True))
 
 
+def check_structure(tree: Any, other: Any, wanted: str) -> None:
+    """Raise a ValueError if the other tree differs, naming the leaf at which they part."""
+    expected, got = jax.tree.structure(tree), jax.tree.structure(other)
+    if expected == got:
+        return
+    paths, given = ([path for path, _ in leaves_with_paths(x)] for x in (tree, other))
+    missing = next((path for path in paths if path not in given), None)
+    surplus = next((path for path in given if path not in paths), None)
+    if missing is not None:
+        raise ValueError(f"expected {wanted}, got no leaf {missing!r}")
+    if surplus is not None:
+        raise ValueError(f"expected {wanted}, got a leaf {surplus!r}")
+    raise ValueError(f"expected {wanted} {expected}, got {got}")
+
+
 def _nnx() -> Any:
     return sys.modules.get("flax.nnx")
 

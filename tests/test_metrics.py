@@ -128,7 +128,7 @@ def test_the_table_has_a_row_a_leaf_in_natural_order_and_totals():
 def test_trees_that_differ_are_refused():
     params = {"w": normal(8, 8)}
     state = jq.init(jq.slq(params, bits=2, rounds=(3,)), params)
-    message = "expected params, state and reference to have the same structure"
+    message = "expected .* to have the params' structure"
     with pytest.raises(ValueError, match=message):
         jq.report({"v": params["w"]}, state)
     with pytest.raises(ValueError, match=message):

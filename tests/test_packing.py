@@ -153,7 +153,7 @@ def test_weights_off_their_codebook_are_refused_by_name():
 
 def test_trees_that_differ_are_refused():
     params, state = tree_of(*on_codebook(3, (8, 4)))
-    with pytest.raises(ValueError, match="same structure"):
+    with pytest.raises(ValueError, match="expected params to have the state's structure"):
         jq.pack({"a": params["a"]}, state)
 
 
