@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from train import __main__ as cli
 from train import config as configs
 from train import experiment, layout, loop
-from train.checkpoints import Checkpoints
+from train.checkpoints import read
 from train.config import Config, Mesh
 
 pytestmark = pytest.mark.usefixtures("experiments")
@@ -101,9 +101,7 @@ def restored(workdir, *mesh):
     """Return the arrays of the latest checkpoint, on these devices."""
     overrides = [argument.removeprefix("--config.") for argument in (*TERNARY, *mesh)]
     job = experiment.check(configs.load("configs/digits_slq.py", overrides)["digits_slq"])
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    found = checkpoints.restore(loop._fresh(job, loop._functions(job)))
-    checkpoints.close()
+    found = read(workdir / "checkpoints", loop._abstract(job, loop._functions(job)))
     assert found is not None
     return found[0]
 

@@ -12,7 +12,6 @@ import time
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,7 +19,7 @@ import jaxquant as jq
 from train import __main__ as cli
 from train import config as configs
 from train import experiment, loop, pretrained
-from train.checkpoints import Checkpoints
+from train.checkpoints import read
 from train.config import Config, Fit, Quantize
 
 SHORT = [
@@ -40,9 +39,7 @@ def final_params(workdir, *more):
     """Return what the latest checkpoint of a SHORT run holds: arrays and progress."""
     overrides = [a.removeprefix("--config.") for a in (*SHORT, *more)]
     job = experiment.check(configs.load("configs/digits_slq.py", overrides)["digits_slq"])
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    restored = checkpoints.restore(loop._fresh(job, loop._functions(job)))
-    checkpoints.close()
+    restored = read(workdir / "checkpoints", loop._abstract(job, loop._functions(job)))
     assert restored is not None
     return restored
 
@@ -476,30 +473,6 @@ def test_diverging_training_stops_and_says_where(tmp_path, capsys):
     arguments = [*SLQ, "--config.retrain.learning_rate=1e30", "--workdir", str(tmp_path)]
     assert cli.main(arguments) == 2
     assert "diverged" in capsys.readouterr().err
-
-
-def test_checkpoints_round_trip_and_keep_the_type(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.restore({"a": jnp.zeros(3)}) is None
-    checkpoints.save({"a": jnp.arange(3.0), "b": jnp.bool_(True)}, {"done": 1, "events": []})
-    arrays, progress = checkpoints.restore({"a": jnp.zeros(3), "b": jnp.bool_(False)}) or ({}, {})
-    checkpoints.close()
-    np.testing.assert_array_equal(arrays["a"], np.arange(3.0))
-    assert bool(arrays["b"]) and progress == {"done": 1, "events": []}
-
-
-def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
-    def no_space(*_, **__):
-        raise ValueError(
-            "RESOURCE_EXHAUSTED: Failed to write 8 bytes: No space left on device [28]"
-        )
-
-    checkpoints = Checkpoints(tmp_path)
-    monkeypatch.setattr(checkpoints._manager, "save", no_space)
-    message = "could not be written \\(no space left on device\\); those before it are whole"
-    with pytest.raises(OSError, match=message):
-        checkpoints.save({"a": jnp.zeros(3)}, {})
-    checkpoints.close()
 
 
 @pytest.mark.slow

@@ -275,7 +275,16 @@ def _at_least(name: str, value: float, least: float) -> None:
         raise ValueError(f"{name}: expected at least {least}, got {value!r}")
 
 
-_CHANGEABLE = ("mesh.", "save_seconds", "data.workers")  # fields, in a run that has begun
+# Fields, in a run that has begun.
+_CHANGEABLE = (
+    "mesh.",
+    "save_seconds",
+    "data.dir",
+    "data.workers",
+    "eval_batch_size",
+    "plots",
+    "tensorboard",
+)
 
 
 def to_json(config: Config) -> str:

@@ -45,8 +45,12 @@ def prepare(config: Config, workdir: Path) -> Job:
     return job._replace(workdir=workdir)
 
 
-def check(config: Config) -> Job:
+def check(config: Config, *, start: bool = True) -> Job:
     """Check everything that a user may have got wrong, before any device work.
+
+    Args:
+      config: of the experiment.
+      start: whether it is to start; where a checkpoint is only read, `config.init` may be gone.
 
     Raises:
       ValueError, OSError: with one line that says what is wrong and where.
@@ -70,8 +74,10 @@ def check(config: Config) -> Job:
     model = models.build(config.model, num_classes=dataset.num_classes)
     shapes = jax.eval_shape(lambda: init_variables(model, dataset, jax.random.key(0)))
     unused = models.unused_tensors(config.model)
-    initial = pretrained.load(config.init, shapes, unused=unused) if config.init else None
-    if initial is None and not config.fit.epochs[0]:
+    initial = None
+    if config.init and start:
+        initial = pretrained.load(config.init, shapes, unused=unused)
+    if start and initial is None and not config.fit.epochs[0]:
         raise ValueError("expected init=FILE or fit.epochs above 0, got neither")
     plan = make_plan(config, shapes["params"])
     image = jax.ShapeDtypeStruct((1, *dataset.train.image_shape), jnp.float32)
@@ -134,18 +140,23 @@ def init_variables(model: nn.Module, dataset: data.Dataset, key: jax.Array) -> A
     return model.init(key, image, train=False)
 
 
+def refuse_other(config: Config, workdir: Path) -> None:
+    """Raise a ValueError for a workdir that another config has been run in."""
+    path = workdir / "config.json"
+    if path.is_file():
+        changed = configs.difference(path.read_text(), configs.to_json(config))
+        if changed:
+            raise ValueError(f"{workdir}: expected the config it was started with, got {changed}")
+
+
 def _claim(config: Config, workdir: Path) -> None:
     """Create the workdir, or refuse one that another config has been run in."""
     if not layout.is_primary():
         return  # the first process does it for all
-    path, text = workdir / "config.json", configs.to_json(config)
-    if path.is_file():
-        changed = configs.difference(path.read_text(), text)
-        if changed:
-            raise ValueError(f"{workdir}: expected the config it was started with, got {changed}")
-        return
+    refuse_other(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    if not (workdir / "config.json").is_file():
+        write_text(workdir / "config.json", configs.to_json(config))
 
 
 @contextlib.contextmanager
