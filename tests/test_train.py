@@ -493,6 +493,11 @@ def test_a_full_or_read_only_disk_ends_a_run_in_one_line(tmp_path):
         more = subprocess.run(command, capture_output=True, text=True, check=True)
         assert "continuing after" in more.stdout
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        evaluating = [*command[:3], "eval", *command[3:]]
+        assert (
+            "accuracy"
+            in subprocess.run(evaluating, capture_output=True, text=True, check=True).stdout
+        )
         for workdir in ("run", "new"):
             command[-1] = str(disk / workdir)
             closed = subprocess.run(command, capture_output=True, text=True)
