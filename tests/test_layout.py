@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from train import __main__ as cli
 from train import config as configs
 from train import experiment, layout, loop
-from train.checkpoints import Checkpoints
+from train.checkpoints import read
 from train.config import Config, Mesh
 
 pytestmark = pytest.mark.usefixtures("experiments")
@@ -101,9 +101,7 @@ def restored(workdir, *mesh):
     """Return the arrays of the latest checkpoint, on these devices."""
     overrides = [argument.removeprefix("--config.") for argument in (*TERNARY, *mesh)]
     job = experiment.check(configs.load("configs/digits_slq.py", overrides)["digits_slq"])
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    found = checkpoints.restore(loop._fresh(job, loop._functions(job)))
-    checkpoints.close()
+    found = read(workdir / "checkpoints", loop._abstract(job, loop._functions(job)))
     assert found is not None
     return found[0]
 
@@ -201,6 +199,16 @@ def test_two_processes_train_one_network_in_parts(on_one, cache_folder, tmp_path
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "| run |" in outputs[0][0] and "| run |" not in outputs[1][0]  # one of them speaks
     assert (workdir / "metrics.jsonl").read_text().count('"kind": "retrained"') == 1
+    assert_close_runs(workdir, on_one)
+    # All of them pass over what is damaged.
+    latest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    (latest / "arrays" / "_METADATA").write_text("")
+    processes = [start(cache_folder, workdir, port, index) for index in range(2)]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "this checkpoint cannot be read" in outputs[0][1]
+    assert "continuing after 2 of its steps" in outputs[0][0]
+    assert len(list((workdir / "checkpoints.damaged").iterdir())) == 1
     assert_close_runs(workdir, on_one)
 
 

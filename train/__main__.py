@@ -15,8 +15,8 @@ workdir's file system, as one: --config.mesh.devices=0 splits batches over all t
 TPU pods, Slurm and Kubernetes the flag is enough; elsewhere each process says where the first one
 is, how many there are, and which it is: --distributed=HOST:PORT,PROCESSES,INDEX.
 
-eval: accuracy of --config.init=FILE, packed or PyTorch's, or of the workdir's latest checkpoint;
-with --mirrored by the mean of the answers to an image and its mirror image.
+eval: accuracy of the workdir's latest checkpoint or, without --workdir, of --config.init=FILE,
+packed or PyTorch's; with --mirrored by the mean of the answers to an image and its mirror image.
 export: write that checkpoint's network to --output FILE.safetensors, packed as in the workdir's
 model.safetensors, or with --format pytorch as plain float tensors under PyTorch's names.
 report: print the reports of finished workdirs; with --output FILE.png draw their accuracies over

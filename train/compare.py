@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from train.config import Config, Quantize, vary
 
 _FLOAT = "float"
+_NETWORK = "float.safetensors"  # in the folder of that experiment
 _ROUNDS = 5
 # Clusters after each of at most five rounds, by bits.
 _CLUSTERS = {5: (5, 9, 13, 15, 17), 4: (2, 4, 6, 8, 9), 3: (1, 2, 3, 4, 5), 2: (1, 2, 3)}
@@ -79,12 +81,8 @@ def run(configs: Mapping[str, Config], chosen: Iterable[str], workdir: Path) -> 
         if configs[name].quantize.method == "none":
             raise ValueError(f"{name}: expected a quantize.method to compare, got none")
     if not start.init:
-        init = _train_float(start, workdir / _FLOAT)
-        fit = dataclasses.replace(start.fit, epochs=(0,))
-        configs = {
-            name: dataclasses.replace(config, init=str(init), fit=fit)
-            for name, config in configs.items()
-        }
+        init = str(_train_float(start, workdir / _FLOAT))
+        configs = {name: _from_network(config, init) for name, config in configs.items()}
     loop.run_all(experiment.prepare_all({name: configs[name] for name in chosen}, workdir))
     done = [name for name in configs if (workdir / name / "report.json").is_file()]
     reports = {name: summary.read(workdir / name) for name in done}
@@ -94,11 +92,31 @@ def run(configs: Mapping[str, Config], chosen: Iterable[str], workdir: Path) -> 
     return text
 
 
+def _from_network(config: Config, init: str) -> Config:
+    return dataclasses.replace(config, init=init, fit=dataclasses.replace(config.fit, epochs=(0,)))
+
+
+def as_run(config: Config, workdir: Path) -> Config:
+    """Return the config with which a workdir was run, if it is a row's of `run`: that has a start.
+
+    Any other config comes back as it is.
+    """
+    path = workdir / "config.json"
+    if config.init or not path.is_file():
+        return config
+    try:
+        init = json.loads(path.read_bytes())["init"]
+        shared = Path(init).parts[-2:] == (_FLOAT, _NETWORK)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return config  # who compares the two says what is wrong with the file
+    return _from_network(config, init) if shared else config
+
+
 def _train_float(config: Config, workdir: Path) -> Path:
     """Return the file of the float network, which is trained if it has not been."""
     from train import experiment, loop
 
-    path = workdir / "float.safetensors"
+    path = workdir / _NETWORK
     if not path.is_file():
         config = dataclasses.replace(config, quantize=Quantize(method="none"))
         loop.run_all({_FLOAT: experiment.prepare(config, workdir)})

@@ -302,7 +302,16 @@ def _check_together(config: Config) -> None:
             raise ValueError(f"fit.{field}: expected {none}, the float network has no {lacking}")
 
 
-_CHANGEABLE = ("mesh.", "save_seconds", "data.workers")  # fields, in a run that has begun
+# Fields, in a run that has begun.
+_CHANGEABLE = (
+    "mesh.",
+    "save_seconds",
+    "data.dir",
+    "data.workers",
+    "eval_batch_size",
+    "plots",
+    "tensorboard",
+)
 
 
 def to_json(config: Config) -> str:

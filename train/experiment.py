@@ -51,14 +51,18 @@ def prepare_all(chosen: Mapping[str, Config], workdir: Path) -> dict[str, Job]:
     jobs = {name: check(config)._replace(workdir=workdir / name) for name, config in chosen.items()}
     if layout.is_primary():  # the first process does it for all
         for job in jobs.values():
-            _refuse_other(job.config, job.workdir)
+            refuse_other(job.config, job.workdir)
         for job in jobs.values():
             _claim(job.config, job.workdir)
     return jobs
 
 
-def check(config: Config) -> Job:
+def check(config: Config, *, start: bool = True) -> Job:
     """Check everything that a user may have got wrong, before any device work.
+
+    Args:
+      config: of the experiment.
+      start: whether it is to start; where a checkpoint is only read, `config.init` may be gone.
 
     Raises:
       ValueError, OSError: with one line that says what is wrong and where.
@@ -82,8 +86,10 @@ def check(config: Config) -> Job:
     model = models.build(config.model, num_classes=dataset.num_classes)
     shapes = jax.eval_shape(lambda: init_variables(model, dataset, jax.random.key(0)))
     unused = models.unused_tensors(config.model)
-    initial = pretrained.load(config.init, shapes, unused=unused) if config.init else None
-    if initial is None and not config.fit.epochs[0]:
+    initial = None
+    if config.init and start:
+        initial = pretrained.load(config.init, shapes, unused=unused)
+    if start and initial is None and not config.fit.epochs[0]:
         raise ValueError("expected init=FILE or fit.epochs above 0, got neither")
     plan = make_plan(config, shapes["params"])
     image = jax.ShapeDtypeStruct((1, *dataset.train.image_shape), jnp.float32)
@@ -140,7 +146,7 @@ def init_variables(model: nn.Module, dataset: data.Dataset, key: jax.Array) -> A
     return model.init(key, image, train=False)
 
 
-def _refuse_other(config: Config, workdir: Path) -> None:
+def refuse_other(config: Config, workdir: Path) -> None:
     """Raise a ValueError for a workdir that another config has been run in."""
     path = workdir / "config.json"
     if path.is_file():

@@ -67,6 +67,12 @@ class Layout(NamedTuple):
         """Return arrays of the host, the same in each process, all of them on each device."""
         return jax.tree.map(lambda x: _place(np.asarray(x), self.everywhere), tree)
 
+    def describe(self, tree: Any) -> Any:
+        """Return the shapes, dtypes and places of arrays of which these are the shapes."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.of(x.shape)), tree
+        )
+
     def columns(self, batch_size: int, devices: Sequence[Any] | None = None) -> np.ndarray:
         """Return which of a batch's rows lie on these devices, by default on this process's own."""
         places = self._batches(0).devices_indices_map((batch_size,))

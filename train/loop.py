@@ -15,11 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
-from jaxquant.selection import leaves_with_paths
-from train import data, engine, layout, models, pretrained, products, program, signals, summary
-from train.checkpoints import Checkpoints
+from jaxquant.trees import leaves_with_paths
+from train import (
+    compare,
+    data,
+    engine,
+    layout,
+    models,
+    pretrained,
+    products,
+    program,
+    signals,
+    summary,
+)
+from train.checkpoints import Checkpoints, read
 from train.config import Config, Fit
-from train.experiment import Job, check, init_variables, lock
+from train.experiment import Job, check, init_variables, lock, refuse_other
 from train.logs import Log, say, show_progress
 
 
@@ -175,8 +186,23 @@ def _fresh(job: Job, functions: engine.Engine) -> RunState:
         variables = init(jax.random.key(job.config.seed))
     variables = jq.unpack(jax.tree.map(jnp.asarray, dict(variables)))
     quant: Any = () if job.plan is None else jq.init(job.plan, variables["params"])
-    variables, quant = job.layout.place((variables, quant))
+    variables, quant = job.layout.place((_complete(variables), quant))
     return RunState(_start_stage(functions, variables, quant, job.config.fit), quant, variables)
+
+
+def _abstract(job: Job, functions: engine.Engine) -> RunState:
+    """Return the shapes and places of `_fresh`, which all states of a run have."""
+
+    def state(variables: Any) -> RunState:
+        quant: Any = () if job.plan is None else jq.init(job.plan, variables["params"])
+        return RunState(_start_stage(functions, variables, quant, job.config.fit), quant, variables)
+
+    return job.layout.describe(jax.eval_shape(state, _complete(job.shapes)))
+
+
+def _complete(variables: Any) -> dict[str, Any]:
+    """Return variables with the same collections, whether a network has batch norm or not."""
+    return {"batch_stats": {}, **variables}
 
 
 def _start_stage(
@@ -191,10 +217,9 @@ def _start(
     job: Job, functions: engine.Engine, checkpoints: Checkpoints
 ) -> tuple[RunState, Progress, list[dict[str, Any]]]:
     """Return the state to go on from, how far it has come, and the log so far."""
-    fresh = _fresh(job, functions)
-    restored = checkpoints.restore(fresh)
+    restored = checkpoints.restore(_abstract(job, functions))
     if restored is None:
-        return fresh, Progress(), []
+        return _fresh(job, functions), Progress(), []
     state, record = restored
     progress = Progress(**record["progress"])
     steps = f" and {progress.steps} of the next epoch" if progress.steps else ""
@@ -458,21 +483,20 @@ def _check_finite(what: str, *trees: Any) -> None:
 
 
 def evaluate(config: Config, workdir: Path | None, *, mirrored: bool = False) -> dict[str, float]:
-    """Return accuracy and loss of config.init, or of the workdir's latest checkpoint.
+    """Return accuracy and loss of the workdir's latest checkpoint, or else of config.init.
 
     With `mirrored` by the mean of the answers to an image and its mirror image.
     """
-    if not config.init and workdir is None:
-        raise ValueError("expected --config.init=FILE or --workdir DIR, got neither")
-    if config.init:
+    if workdir is not None:
+        job, functions, state = _restore(config, workdir)
+        variables = {"params": state.train.params, "batch_stats": state.train.batch_stats}
+    elif config.init:
         config = dataclasses.replace(config, fit=dataclasses.replace(config.fit, epochs=(0,)))
         job = check(config)
         functions = _functions(job)
         variables = jax.tree.map(jnp.asarray, dict(job.initial))  # a packed one runs as it is
     else:
-        assert workdir is not None
-        job, functions, state = _restore(config, workdir)
-        variables = {"params": state.train.params, "batch_stats": state.train.batch_stats}
+        raise ValueError("expected --config.init=FILE or --workdir DIR, got neither")
     if mirrored and not job.dataset.flip:
         raise ValueError(
             f"--mirrored: expected images that may be mirrored, got those of {job.dataset.name}"
@@ -494,28 +518,41 @@ def export(config: Config, workdir: Path, output: Path, *, pytorch: bool) -> int
       output: a safetensors file.
       pytorch: plain float tensors under PyTorch's names; else packed, after the last round only.
     """
-    if config.quantize.method == "qcnn" and not pytorch:
-        raise ValueError(f"expected a plan's network to pack, {workdir / summary.MODEL} is packed")
-    job, _, state = _restore(config, workdir)
-    if pytorch:
-        params, batch_stats = state.train.params, state.train.batch_stats
-        return pretrained.save({"params": params, "batch_stats": batch_stats}, output)
-    if job.plan is None:
+    if config.quantize.method == "none" and not pytorch:
         raise ValueError("expected a quantized network to pack, got quantize.method none")
+    job, _, state = _restore(config, workdir)
+    params, batch_stats = state.train.params, state.train.batch_stats
+    if pytorch:
+        return pretrained.save({"params": jq.unpack(params), "batch_stats": batch_stats}, output)
+    if config.quantize.method == "qcnn" and jax.tree.structure(params) == jax.tree.structure(
+        job.shapes["params"]
+    ):
+        raise ValueError(f"{workdir}: expected a finished run to pack, got one under way")
     return summary.write_packed(output, job, state)
 
 
 def _restore(config: Config, workdir: Path) -> tuple[Job, engine.Engine, RunState]:
-    """Return an experiment at its latest checkpoint."""
+    """Return an experiment at its latest checkpoint; nothing is written."""
     folder = workdir / "checkpoints"
     if not folder.is_dir():
         raise ValueError(f"{workdir}: expected a workdir with checkpoints, got none")
-    job = check(config)._replace(workdir=workdir)
+    config = compare.as_run(config, workdir)
+    refuse_other(config, workdir)
+    job = check(config, start=False)._replace(workdir=workdir)
     functions = _functions(job)
-    with contextlib.closing(Checkpoints(folder)) as checkpoints:
-        restored = checkpoints.restore(_fresh(job, functions))
+    restored = read(folder, _abstract(job, functions))
     if restored is None:
         raise ValueError(f"{workdir}: expected at least one checkpoint, got none")
-    train = restored[0].train
-    _check_finite(f"{workdir}: its latest checkpoint", train.params, train.batch_stats)
-    return job, functions, restored[0]
+    state, record = restored
+    _check_finite(f"{workdir}: its latest checkpoint", state.train.params, state.train.batch_stats)
+    return job, functions, _with_products(job, state, Progress(**record["progress"]))
+
+
+def _with_products(job: Job, state: RunState, progress: Progress) -> RunState:
+    """Return the state with the products of a finished run, of which no checkpoint is saved."""
+    path, config = job.workdir / summary.MODEL, job.config
+    done = progress.units == len(units(config, job.plan))
+    if config.quantize.method != "qcnn" or not done or not path.is_file():
+        return state
+    variables = _complete(pretrained.load(path, job.shapes))
+    return state._replace(train=state.train._replace(**variables))

@@ -1,0 +1,265 @@
+"""Runs of every network and method go on, and are read, from a checkpoint of any stage."""
+
+import contextlib
+import functools
+import itertools
+import json
+import shutil
+
+import chex
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.conftest import _settings as settings
+from tests.test_checkpoints import snapshot
+from train import __main__ as cli
+from train import experiment, imagenet_models, loop, models, pretrained, products
+from train.checkpoints import Checkpoints, read
+from train.config import Config, Quantize
+from train.data import Dataset, Images
+
+pytestmark = pytest.mark.usefixtures("cached")
+
+METHODS = ("slq", "mlq", "inq", "qcnn", "none")
+
+
+@pytest.fixture(scope="module")
+def cached(cache_folder):
+    """Runs of the same experiment share their compiled programs, which are not optimized."""
+    with settings(
+        jax_compilation_cache_dir=str(cache_folder),
+        jax_persistent_cache_min_compile_time_secs=0.0,
+    ):
+        yield
+
+
+def make_dataset(side, channels):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 24).astype(np.int32)
+    noise = rng.integers(0, 60, (24, side, side, channels))
+    train = Images((noise + 60 * labels[:, None, None, None]).astype(np.uint8), labels)
+    return Dataset(
+        "toy", train, train.first(12), 3, (0.5,) * channels, (0.25,) * channels, 0, False
+    )
+
+
+@pytest.fixture
+def traced_once(monkeypatch):
+    """Runs of the same experiment share their functions, as those of one command do."""
+    engines, build = {}, loop._functions
+
+    def functions(job):
+        key = repr(job.config)
+        if key not in engines:
+            engines[key] = build(job)
+        return engines[key]
+
+    monkeypatch.setattr(loop, "_functions", functions)
+    monkeypatch.setattr(products, "_programs", functools.cache(products._programs))
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch, traced_once):
+    """The flags of a short run of LeNet-5, which has no batch norm, with a row for each method."""
+    monkeypatch.setattr(experiment, "_load_data", lambda _: make_dataset(16, 1))
+    study = tmp_path / "study.py"
+    study.write_text(
+        "from jaxquant import LayerRule\n"
+        "from train.config import Config, Data, Fit, Quantize\n"
+        "def config(method):\n"
+        "    quantize = Quantize(method=method, bits=2, rounds=(2, 3), groups=1,\n"
+        "                        rules=(LayerRule('conv1/kernel'),), calibration_images=8,\n"
+        "                        shares=(0.5, 1.0) if method == 'inq' else ())\n"
+        "    fit = Fit(epochs=(1,), learning_rate=0.01)\n"
+        "    return Config(data=Data(name='toy'), model='lenet5', batch_size=8, fit=fit,\n"
+        "                  quantize=quantize, retrain=fit, save_seconds=0, plots=False)\n"
+        "def get_configs():\n"
+        f"    return {{method: config(method) for method in {METHODS}}}\n"
+    )
+    return ["--config", str(study), "--workdir", str(tmp_path / "runs"), "--only"]
+
+
+@pytest.fixture
+def stages(tmp_path, monkeypatch):
+    """Where copies of a run's workdir go, as it is after each of its saves."""
+    folder = tmp_path / "stages"
+    save = loop._Keeper.save
+
+    def save_and_copy(self, state, progress):
+        save(self, state, progress)
+        self.checkpoints.wait()
+        if folder.parent.joinpath("copying").exists():
+            shutil.copytree(tmp_path / "runs", folder / f"{progress.units}.{progress.steps}")
+
+    monkeypatch.setattr(loop._Keeper, "save", save_and_copy)
+    (tmp_path / "copying").touch()
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_goes_on_and_is_read_from_every_stage(method, toy, stages, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    assert cli.main([*toy, method]) == 0
+    (tmp_path / "copying").unlink()
+    whole = {
+        name: (runs / method / name).read_bytes()
+        for name in ("report.json", "metrics.jsonl", *["model.safetensors"] * (method != "none"))
+    }
+    rounds = 0 if method in ("qcnn", "none") else 2
+    # In the float training, at its end, in the first re-training, after it, at the end.
+    wanted = ["0.1", "1.0", "1.2", "2.0", "3.0"][: 5 if rounds else 2]
+    assert set(wanted) <= {path.name for path in stages.iterdir()}
+    for stage in wanted:
+        shutil.rmtree(runs)
+        shutil.copytree(stages / stage, runs)
+        (runs / method / "checkpoints" / "99.orbax-checkpoint-tmp").mkdir()  # being written
+        before = snapshot(runs)
+        assert cli.main(["eval", *toy, method]) == 0
+        export = ["export", *toy, method, "--output", str(tmp_path / "a.safetensors")]
+        assert cli.main([*export, "--format", "pytorch"]) == 0
+        assert cli.main(["report", "--workdir", str(runs)]) == 2
+        assert snapshot(runs) == before
+        capsys.readouterr()
+        assert cli.main([*toy, method]) == 0
+        units, steps = stage.split(".")
+        steps = f" and {steps} of the next epoch" * (steps != "0")
+        assert f"continuing after {units} of its steps{steps}" in capsys.readouterr().out
+        assert {name: (runs / method / name).read_bytes() for name in whole} == whole
+
+
+def test_a_finished_run_of_products_is_read_with_them(toy, tmp_path, capsys):
+    """No checkpoint holds them: they come after the last one."""
+    run, toy = tmp_path / "runs" / "qcnn", ["--config.quantize.words=1", *toy]
+    assert cli.main([*toy, "qcnn"]) == 0
+    report = json.loads((run / "report.json").read_text())
+    accuracies = [report[stage]["accuracy"] for stage in ("quantized", "float")]
+    assert accuracies[0] != accuracies[1]
+    capsys.readouterr()
+    assert cli.main(["eval", *toy, "qcnn"]) == 0
+    assert f"accuracy {accuracies[0]:.2%}" in capsys.readouterr().out
+    outputs = {form: tmp_path / f"{form}.safetensors" for form in ("packed", "pytorch")}
+    for form, output in outputs.items():
+        export = ["export", *toy, "qcnn", "--format", form, "--output", str(output)]
+        assert cli.main(export) == 0
+    assert outputs["packed"].read_bytes() == (run / "model.safetensors").read_bytes()
+    kernel = pretrained.read_state_dict(outputs["pytorch"])["conv1.weight"]
+    assert len(np.unique(kernel)) <= kernel[0].size < kernel.size  # a word for each place
+    (run / "model.safetensors").unlink()
+    assert cli.main(["eval", *toy, "qcnn"]) == 0
+    assert f"accuracy {accuracies[1]:.2%}" in capsys.readouterr().out
+    assert cli.main(["export", *toy, "qcnn", "--output", str(outputs["packed"])]) == 2
+    assert "expected a finished run to pack, got one under way" in capsys.readouterr().err
+
+
+def test_a_run_is_read_whatever_it_started_from(toy, tmp_path, capsys):
+    start = tmp_path / "start.safetensors"
+    assert cli.main([*toy, "none"]) == 0
+    export = ["export", *toy, "none", "--format", "pytorch", "--output", str(start)]
+    assert cli.main(export) == 0
+    toy = [f"--config.init={start}", "--config.fit.epochs=0", *toy]
+    assert cli.main([*toy, "slq"]) == 0
+    report = json.loads((tmp_path / "runs" / "slq" / "report.json").read_text())
+    assert report["quantized"]["accuracy"] != report["float"]["accuracy"]
+    start.unlink()
+    capsys.readouterr()
+    assert cli.main(["eval", *toy, "slq"]) == 0
+    assert f"accuracy {report['quantized']['accuracy']:.2%}" in capsys.readouterr().out
+
+
+def test_a_run_of_another_config_is_not_read_and_not_touched(toy, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    assert cli.main([*toy, "none"]) == 0
+    before = snapshot(runs)
+    capsys.readouterr()
+    export = ["export", "--format", "pytorch", "--output", str(tmp_path / "a.safetensors")]
+    verbs = (["eval"], export, ["train"])
+    other = ["--config.seed=1", "--config.model=resnet20", *toy, "none"]
+    for verb in verbs:
+        assert cli.main([*verb, *other]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "none: expected the config it was started with, got model: 'lenet5' -> " in error
+        assert "'resnet20', seed: 0 -> 1" in error
+    assert snapshot(runs) == before
+    assert cli.main(["eval", "--config.eval_batch_size=5", *toy, "none"]) == 0
+    (runs / "none" / "config.json").unlink()  # only the arrays tell then
+    assert cli.main(["eval", *other]) == 2
+    assert "checkpoints/2: expected the arrays of this config" in capsys.readouterr().err
+    assert [path.name for path in (runs / "none").glob("checkpoints*")] == ["checkpoints"]
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Networks whose wide layers before the last one are narrow: they have the same leaves."""
+    dense = imagenet_models._dense
+    monkeypatch.setattr(imagenet_models, "_dense", lambda n, name: dense(min(n, 16), name))
+
+
+def save_as_before(folder, state, record):
+    """Save as earlier versions did: without checksums, batch norm's collection only if there is."""
+    reference = state.reference
+    if not reference["batch_stats"]:
+        reference = {"params": reference["params"]}
+    arguments = ocp.args.Composite(
+        arrays=ocp.args.StandardSave(state._replace(reference=reference)),
+        progress=ocp.args.JsonSave(record),
+    )
+    with ocp.CheckpointManager(folder) as manager:
+        manager.save(0, args=arguments)
+
+
+def a_state(name, monkeypatch):
+    """Return the shapes of a network's states, one of them, and the record beside it."""
+    monkeypatch.setattr(experiment, "_load_data", lambda _: make_dataset(64, 3))
+    job = experiment.check(Config(model=name, quantize=Quantize(rounds=(17,)), batch_size=8))
+    shapes = loop._abstract(job, loop._functions(job))
+    numbers = itertools.cycle(range(100))
+    state = jax.tree.map(lambda x: np.full(x.shape, next(numbers), x.dtype), shapes)
+    return shapes, state, {"progress": loop.Progress(units=1)._asdict(), "events": []}
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_a_checkpoint_of_every_network_is_restored(name, tmp_path, monkeypatch, narrow):
+    shapes, state, record = a_state(name, monkeypatch)
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(state, record)
+    restored = read(tmp_path, shapes)
+    assert restored is not None and restored[1] == record
+    chex.assert_trees_all_equal(restored[0], state)
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "lenet5", "alexnet", "vgg16"])
+def test_a_checkpoint_of_an_earlier_version_is_restored(name, tmp_path, monkeypatch, narrow):
+    shapes, state, record = a_state(name, monkeypatch)
+    save_as_before(tmp_path, state, record)
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        restored = checkpoints.restore(shapes)
+    assert restored is not None and restored[1] == record
+    chex.assert_trees_all_equal(restored[0], state)
+
+
+@pytest.mark.parametrize("name", ["lenet5", "small_cnn"])
+def test_all_states_of_a_run_have_the_shapes_that_are_restored(name, monkeypatch):
+    monkeypatch.setattr(experiment, "_load_data", lambda _: make_dataset(16, 1))
+    job = experiment.check(Config(model=name, quantize=Quantize(rounds=(17,)), batch_size=8))
+    functions = loop._functions(job)
+    expected = loop._abstract(job, functions)
+    fresh = loop._fresh(job, functions)
+    chex.assert_trees_all_equal_shapes_and_dtypes(fresh, expected)
+    assert jax.tree.map(lambda x: x.sharding, fresh) == jax.tree.map(lambda x: x.sharding, expected)
+    batch = jax.tree.map(lambda x: x[None, :8], job.dataset.train)
+    trained = jax.eval_shape(
+        functions.train,
+        fresh.train,
+        fresh.quant,
+        fresh.reference,
+        batch,
+        np.int32(0),
+        np.zeros(2, np.uint32),
+        np.ones(1, np.float32),
+        distill=False,
+        move_centroids=False,
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(trained[:2], expected[:2])
