@@ -521,11 +521,14 @@ def _examine(data: bytes, limits: Limits) -> tuple[dict[str, Any], list[Any]]:
     """
     description, tensors = _open(data)
     entries = _read_manifest(tensors["manifest"], len(data))
-    _check_header(data[: 8 + _header_size(data)], tensors, len(entries))
+    if len(tensors["checksums"]) - len(entries) not in (0, 1):
+        raise _InvalidError("manifest: expected an entry for each checksum")
     _check_description(description, limits)
     _check_entries(entries, tensors, limits, len(data))
     parts = list(_parts(entries, tensors))
     _check_products(_products(description), {tuple(part[0]["path"]): part for part in parts})
+    if len(tensors["checksums"]) > len(entries):  # the first files had none of the header
+        _check_header(data[: 8 + _header_size(data)], tensors)
     return description, parts
 
 
@@ -600,11 +603,8 @@ def _longest_manifest(size: int) -> int:
     return max(_SMALL_MANIFEST, _MANIFEST_PER_BYTE * size)
 
 
-def _check_header(header: bytes, tensors: Mapping[str, np.ndarray], leaves: int) -> None:
-    checksums = tensors["checksums"]
-    if len(checksums) not in (leaves, leaves + 1):  # the first files had none of the header
-        raise _InvalidError("manifest: expected an entry for each checksum")
-    if len(checksums) > leaves and checksums[-1] != _header_checksum(header, tensors):
+def _check_header(header: bytes, tensors: Mapping[str, np.ndarray]) -> None:
+    if tensors["checksums"][-1] != _header_checksum(header, tensors):
         raise _InvalidError("expected another checksum, the header is damaged")
 
 
@@ -779,12 +779,12 @@ def _parts(entries: Sequence[Any], tensors: Mapping[str, np.ndarray]) -> Iterato
 
 
 def _check_products(products: Sequence[_Path], parts: Mapping[_Path, Any]) -> None:
-    """Refuse products that are not of their two leaves, or share a path with other leaves."""
-    joined = {(*path, name) for path in products for name in _PRODUCT_PARTS}
+    """Refuse products that are not of two leaves of their own, or share a path with others."""
+    others = dict(parts)
     for path in products:
         with _named(_name(path)):
-            _check_product(*(parts.get((*path, name)) for name in _PRODUCT_PARTS))
-    _check_paths([*products, *(path for path in parts if path not in joined)])
+            _check_product(*(others.pop((*path, name), None) for name in _PRODUCT_PARTS))
+    _check_paths([*products, *others])
 
 
 def _check_product(codes: Any, words: Any) -> None:

@@ -164,3 +164,13 @@ def test_scalars_and_more_than_256_centroids_are_refused_by_name():
     params, state = tree_of(jnp.float32(1.0), jnp.ones(1))
     with pytest.raises(ValueError, match="a/w: expected a weight with at least one axis"):
         jq.pack(params, state)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 11, 17, 256])
+def test_codes_of_numpy_are_packed_as_those_of_jax_and_stay_of_numpy(k):
+    codes = np.random.default_rng(k).integers(0, k, (2, 37, 3)).astype(np.uint8)
+    packed = packing.pack_codes(codes, k)
+    unpacked = packing.unpack_codes(packed, 37, k)
+    assert type(packed) is type(unpacked) is np.ndarray
+    np.testing.assert_array_equal(unpacked, codes)
+    np.testing.assert_array_equal(packing.pack_codes(jnp.asarray(codes), k), packed)

@@ -800,7 +800,7 @@ PRODUCTS = {
     "at the root beside a leaf": (product_parts(x=1), [[]], "x: expected no leaf at the root"),
     "beside a leaf": ({"p": product_parts(x=1)}, [["p"]], "p/x: expected no leaf at p"),
     "at a leaf": ({"p": product_parts()}, [["p", "codes"]], "p/codes: expected packed codes"),
-    "twice": ({"p": product_parts()}, [["p"], ["p"]], "p: expected paths that differ"),
+    "twice": ({"p": product_parts()}, [["p"], ["p"]], "p: expected packed codes and words"),
     "inside of another": (
         {"p": product_parts(codes=product_parts())},
         [["p", "codes"], ["p"]],
