@@ -49,6 +49,7 @@ def write_config(path, body):
         [*DIGITS, "--workdir", "w", "--config.data.name=\x1b[2Jdigits\r\n"],
         [*DIGITS, "--workdir", "w", f"--config.init={'x' * 100_000}.npz"],
         [*DIGITS, "--workdir", "a\0b"],
+        [*DIGITS, "--workdir", "w", "--config.data.name=mnist", "--config.data.dir=~nobody-here/x"],
     ],
 )
 def test_mistakes_are_one_printable_line_of_bounded_length(arguments, capsys, monkeypatch):
@@ -195,6 +196,15 @@ def test_what_diverges_at_the_very_last_update_is_no_success(tmp_path, capsys, m
         assert not (tmp_path / name).exists()
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=no_run)
+
+
+def test_what_diverges_within_an_epoch_is_not_saved(tmp_path, capsys, monkeypatch):
+    saved = []
+    monkeypatch.setattr(loop._Keeper, "save", lambda *rest: saved.append(rest[-1].loss))
+    more = ["--config.quantize.method=none", "--config.save_seconds=0", "--config.fit.momentum=0"]
+    arguments = [*DIGITS, *more, "--config.fit.learning_rate=1e30", "--config.fit.warmup_epochs=0"]
+    assert "float: training diverged" in refused(capsys, *arguments, "--workdir", tmp_path)
+    assert saved and np.isfinite(saved).all()
 
 
 def test_values_that_no_loss_shows_are_found_too():

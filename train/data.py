@@ -157,7 +157,10 @@ def load(
       FileNotFoundError: If an archive is absent and cannot be downloaded, naming the files, the
         folder and the URLs.
     """
-    data_dir = Path(data_dir).expanduser()
+    try:
+        data_dir = Path(data_dir).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{data_dir}: expected a folder, got {one_line(error)}") from None
     if name == "digits":
         return _load_digits()
     if name == imagenet.NAME:

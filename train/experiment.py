@@ -67,6 +67,7 @@ def check(config: Config, *, start: bool = True) -> Job:
     Raises:
       ValueError, OSError: with one line that says what is wrong and where.
     """
+    config = configs.validate(config)
     dataset = _load_data(dataclasses.replace(config.data, train_limit=0))
     if config.data.train_limit:
         dataset = dataset._replace(train=dataset.train.first(config.data.train_limit))

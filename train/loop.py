@@ -360,6 +360,7 @@ class _Worker:
                     loss=progress.loss + float(metrics["loss"]),
                     correct=progress.correct + float(metrics["correct"]),
                 )
+                _check_loss(title, progress.loss)
                 if self.keeper.due() and progress.steps < steps:
                     self.keeper.save(state, progress)
         self._log_epoch(number, unit, progress.loss / steps, progress.correct / steps)

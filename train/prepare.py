@@ -19,7 +19,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train.logs import say, show_progress
+from train.logs import read_json, say, show_progress
 
 _TIMEOUT_S = 20
 # In a prepared directory: the checksum of each archive that it was made from.
@@ -144,8 +144,8 @@ def _check(source: Source, data_dir: Path, allow_unofficial: bool) -> bool:
     if not (target / _MARKER).exists():
         return True
     try:
-        problems = list(_unofficial(source, json.loads((target / _MARKER).read_text())))
-    except (ValueError, AttributeError) as error:
+        problems = list(_unofficial(source, read_json(target / _MARKER)))
+    except ValueError as error:
         raise ValueError(unreadable(target, error)) from None
     if not problems:
         return True
