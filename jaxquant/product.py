@@ -9,6 +9,7 @@ Source: Wu et al., "Quantized Convolutional Neural Networks for Mobile Devices",
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.kmeans import check_finite
-from jaxquant.moments import windows
+from jaxquant.moments import Windows, window_options, windows
+from jaxquant.ops.reference import varying_like
 from jaxquant.packing import MOST_CENTROIDS, ProductArray, pack_product, product_codes
 
 _TOGETHER = 8  # subspaces that run side by side
@@ -57,7 +59,15 @@ def cluster(
     >>> bool(jnp.all(jq.unpack({"w": array})["w"] == kernel))
     True
     """
+    kernel = jnp.asarray(kernel)
     _check(kernel, words, length, iterations)
+    return _cluster(kernel, key, int(words), int(length), int(iterations))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # outside of jit nothing compiles anew
+def _cluster(
+    kernel: jax.Array, key: jax.Array, words: int, length: int, iterations: int
+) -> ProductArray:
     *window, channels, features = kernel.shape
     subspaces = channels // length
     vectors = kernel.astype(jnp.float32).reshape(-1, subspaces, length, features)
@@ -74,13 +84,26 @@ def _check(kernel: jax.Array, words: int, length: int, iterations: int) -> None:
         raise ValueError(f"expected a floating-point kernel, got {kernel.dtype}")
     if kernel.ndim < 2 or not kernel.size:
         raise ValueError(f"expected a kernel [..., channels, features], got {kernel.shape}")
-    if not isinstance(words, int) or not 1 <= words <= MOST_CENTROIDS:
+    if not 1 <= _integer(words) <= MOST_CENTROIDS:
         raise ValueError(f"expected words from 1 to {MOST_CENTROIDS}, got {words!r}")
-    if not isinstance(length, int) or length < 1 or kernel.shape[-2] % length:
+    if _integer(length) < 1 or kernel.shape[-2] % length:
         raise ValueError(f"expected length to divide {kernel.shape[-2]} channels, got {length!r}")
-    if not isinstance(iterations, int) or iterations < 0:
-        raise ValueError(f"expected iterations to be at least 0, got {iterations!r}")
-    check_finite({"kernel": kernel})
+    _check_at_least_0("iterations", iterations)
+    with jax.ensure_compile_time_eval():  # known weights are looked at under a trace too
+        check_finite({"kernel": kernel})
+
+
+def _check_at_least_0(name: str, number: int) -> None:
+    if _integer(number) < 0:
+        raise ValueError(f"expected {name} to be at least 0, got {number!r}")
+
+
+def _integer(number: Any) -> int:
+    """Return an integer of any type as Python's, and -1 for what is none."""
+    try:
+        return operator.index(number)
+    except TypeError:
+        return -1
 
 
 def _kmeans(
@@ -137,6 +160,7 @@ def _distances(columns: jax.Array, word: jax.Array) -> jax.Array:
 def _nearest(vectors: jax.Array, table: jax.Array) -> jax.Array:
     """Return the number of the nearest word, int32 [n]; of equally near ones the lowest."""
     start = jnp.full(len(vectors), jnp.inf, jnp.float32), jnp.zeros(len(vectors), jnp.int32)
+    start = varying_like(start, (vectors, table))
     return _least(functools.partial(_distances, vectors.T), table, start)[1]
 
 
@@ -209,13 +233,19 @@ def observe(
     >>> observe(jnp.ones((5, 4)), jnp.ones((5, 3))).gram.shape
     (4, 4)
     """
-    space = len(window)
+    inputs, wanted, space = jnp.asarray(inputs), jnp.asarray(wanted), len(window)
     if inputs.ndim != space + 2 or wanted.ndim != space + 2:
         raise ValueError(
             f"expected inputs and wanted responses of {space + 2} axes, "
             f"got {inputs.shape} and {wanted.shape}"
         )
-    rows = windows(inputs, window, window_strides, padding, kernel_dilation)
+    options = window_options(window, window_strides, padding, kernel_dilation)
+    return _observe(inputs, wanted, options)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _observe(inputs: jax.Array, wanted: jax.Array, options: Windows) -> Response:
+    rows = windows(inputs, options)
     if rows.shape[:-1] != wanted.shape[:-1]:
         raise ValueError(
             f"expected wanted responses of shape {rows.shape[:-1]} and features, got {wanted.shape}"
@@ -226,6 +256,7 @@ def observe(
     return Response(dot(rows.T, rows), dot(rows.T, wanted), jnp.sum(jnp.square(wanted)))
 
 
+@jax.jit
 def response_error(kernel: jax.Array, response: Response) -> jax.Array:
     """Return the squared error of a float kernel's responses over their squares, float32 scalar."""
     matrix = kernel.astype(jnp.float32).reshape(response.cross.shape)
@@ -280,17 +311,26 @@ def correct(
     True
     """
     *window, channels, features = array.shape
-    positions, (subspaces, _, length) = math.prod(window), array.words.shape
+    positions = math.prod(window)
     if response.cross.shape != (positions * channels, features):
         raise ValueError(
             f"expected a response of {positions * channels} inputs and {features} features, "
             f"got {response.cross.shape}"
         )
+    _check_at_least_0("sweeps", sweeps)
+    return _correct(array, response, int(sweeps))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _correct(
+    array: ProductArray, response: Response, sweeps: int
+) -> tuple[ProductArray, jax.Array]:
+    *window, _, features = array.shape
+    positions, (subspaces, _, length) = math.prod(window), array.words.shape
     by_subspace = (positions, subspaces, length)
     gram = response.gram.reshape(*by_subspace, *by_subspace).transpose(1, 0, 2, 4, 3, 5)
     cross = response.cross.reshape(*by_subspace, features).transpose(1, 0, 2, 3)
     codes = jnp.moveaxis(product_codes(array).reshape(positions, subspaces, features), 1, 0)
-
     run = max(n for n in range(1, min(subspaces, _RUN) + 1) if subspaces % n == 0)
 
     def missing(words: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -305,7 +345,7 @@ def correct(
         words, codes, _ = jax.lax.fori_loop(0, subspaces // run, correct_run, (*carry, rest))
         return (words, codes), error
 
-    start = array.words.astype(jnp.float32), codes
+    start = varying_like((array.words.astype(jnp.float32), codes), (array, response))
     (words, codes), errors = jax.lax.scan(sweep, start, length=sweeps)
     errors = jnp.append(errors, missing(words, codes)[1])
     codes = jnp.moveaxis(codes, 0, 1).reshape(array.codes.shape)

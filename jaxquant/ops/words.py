@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant.ops.reference import accumulator
+from jaxquant.ops.reference import accumulator, varying_like
 from jaxquant.packing import PackedArray, ProductArray, product_codes
 
 
@@ -32,7 +32,7 @@ def matmul(x: jax.Array, packed: ProductArray) -> jax.Array:
         piece, words, codes = inputs
         return total + _look_up(_table(piece, words), codes), None
 
-    start = jnp.zeros((x.shape[0], packed.shape[-1]), dtype)
+    start = varying_like(jnp.zeros((x.shape[0], packed.shape[-1]), dtype), (x, packed))
     inputs = pieces, packed.words.astype(dtype), product_codes(packed)
     return jax.lax.scan(add, start, inputs)[0]
 
@@ -69,13 +69,14 @@ def conv(
                 f + (n - 1) * s + 1 for f, n, s in zip(first, space, window_strides, strict=True)
             ]
             seen = jax.lax.slice(
-                table, (0, *first, 0), (len(table), *last, table.shape[-1]), strides
+                table, (0, *first, 0), (table.shape[0], *last, table.shape[-1]), strides
             )
             total += _look_up(seen, codes[position])
         return total, None
 
     codes = jnp.moveaxis(product_codes(packed), -2, 0)
-    start = jnp.zeros((len(x), *space, packed.shape[-1]), dtype)
+    zeros = jnp.zeros((x.shape[0], *space, packed.shape[-1]), dtype)
+    start = varying_like(zeros, (x, packed))
     return jax.lax.scan(add, start, (pieces, packed.words.astype(dtype), codes))[0]
 
 
