@@ -48,6 +48,12 @@ def cond(
     return jax.lax.cond(flag, alike(then), alike(other), *operands)
 
 
+def varying_like(tree: Any, arrays: Any) -> Any:
+    """Return a tree of arrays that vary along all the axes along which some of `arrays` does."""
+    axes = frozenset().union(*_axes(arrays))
+    return jax.tree.map(lambda leaf: _marked(leaf, axes), tree)
+
+
 def _settled(step: Callable[[Any], Any], start: Any) -> Any:
     """Return a start whose types a step keeps."""
     if not _is_manual():
@@ -76,7 +82,11 @@ def _varying(tree: Any, *like: Any) -> Any:
     """Return a tree that varies along all the axes that it does, or the same leaf of another."""
 
     def mark(leaf: Any, *others: Any) -> Any:
-        missing = frozenset().union(*map(_varies_over, others)) - _varies_over(leaf)
-        return jax.lax.pcast(leaf, tuple(sorted(missing)), to="varying") if missing else leaf
+        return _marked(leaf, frozenset().union(*map(_varies_over, others)))
 
     return jax.tree.map(mark, tree, *like)
+
+
+def _marked(leaf: Any, axes: frozenset[str]) -> Any:
+    missing = tuple(sorted(axes - _varies_over(leaf)))
+    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf

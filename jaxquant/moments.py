@@ -1,13 +1,16 @@
 """Second moments of what a layer's kernel is multiplied with."""
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxquant.ops.reference import each_axis
+from jaxquant import loops
+from jaxquant.ops.reference import each_axis, pads
 
 _PRECISION = jax.lax.Precision.HIGHEST
 _PART_BYTES = 2**28  # of windows; a batch whose windows take more goes in parts
@@ -29,7 +32,7 @@ def input_moments(
     batches of equal size average to the mean over all.
 
     Args:
-      inputs: [batch, *space, channels]; a dense layer has no space.
+      inputs: [batch, *space, channels] floating point; a dense layer has no space.
       window: of a convolution; () for a dense layer.
       window_strides, padding, kernel_dilation: of the convolution, see `jaxquant.conv`.
 
@@ -44,42 +47,69 @@ def input_moments(
     [[5.0, 1.0], [1.0, 2.0]]
     """
 
-    def rows_of(inputs: jax.Array) -> jax.Array:
-        return windows(inputs, window, window_strides, padding, kernel_dilation)
-
-    def squares(inputs: jax.Array) -> jax.Array:
-        rows = rows_of(inputs)
-        rows = rows.reshape(-1, rows.shape[-1])
-        return jnp.matmul(rows.T, rows, precision=_PRECISION)
-
-    shape = jax.eval_shape(rows_of, inputs).shape
-    count, size = len(inputs), 4 * math.prod(shape)
-    parts = next((n for n in range(1, count) if count % n == 0 and size <= n * _PART_BYTES), count)
-    if parts <= 1:
-        total = squares(inputs)
-    else:
-        # Every n-th entry, not a piece: where the batch is sharded, each device has its share.
-        split = jnp.moveaxis(inputs.reshape(-1, parts, *inputs.shape[1:]), 1, 0)
-        zeros = jnp.zeros((shape[-1],) * 2)
-        total, _ = jax.lax.scan(lambda sums, part: (sums + squares(part), None), zeros, split)
-    return total / math.prod(shape[:-1])
+    inputs = jnp.asarray(inputs)
+    return _moments(inputs, window_options(window, window_strides, padding, kernel_dilation))
 
 
-def windows(
-    inputs: jax.Array,
+class Windows(NamedTuple):
+    """What a convolution's kernel is multiplied with, as `jaxquant.conv` takes it."""
+
+    window: tuple[int, ...]  # () for a dense layer
+    strides: tuple[int, ...]
+    padding: str | tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+
+
+def window_options(
     window: Sequence[int],
     window_strides: Sequence[int] | int,
     padding: str | Sequence[tuple[int, int]],
     kernel_dilation: Sequence[int] | int,
-) -> jax.Array:
+) -> Windows:
+    """Return the options of a convolution in a form that can be hashed, its integers Python's."""
+    each = functools.partial(each_axis, space=len(window))
+    return Windows(
+        each(window), each(window_strides), pads(padding, len(window)), each(kernel_dilation)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=1)  # outside of jit nothing compiles anew
+def _moments(inputs: jax.Array, options: Windows) -> jax.Array:
+    def squares(inputs: jax.Array) -> jax.Array:
+        rows = windows(inputs, options)
+        rows = rows.reshape(-1, rows.shape[-1])
+        return jnp.matmul(rows.T, rows, precision=_PRECISION)
+
+    shape = jax.eval_shape(lambda: windows(inputs, options)).shape
+    parts = _parts(shape)
+    if parts == 1:
+        total = squares(inputs)
+    else:
+        # Every n-th entry, not a piece: where the batch is sharded, each device has its share.
+        split = jnp.moveaxis(inputs.reshape(-1, parts, *inputs.shape[1:]), 1, 0)
+        zeros = jnp.zeros((shape[-1],) * 2, jnp.float32)
+        total, _ = loops.scan(lambda sums, part: (sums + squares(part), None), zeros, split)
+    return total / jnp.asarray(math.prod(shape[:-1]), jnp.float32)  # which may be symbolic
+
+
+def _parts(shape: tuple[int, ...]) -> int:
+    """Return in how many parts a batch goes whose windows have a shape; all at once if unknown."""
+    count, size = shape[0], 4 * math.prod(shape)
+    if not isinstance(size, int):
+        return 1
+    fitting = (n for n in range(1, count) if count % n == 0 and size <= n * _PART_BYTES)
+    return max(1, next(fitting, count))
+
+
+def windows(inputs: jax.Array, options: Windows) -> jax.Array:
     """Return what the kernel is multiplied with, [batch, *places, positions channels] float32."""
+    window, strides, padding, dilations = options
     space = len(window)
     if inputs.ndim != space + 2:
         raise ValueError(f"expected inputs of {space + 2} axes, got {inputs.shape}")
     rows = inputs.astype(jnp.float32)
     if not window:
         return rows
-    strides, dilations = each_axis(window_strides, space), each_axis(kernel_dilation, space)
     reach = [(n - 1) * step + 1 for n, step in zip(window, dilations, strict=True)]
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(rows.shape[1:-1], reach, strides, padding)
@@ -88,20 +118,15 @@ def windows(
     sizes = list(zip(rows.shape[1:-1], reach, strides, strict=True))
     if any(size < own for size, own, _ in sizes):
         raise ValueError(f"expected windows of {tuple(reach)} to fit, got inputs {inputs.shape}")
-    last = [(size - own) // stride * stride for size, own, stride in sizes]
+    ends = [(size - own) // stride * stride + 1 for size, own, stride in sizes]
     starts = itertools.product(
         *(range(0, n * step, step) for n, step in zip(window, dilations, strict=True))
     )
+
+    def seen(start: tuple[int, ...]) -> jax.Array:
+        limits = (a + b for a, b in zip(start, ends, strict=True))
+        first, last = (0, *start, 0), (rows.shape[0], *limits, rows.shape[-1])
+        return jax.lax.slice(rows, first, last, (1, *strides, 1))
+
     # Slices, one for each position: `conv_general_dilated_patches` multiplies by ones and zeros.
-    return jnp.concatenate(
-        [
-            jax.lax.slice(
-                rows,
-                (0, *start, 0),
-                (len(rows), *(a + b + 1 for a, b in zip(start, last, strict=True)), rows.shape[-1]),
-                (1, *strides, 1),
-            )
-            for start in starts
-        ],
-        axis=-1,
-    )
+    return jnp.concatenate([seen(start) for start in starts], axis=-1)

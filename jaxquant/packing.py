@@ -13,8 +13,10 @@ up until every B is whole: fields of all widths then start at the same symbols.
     7, 8: 3     9 to 11: 3.5 (2 in 7)     12 to 16: 4     17 to 32: 5     to 64: 6, 128: 7, 256: 8
 """
 
+import contextlib
 import dataclasses
 import functools
+import json
 import math
 import operator
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.core
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
@@ -150,6 +153,40 @@ class ProductArray:
     def nbytes(self) -> int:
         """Bytes of the codes and of the words."""
         return self.codes.codes.size + self.words.size * self.words.dtype.itemsize
+
+
+# So that functions which `jax.export` serializes may take and return both. What is read back comes
+# from elsewhere: JSON, and nothing but sizes.
+
+
+def _write_sizes(sizes: tuple[tuple[int, ...], ...]) -> bytes:
+    return json.dumps(sizes).encode()
+
+
+def _read_sizes(data: bytes | bytearray, *, fields: int) -> tuple[tuple[int, ...], ...]:
+    """Return the static fields that `_write_sizes` wrote.
+
+    Raises:
+      ValueError: if it wrote other data.
+    """
+    try:
+        sizes = tuple(tuple(axes) for axes in json.loads(bytes(data)))
+    except (ValueError, TypeError, RecursionError):
+        sizes = ()
+    numbers = (n for axes in sizes for n in axes)
+    if len(sizes) != fields or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError(f"expected {fields} lists of sizes of a packed array, got other data")
+    return sizes
+
+
+with contextlib.suppress(ValueError):  # where this module is loaded again
+    for kind, fields in ((PackedArray, 2), (ProductArray, 0)):
+        jax.export.register_pytree_node_serialization(
+            kind,
+            serialized_name=f"jaxquant.{kind.__name__}",
+            serialize_auxdata=_write_sizes,
+            deserialize_auxdata=functools.partial(_read_sizes, fields=fields),
+        )
 
 
 # Codes -------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxquant import checks
-from jaxquant.moments import windows
+from jaxquant import checks, loops
+from jaxquant.meshes import compiled
+from jaxquant.moments import Windows, window_options, windows
 from jaxquant.packing import MOST_CENTROIDS, ProductArray, pack_product, product_codes
 
 _TOGETHER = 8  # subspaces that run side by side
@@ -57,7 +58,20 @@ def cluster(
     >>> bool(jnp.all(jq.unpack({"w": array})["w"] == kernel))
     True
     """
-    _check(kernel, words, length, iterations)
+    kernel = jnp.asarray(kernel)
+    _check_kernel(kernel)
+    checks.key("key", key)
+    words = checks.integer("words", words, least=1, most=MOST_CENTROIDS)
+    length = checks.integer("length", length, least=1)
+    if kernel.shape[-2] % length:
+        raise ValueError(f"expected length to divide {kernel.shape[-2]} channels, got {length!r}")
+    iterations = checks.integer("iterations", iterations, least=0)
+    return compiled(_cluster, kernel, key, words=words, length=length, iterations=iterations)
+
+
+def _cluster(
+    kernel: jax.Array, key: jax.Array, *, words: int, length: int, iterations: int
+) -> ProductArray:
     *window, channels, features = kernel.shape
     subspaces = channels // length
     vectors = kernel.astype(jnp.float32).reshape(-1, subspaces, length, features)
@@ -69,17 +83,11 @@ def cluster(
     return pack_product(codes.reshape(*window, subspaces, features), table)
 
 
-def _check(kernel: jax.Array, words: int, length: int, iterations: int) -> None:
+def _check_kernel(kernel: jax.Array) -> None:
     if not jnp.issubdtype(kernel.dtype, jnp.floating):
         raise ValueError(f"expected a floating-point kernel, got {kernel.dtype}")
     if kernel.ndim < 2 or not kernel.size:
         raise ValueError(f"expected a kernel [..., channels, features], got {kernel.shape}")
-    if not isinstance(words, int) or not 1 <= words <= MOST_CENTROIDS:
-        raise ValueError(f"expected words from 1 to {MOST_CENTROIDS}, got {words!r}")
-    if not isinstance(length, int) or length < 1 or kernel.shape[-2] % length:
-        raise ValueError(f"expected length to divide {kernel.shape[-2]} channels, got {length!r}")
-    if not isinstance(iterations, int) or iterations < 0:
-        raise ValueError(f"expected iterations to be at least 0, got {iterations!r}")
     checks.values({"kernel": kernel})
 
 
@@ -89,7 +97,7 @@ def _kmeans(
     """Cluster one subspace's sub-vectors [n, D]; return codes [n] int32 and words [words, D]."""
     vectors, key = inputs
     table = _spread_out(vectors, words, key)
-    table = jax.lax.fori_loop(0, iterations, lambda _, table: _lloyd(vectors, table), table)
+    table = loops.fori_loop(0, iterations, lambda _, table: _lloyd(vectors, table), table)
     table = table.astype(dtype)
     return _nearest(vectors, table.astype(jnp.float32)), table
 
@@ -103,7 +111,7 @@ def _spread_out(vectors: jax.Array, words: int, key: jax.Array) -> jax.Array:
 
     keys = jax.random.split(key, words)
     first = vectors[jax.random.randint(keys[0], (), 0, len(vectors), jnp.int32)]
-    others = jax.lax.scan(draw, _distances(vectors.T, first), keys[1:])[1]
+    others = loops.scan(draw, _distances(vectors.T, first), keys[1:])[1]
     return jnp.concatenate([first[None], others])
 
 
@@ -156,7 +164,7 @@ def _least(
 
     count = len(jax.tree.leaves(words)[0])
     items = jnp.arange(count, dtype=jnp.int32), words
-    return jax.lax.scan(compare, start, items, unroll=min(16, count))[0]
+    return loops.scan(compare, start, items, unroll=min(16, count))[0]
 
 
 def _lloyd(vectors: jax.Array, table: jax.Array) -> jax.Array:
@@ -209,13 +217,19 @@ def observe(
     >>> observe(jnp.ones((5, 4)), jnp.ones((5, 3))).gram.shape
     (4, 4)
     """
-    space = len(window)
+    inputs, wanted, space = jnp.asarray(inputs), jnp.asarray(wanted), len(window)
     if inputs.ndim != space + 2 or wanted.ndim != space + 2:
         raise ValueError(
             f"expected inputs and wanted responses of {space + 2} axes, "
             f"got {inputs.shape} and {wanted.shape}"
         )
-    rows = windows(inputs, window, window_strides, padding, kernel_dilation)
+    options = window_options(window, window_strides, padding, kernel_dilation)
+    return _observe(inputs, wanted, options)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _observe(inputs: jax.Array, wanted: jax.Array, options: Windows) -> Response:
+    rows = windows(inputs, options)
     if rows.shape[:-1] != wanted.shape[:-1]:
         raise ValueError(
             f"expected wanted responses of shape {rows.shape[:-1]} and features, got {wanted.shape}"
@@ -226,6 +240,7 @@ def observe(
     return Response(dot(rows.T, rows), dot(rows.T, wanted), jnp.sum(jnp.square(wanted)))
 
 
+@jax.jit
 def response_error(kernel: jax.Array, response: Response) -> jax.Array:
     """Return the squared error of a float kernel's responses over their squares, float32 scalar."""
     matrix = kernel.astype(jnp.float32).reshape(response.cross.shape)
@@ -280,17 +295,25 @@ def correct(
     True
     """
     *window, channels, features = array.shape
-    positions, (subspaces, _, length) = math.prod(window), array.words.shape
+    positions = math.prod(window)
     if response.cross.shape != (positions * channels, features):
         raise ValueError(
             f"expected a response of {positions * channels} inputs and {features} features, "
             f"got {response.cross.shape}"
         )
+    sweeps = checks.integer("sweeps", sweeps, least=0)
+    return compiled(_correct, array, response, sweeps=sweeps)
+
+
+def _correct(
+    array: ProductArray, response: Response, *, sweeps: int
+) -> tuple[ProductArray, jax.Array]:
+    *window, _, features = array.shape
+    positions, (subspaces, _, length) = math.prod(window), array.words.shape
     by_subspace = (positions, subspaces, length)
     gram = response.gram.reshape(*by_subspace, *by_subspace).transpose(1, 0, 2, 4, 3, 5)
     cross = response.cross.reshape(*by_subspace, features).transpose(1, 0, 2, 3)
     codes = jnp.moveaxis(product_codes(array).reshape(positions, subspaces, features), 1, 0)
-
     run = max(n for n in range(1, min(subspaces, _RUN) + 1) if subspaces % n == 0)
 
     def missing(words: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -302,11 +325,11 @@ def correct(
     def sweep(carry: tuple[jax.Array, jax.Array], _: None):
         rest, error = missing(*carry)  # anew: roundings do not add up
         correct_run = functools.partial(_correct_run, gram, run)
-        words, codes, _ = jax.lax.fori_loop(0, subspaces // run, correct_run, (*carry, rest))
+        words, codes, _ = loops.fori_loop(0, subspaces // run, correct_run, (*carry, rest))
         return (words, codes), error
 
     start = array.words.astype(jnp.float32), codes
-    (words, codes), errors = jax.lax.scan(sweep, start, length=sweeps)
+    (words, codes), errors = loops.scan(sweep, start, length=sweeps)
     errors = jnp.append(errors, missing(words, codes)[1])
     codes = jnp.moveaxis(codes, 0, 1).reshape(array.codes.shape)
     return pack_product(codes, words.astype(array.dtype)), errors
@@ -332,7 +355,7 @@ def _correct_run(
     (words, codes, rest), rows = carry, own(gram)
     change_one = functools.partial(_correct_subspace, own(rows, 3))
     parts = own(words), own(codes), own(rest)
-    new_words, new_codes, _ = jax.lax.fori_loop(0, run, change_one, parts)
+    new_words, new_codes, _ = loops.fori_loop(0, run, change_one, parts)
     change = _kernel(new_words, new_codes) - _kernel(*parts[:2])  # [run, P, D, features]
     rest -= jnp.einsum("mpdnqe,mpdt->nqet", rows, change, precision=_PRECISION)
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
@@ -348,7 +371,7 @@ def _correct_subspace(
     block = _Block(words[m], codes[m], rest[m])
     before = block.words[block.codes]
     block = _move_words(own, block)
-    block, _ = jax.lax.scan(functools.partial(_move_codes, own), block, jnp.arange(codes.shape[1]))
+    block, _ = loops.scan(functools.partial(_move_codes, own), block, jnp.arange(codes.shape[1]))
     change = block.words[block.codes] - before  # [P, features, D]
     rest -= jnp.einsum("pdnqe,ptd->nqet", gram[m], change, precision=_PRECISION)
     return words.at[m].set(block.words), codes.at[m].set(block.codes), rest
@@ -358,7 +381,7 @@ def _move_words(own: jax.Array, block: _Block) -> _Block:
     """Move all words to their least squares; `own` is the Gram matrix of the subspace's inputs."""
     if own.shape[0] > 1:
         numbers = jnp.arange(block.words.shape[0])
-        return jax.lax.scan(functools.partial(_move_word, own), block, numbers)[0]
+        return loops.scan(functools.partial(_move_word, own), block, numbers)[0]
     # At a single position no response is of two words: all of them at once.
     codes, dot = block.codes[0], functools.partial(jnp.matmul, precision=_PRECISION)
     zeros = jnp.zeros_like(block.words)

@@ -2,10 +2,12 @@
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxquant.ops import blocks, lookup, mosaic, platform, reference, triton, words
 from jaxquant.packing import PackedArray, ProductArray
@@ -18,9 +20,10 @@ _PARTIAL = {
     "words": words,
 }
 IMPLEMENTATIONS = ("unpack", *_PARTIAL)
-_MOST_LOOKUPS = 11  # centroids; above, a read from a table stands for two codes only
+_OF_PLATFORM = {"cpu": ("words", "lookup", "blocks"), "gpu": ("triton",), "tpu": ("mosaic",)}
 _FEW_FOR_WORDS = 16  # vectors; tables are read for each, a kernel is unpacked once for all
-_FEW_VECTORS = 64  # more are bound by arithmetic, for which XLA's own product is the best
+_FEW_VECTORS = 64  # more are bound by arithmetic, for which XLA's own product is the best on GPUs
+_FEW_WEIGHTS = 2**14  # which are unpacked before a loop would start
 
 
 def matmul(
@@ -56,23 +59,33 @@ def matmul(
     """
     _check_implementation(implementation)
     _check_weight(packed)
-    axes = len(packed.rows)
+    x, axes = jnp.asarray(x), len(packed.rows)
     if x.ndim < axes or x.shape[x.ndim - axes :] != packed.rows:
         raise ValueError(f"expected x of shape [..., {_text(packed.rows)}], got {x.shape}")
     dtype = preferred_element_type or reference.common_dtype(x.dtype, packed.dtype)
-    batch = x.shape[: x.ndim - axes]
-    x = x.reshape(*batch, math.prod(packed.rows))
+    vectors = math.prod(x.shape[: x.ndim - axes])
     if implementation is None:
-        implementation = _fastest(x, packed)
-    elif implementation in _PARTIAL and not _supports(implementation, x, packed):
+        implementation = _fastest(vectors, x, packed)
+    elif implementation in _PARTIAL and not _supports(implementation, vectors, x, packed):
         raise ValueError(
             f"expected a product that {implementation!r} supports, got {_describe(packed)}, "
-            f"x of {x.dtype}; None chooses"
+            f"x of {x.dtype} and shape {x.shape}; None chooses"
         )
-    if implementation == "unpack" or not math.prod(batch):
-        return _remade(reference.matmul)(x, packed).astype(dtype)
-    flat = x.reshape(math.prod(batch), x.shape[-1])
-    y = _partial_product(implementation, flat, packed)
+    if isinstance(vectors, int) and vectors == 0:
+        implementation = "unpack"  # all others count on one
+    return _matmul(x, packed, implementation, jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))  # outside of jit nothing compiles anew
+def _matmul(
+    x: jax.Array, packed: PackedArray | ProductArray, implementation: str, dtype: Any
+) -> jax.Array:
+    batch = x.shape[: x.ndim - len(packed.rows)]
+    x = x.reshape(*batch, math.prod(packed.rows))
+    if implementation == "unpack":
+        y = _remade(reference.matmul)(x, packed)
+    else:
+        y = _partial_product(implementation, x.reshape(math.prod(batch), x.shape[-1]), packed)
     return y.reshape(*batch, *packed.columns).astype(dtype)
 
 
@@ -144,7 +157,7 @@ def conv(
             f"expected implementation to be unpack, words or None, got {implementation!r}"
         )
     _check_weight(packed)
-    space = packed.ndim - 2
+    x, space = jnp.asarray(x), packed.ndim - 2
     if space < 1 or x.ndim != packed.ndim:
         raise ValueError(f"expected x of {packed.ndim} axes, one or more of space, got {x.shape}")
     if x.shape[-1] != packed.rows[-1] * feature_group_count:
@@ -155,45 +168,55 @@ def conv(
     dtype = preferred_element_type or reference.common_dtype(x.dtype, packed.dtype)
     options: dict[str, Any] = {
         "window_strides": each(window_strides),
-        "padding": padding if isinstance(padding, str) else tuple(map(tuple, padding)),
+        "padding": reference.pads(padding, space),
         "kernel_dilation": each(kernel_dilation),
     }
-    if implementation == "words":
-        plain = feature_group_count == 1 and set(each(input_dilation)) == {1}
-        if not isinstance(packed, ProductArray) or not plain:
-            raise ValueError(
-                "expected a ProductArray, no input dilation and no groups for 'words', got "
-                f"{type(packed).__name__}, {input_dilation} and {feature_group_count}"
-            )
-        return words.conv(x, packed, **options).astype(dtype)
-    convolve = functools.partial(
-        reference.conv,
-        input_dilation=each(input_dilation),
-        feature_group_count=feature_group_count,
-        **options,
-    )
-    return _remade(convolve)(x, packed).astype(dtype)
+    groups, dilation = operator.index(feature_group_count), each(input_dilation)
+    if implementation != "words":
+        options |= {"input_dilation": dilation, "feature_group_count": groups}
+    elif not isinstance(packed, ProductArray) or groups != 1 or set(dilation) != {1}:
+        raise ValueError(
+            "expected a ProductArray, no input dilation and no groups for 'words', got "
+            f"{type(packed).__name__}, {input_dilation} and {feature_group_count}"
+        )
+    return _conv(x, packed, implementation == "words", jnp.dtype(dtype), tuple(options.items()))
 
 
-def _fastest(x: jax.Array, packed: PackedArray | ProductArray) -> str:
-    vectors = math.prod(x.shape[:-1])
-    if not platform.is_one_device():
-        return "unpack"  # which XLA takes apart as the arrays are
-    if isinstance(packed, ProductArray):
-        few = vectors <= _FEW_FOR_WORDS and platform.name() == "cpu"
-        return "words" if few and _supports("words", x, packed) else "unpack"
-    few = vectors <= _FEW_VECTORS
-    names = {
-        "cpu": ("lookup", "blocks") if vectors == 1 and packed.k <= _MOST_LOOKUPS else ("blocks",),
-        "gpu": ("triton",) if few else (),
-        "tpu": ("mosaic",) if few else (),
-    }.get(platform.name(), ())
-    return next((name for name in names if _supports(name, x, packed)), "unpack")
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _conv(
+    x: jax.Array,
+    packed: PackedArray | ProductArray,
+    by_words: bool,
+    dtype: Any,
+    options: tuple[tuple[str, Any], ...],
+) -> jax.Array:
+    convolve = functools.partial(words.conv if by_words else reference.conv, **dict(options))
+    return (convolve if by_words else _remade(convolve))(x, packed).astype(dtype)
 
 
-def _supports(name: str, x: jax.Array, packed: PackedArray | ProductArray) -> bool:
-    if isinstance(packed, ProductArray) and name != "words":
+def _fastest(vectors: int, x: jax.Array, packed: PackedArray | ProductArray) -> str:
+    """Return the implementation for so many vectors; a symbolic number of them may be any."""
+    known = isinstance(vectors, int)
+    if platform.is_one_device() and packed.size > _FEW_WEIGHTS:
+        for name in _OF_PLATFORM.get(platform.name(), ()):
+            if _supports(name, vectors, x, packed) and (
+                name == "blocks" or (known and vectors <= _most_vectors(name, packed))
+            ):
+                return name
+    return "unpack"  # which XLA takes apart as the arrays are
+
+
+def _most_vectors(name: str, packed: PackedArray | ProductArray) -> int:
+    if name == "lookup":  # what is read from a table is read for each, a weight unpacked for all
+        return lookup.reads(packed.k)
+    return _FEW_FOR_WORDS if name == "words" else _FEW_VECTORS
+
+
+def _supports(name: str, vectors: int, x: jax.Array, packed: PackedArray | ProductArray) -> bool:
+    if isinstance(packed, ProductArray) and name not in ("words", "blocks"):
         return False
+    if name in ("triton", "mosaic") and not isinstance(vectors, int):
+        return False  # what a kernel does follows from their number
     return _PARTIAL[name].supports(x, packed)
 
 

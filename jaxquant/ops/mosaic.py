@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxquant import loops
 from jaxquant.ops import planes, platform
-from jaxquant.ops.reference import accumulator
+from jaxquant.ops.reference import accumulator, output_like
 from jaxquant.packing import PackedArray, byte_planes, unpack_planes
 
 _LANES = 128  # columns of a register, and the longest table that one gather reads
@@ -41,9 +42,10 @@ def matmul(x: jax.Array, packed: PackedArray) -> jax.Array:
         planes.inputs(x, packed, row_block), ((0, -len(x) % vector_block), (0, 0), (0, 0))
     )
     inputs = jnp.moveaxis(inputs, 1, 0)
+    args = inputs, codes, table
     y = pl.pallas_call(
         functools.partial(_kernel, k=packed.k),
-        out_shape=jax.ShapeDtypeStruct((inputs.shape[1], columns), jnp.float32),
+        out_shape=output_like((inputs.shape[1], columns), jnp.float32, args),
         grid=(
             inputs.shape[1] // vector_block,
             pl.cdiv(columns, column_block),
@@ -59,7 +61,7 @@ def matmul(x: jax.Array, packed: PackedArray) -> jax.Array:
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
         interpret=platform.name() == "cpu",
-    )(inputs, codes, table)
+    )(*loops.varying_like(args, args))
     return y[: len(x)]
 
 

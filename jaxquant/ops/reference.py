@@ -2,12 +2,15 @@
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxquant import loops
 from jaxquant.packing import PackedArray, ProductArray, unpack_node
 
 
@@ -40,16 +43,60 @@ def channels_last(space: int) -> tuple[str, str, str]:
 
 
 def each_axis(value: Sequence[int] | int, space: int) -> tuple[int, ...]:
-    """Return a number for each axis of space, from those or from one for all."""
-    return (value,) * space if isinstance(value, int) else tuple(value)
+    """Return a number for each axis of space, from those or from one for all.
+
+    Raises:
+      ValueError: if they are not integers, of any type, or not one for each axis.
+    """
+    values: Any = (value,) * space if np.ndim(value) == 0 else value
+    try:
+        numbers = tuple(map(operator.index, values))
+    except TypeError:
+        numbers = ()
+    if len(numbers) != space:
+        raise ValueError(f"expected an integer, or one for each of {space} axes, got {value!r}")
+    return numbers
+
+
+def pads(padding: Any, space: int) -> str | tuple[tuple[int, int], ...]:
+    """Return padding in a form that can be hashed: a name, or (before, after) for each axis.
+
+    Raises:
+      ValueError: if it is neither.
+    """
+    if isinstance(padding, str):
+        return padding
+    if np.shape(padding) != (space, 2):
+        raise ValueError(
+            f"expected a name, or (before, after) for each of {space} axes, got {padding!r}"
+        )
+    return tuple((before, after) for before, after in (each_axis(pair, 2) for pair in padding))
 
 
 def common_dtype(*dtypes: Any) -> Any:
-    """Return the dtype that all promote to, also where arithmetic must not promote by itself."""
+    """Return the dtype that all promote to, also where arithmetic must not promote by itself.
+
+    Floats of eight bits or less, which JAX promotes to nothing, give way to all others; among
+    themselves to the first.
+    """
+    wide = [dtype for dtype in map(jnp.dtype, dtypes) if not _is_narrow(dtype)]
+    if not wide:
+        return jnp.dtype(dtypes[0])
     with jax.numpy_dtype_promotion("standard"):
-        return functools.reduce(jnp.promote_types, dtypes)
+        return functools.reduce(jnp.promote_types, wide)
+
+
+def _is_narrow(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 1
 
 
 def accumulator(x: jax.Array, packed: PackedArray | ProductArray) -> Any:
     """Return the dtype of products and sums."""
     return common_dtype(x.dtype, packed.dtype, jnp.float32)
+
+
+def output_like(shape: tuple[int, ...], dtype: Any, arrays: Any) -> jax.ShapeDtypeStruct:
+    """Return what a kernel says of its output, which varies as the arrays do."""
+    varying = loops.varying_like(jnp.zeros((), dtype), arrays)
+    axes = jax.typeof(varying).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)

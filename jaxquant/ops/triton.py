@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jaxquant import loops
 from jaxquant.ops import planes, platform
-from jaxquant.ops.reference import accumulator
+from jaxquant.ops.reference import accumulator, output_like
 from jaxquant.packing import PackedArray, byte_planes, unpack_planes
 
 _MOST_SELECTS = 4  # centroids; above, every weight reads the codebook, which the cache holds
@@ -42,18 +43,19 @@ def matmul(x: jax.Array, packed: PackedArray) -> jax.Array:
     steps = pl.cdiv(steps, shares)  # of each share
     inputs = planes.inputs(x, packed, shares * steps * _ROWS)
     inputs = jnp.pad(inputs, ((0, -len(x) % vector_block), (0, 0), (0, 0)))
+    args = inputs, codes, planes.centroids(packed).astype(jnp.float32)
     y = pl.pallas_call(
         functools.partial(
             _kernel, k=packed.k, steps=steps, vector_block=vector_block, column_block=column_block
         ),
-        out_shape=jax.ShapeDtypeStruct((shares, len(inputs), columns), jnp.float32),
+        out_shape=output_like((shares, len(inputs), columns), jnp.float32, args),
         grid=(vectors, blocks, shares),
         # Loads ahead of their use wait in shared memory, which those of many planes would exceed.
         compiler_params=plgpu.CompilerParams(
             num_warps=4, num_stages=3 if planes.count(packed.k) <= 8 else 1
         ),
         interpret=platform.name() == "cpu",
-    )(inputs, codes, planes.centroids(packed).astype(jnp.float32))
+    )(*loops.varying_like(args, args))
     return jnp.sum(y, axis=0)[: len(x)]
 
 
@@ -82,7 +84,7 @@ def _kernel(
     first_column = pl.program_id(1) * column_block
     share = pl.program_id(2)
     block = pl.ds(first_column, column_block)
-    in_columns = first_column + jnp.arange(column_block) < columns
+    in_columns = first_column + jnp.arange(column_block, dtype=jnp.int32) < columns
     single = vector_block <= _MOST_SINGLE
     decode = functools.partial(
         _select if k <= _MOST_SELECTS else _gather, codebook_ref, k, block, in_columns
@@ -90,7 +92,7 @@ def _kernel(
 
     def step(i: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
         row = (share * steps + i) * _ROWS
-        mask = (row + jnp.arange(_ROWS) < rows)[:, None] & in_columns[None, :]
+        mask = (row + jnp.arange(_ROWS, dtype=jnp.int32) < rows)[:, None] & in_columns[None, :]
         loaded = [
             plgpu.load(codes_ref.at[jnp.int32(f), pl.ds(row, _ROWS), block], mask=mask, other=0)
             for f in range(fields)
@@ -144,5 +146,5 @@ def _gather(
     del k
     if codebook_ref.shape[1] == 1:
         return codebook_ref[codes, jnp.zeros_like(codes)]
-    columns = jnp.where(in_columns, block.start + jnp.arange(block.size), 0)
+    columns = jnp.where(in_columns, block.start + jnp.arange(block.size, dtype=jnp.int32), 0)
     return codebook_ref[codes, jnp.broadcast_to(columns[None, :], codes.shape)]

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant import loops
 from jaxquant.ops.reference import accumulator
 from jaxquant.packing import PackedArray, ProductArray, product_codes
 
@@ -34,7 +35,7 @@ def matmul(x: jax.Array, packed: ProductArray) -> jax.Array:
 
     start = jnp.zeros((x.shape[0], packed.shape[-1]), dtype)
     inputs = pieces, packed.words.astype(dtype), product_codes(packed)
-    return jax.lax.scan(add, start, inputs)[0]
+    return loops.scan(add, start, inputs)[0]
 
 
 def conv(
@@ -69,14 +70,14 @@ def conv(
                 f + (n - 1) * s + 1 for f, n, s in zip(first, space, window_strides, strict=True)
             ]
             seen = jax.lax.slice(
-                table, (0, *first, 0), (len(table), *last, table.shape[-1]), strides
+                table, (0, *first, 0), (table.shape[0], *last, table.shape[-1]), strides
             )
             total += _look_up(seen, codes[position])
         return total, None
 
     codes = jnp.moveaxis(product_codes(packed), -2, 0)
-    start = jnp.zeros((len(x), *space, packed.shape[-1]), dtype)
-    return jax.lax.scan(add, start, (pieces, packed.words.astype(dtype), codes))[0]
+    start = jnp.zeros((x.shape[0], *space, packed.shape[-1]), dtype)
+    return loops.scan(add, start, (pieces, packed.words.astype(dtype), codes))[0]
 
 
 def _table(piece: jax.Array, words: jax.Array) -> jax.Array:
