@@ -444,7 +444,7 @@ def _move(frozen: jax.Array, target: jax.Array, weights: jax.Array, update: jax.
 
 def _difference(target: jax.Array, weights: jax.Array, update: jax.Array) -> jax.Array:
     """Return the update that moves the weights to a target, in the dtype of updates."""
-    wide = jnp.promote_types(weights.dtype, jnp.float32)
+    wide = jnp.float64 if weights.dtype == jnp.float64 else jnp.float32
     return (target.astype(wide) - weights.astype(wide)).astype(update.dtype)
 
 

@@ -401,7 +401,7 @@ def no_device(*_, **__):
         ([*SLQ, "--workdir", "w", "--config.quantize.partition=size"], "expected partition"),
         ([*SLQ, "--workdir", "w", "--config.quantize.init=best"], "expected init to be one of"),
         ([*SLQ, "--workdir", "w", "--config.quantize.rounds=9,5"], "expected rounds that grow"),
-        ([*SLQ, "--workdir", "w", "--config.quantize.bits=0"], "expected bits between 1 and"),
+        ([*SLQ, "--workdir", "w", "--config.quantize.bits=0"], "expected bits to be 1 to"),
         (
             [*SLQ, "--workdir", "w", "--config.retrain.epochs=1,2,3"],
             "retrain.epochs: expected 1 or",
