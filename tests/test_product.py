@@ -62,7 +62,9 @@ def test_a_kernel_of_words_by_hand():
     assert array.nbytes == 3 + 8 * 4 and array.size == 12 and array.ndim == 2
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2]
+)
 def test_enough_words_of_one_channel_reproduce_a_layer_exactly(dtype):
     kernel = normal((3, 3, 5, 7)).astype(dtype)
     array = cluster(kernel, words=63, length=1, key=KEY)
@@ -177,6 +179,7 @@ def port_of_dense_descent(words, codes, inputs, wanted):
 @pytest.mark.parametrize("run", [1, 2, 32])
 def test_a_sweep_over_a_dense_layer_is_that_of_a_numpy_port(run, monkeypatch):
     monkeypatch.setattr(product, "_RUN", run)  # of four subspaces
+    product._correct.clear_cache()
     correct = jax.jit(functools.partial(product.correct), static_argnames="sweeps")  # traced anew
     x, kernel = relu_inputs((200, 12), 0), normal((12, 30), seed=3)
     wanted = x @ kernel
@@ -203,6 +206,7 @@ def test_subspaces_of_a_convolution_that_are_corrected_together_hear_of_each_oth
     response = product.observe(x, wanted, window=(3, 3))
     want, want_errors = correct(array, response, sweeps=1)  # six subspaces at once
     monkeypatch.setattr(product, "_RUN", run)
+    product._correct.clear_cache()
     anew = jax.jit(functools.partial(product.correct), static_argnames="sweeps")
     got, errors = anew(array, response, sweeps=1)
     np.testing.assert_array_equal(product_codes(got), product_codes(want))
@@ -230,6 +234,19 @@ def test_64_bit_types_change_nothing():
         got = quantize()
     assert got.dtype == jnp.float32
     np.testing.assert_array_equal(product_codes(got), product_codes(want))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
+def test_layers_of_narrow_floats_are_observed_and_corrected(dtype):
+    kernel, x = normal((6, 9)).astype(dtype), relu_inputs((30, 6), 1).astype(dtype)
+    wide = x.astype(jnp.float32) @ kernel.astype(jnp.float32)
+    response = product.observe(x, wide.astype(dtype))
+    assert response.gram.dtype == response.cross.dtype == jnp.float32
+    array = product.cluster(kernel, words=3, length=2, key=KEY)
+    better, errors = product.correct(array, response, sweeps=2)
+    assert array.dtype == better.dtype == dtype and errors[-1] < errors[0]
+    moments = jq.input_moments(x)
+    np.testing.assert_allclose(moments, response.gram / 30, rtol=1e-5)
 
 
 def pack_unpack(words, codes):
@@ -291,7 +308,7 @@ def test_sums_of_table_entries_are_the_product(dtype):
     x, kernel = normal((3, 5, 12)).astype(dtype), normal((12, 9), seed=1).astype(dtype)
     array = cluster(kernel, words=4, length=3, key=KEY)
     want = x.astype(jnp.float32) @ unpack_product(array).astype(jnp.float32)
-    for name in ("words", "unpack", None):
+    for name in ("words", "unpack", "blocks", None):
         got = jq.matmul(x, array, implementation=name)
         assert got.dtype == dtype
         np.testing.assert_allclose(
@@ -330,14 +347,15 @@ def test_derivatives_of_sums_of_table_entries_are_those_of_the_product():
 
 def test_few_vectors_are_looked_up_and_many_unpack(monkeypatch):
     monkeypatch.setattr(platform, "is_one_device", lambda: True)
+    monkeypatch.setattr(api, "_FEW_WEIGHTS", 0)
     array = cluster(normal((12, 9)), words=4, length=3, key=KEY)
     monkeypatch.setattr(platform, "name", lambda: "cpu")
-    assert [api._fastest(jnp.ones((n, 12)), array) for n in (1, 16, 17)] == [
+    assert [api._fastest(n, jnp.ones((n, 12)), array) for n in (1, 16, 17)] == [
         *["words"] * 2,
-        "unpack",
+        "blocks",
     ]
     monkeypatch.setattr(platform, "name", lambda: "gpu")
-    assert api._fastest(jnp.ones((1, 12)), array) == "unpack"
+    assert api._fastest(1, jnp.ones((1, 12)), array) == "unpack"
     assert jq.matmul(jnp.ones((2, 0, 12)), array, implementation="words").shape == (2, 0, 9)
 
 
@@ -452,6 +470,7 @@ def test_a_report_counts_the_bytes_of_words_and_codes():
         (jnp.ones((8, 4)), {"words": 0}, "expected words from 1 to 256, got 0"),
         (jnp.ones((8, 4)), {"words": 257}, "expected words from 1 to 256, got 257"),
         (jnp.ones((8, 4)), {"length": 3}, "expected length to divide 8 channels, got 3"),
+        (jnp.ones((8, 4)), {"words": 2.0}, "expected words from 1 to 256, got 2.0"),
         (jnp.ones((8, 4)), {"iterations": -1}, "expected iterations to be at least 0, got -1"),
         (jnp.ones((8, 4)).at[0, 0].set(jnp.nan), {}, "expected finite values in kernel, got 1"),
     ],
@@ -479,8 +498,8 @@ def test_responses_and_products_that_do_not_fit_are_refused():
         product.observe(jnp.ones((2, 4, 4, 3)), jnp.ones((2, 2, 4, 5)), window=(3, 3))
     with pytest.raises(ValueError, match=r"expected x of shape \[..., 8\], got \(2, 7\)"):
         jq.matmul(jnp.ones((2, 7)), array)
-    with pytest.raises(ValueError, match="expected a product that 'blocks' supports, got words"):
-        jq.matmul(jnp.ones((2, 8)), array, implementation="blocks")
+    with pytest.raises(ValueError, match="expected a product that 'lookup' supports, got words"):
+        jq.matmul(jnp.ones((2, 8)), array, implementation="lookup")
     packed = jq.pack_array(jnp.ones((8, 6)), jnp.array([0.0, 1.0]))
     with pytest.raises(ValueError, match="expected a product that 'words' supports, got k=2"):
         jq.matmul(jnp.ones((2, 8)), packed, implementation="words")
