@@ -420,6 +420,10 @@ def damage_marker(folder):
     (folder / "archives.json").write_text("[]")
 
 
+def nest_marker(folder):
+    (folder / "archives.json").write_text("[" * 100_000)
+
+
 def damage_records(folder):
     path = next(folder.glob("*train*array_record*"))
     path.write_bytes(path.read_bytes()[:100])
@@ -432,7 +436,8 @@ def damage_format(folder):
 
 
 @pytest.mark.parametrize(
-    "damage", [damage_nothing_but_info, damage_marker, damage_records, damage_format]
+    "damage",
+    [damage_nothing_but_info, damage_marker, nest_marker, damage_records, damage_format],
 )
 def test_damaged_prepared_folder_is_refused(tiny, damage):
     data.load("mnist", data_dir=tiny)

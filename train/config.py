@@ -208,7 +208,7 @@ def override_field(config: Any, override: str) -> Any:
 
 
 def _replace(node: Any, names: list[str], text: str, flag: str) -> Any:
-    fields = typing.get_type_hints(type(node), include_extras=True)
+    fields = typing.get_type_hints(type(node))
     head, *rest = names
     if head not in fields:
         raise ValueError(f"{flag}: expected one of {', '.join(fields)}, got {head!r}")
@@ -223,12 +223,11 @@ def _replace(node: Any, names: list[str], text: str, flag: str) -> Any:
 
 
 def _parse(text: str, kind: Any, flag: str) -> Any:
-    """Convert the text of an override to the field's type."""
-    plain = typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
-    if type(None) in typing.get_args(plain):
+    """Convert the text of an override to the field's type, within whatever bounds."""
+    if type(None) in typing.get_args(kind):
         raise ValueError(f"{flag}: set this in the config's file, not on the command line")
     value: Any = text
-    if typing.get_origin(plain) is tuple:
+    if typing.get_origin(kind) is tuple:
         inside = text.strip("()[] ").rstrip(",")
         value = inside.split(",") if inside else []
     try:
