@@ -86,7 +86,7 @@ class Limits(NamedTuple):
         size of the file; a file that is larger than a 64th of it may have 64 for each of its bytes.
     """
 
-    leaves: int = 2**17
+    leaves: int = 2**16
     depth: int = 100
     name: int = 1000
     weights: int = 2**26
@@ -440,7 +440,7 @@ def _decode(
     stacked, rows, columns = (tuple(entry[name]) for name in ("stacked", "rows", "columns"))
     matrix = codes.reshape(*stacked, math.prod(rows), math.prod(columns))
     return PackedArray(
-        codes=jnp.asarray(pack_codes(matrix, k)),
+        codes=jax.device_put(pack_codes(matrix, k)),  # `jnp.asarray` compiles for each shape
         codebook=_as_jax(values),
         rows=rows,
         columns=columns,
@@ -450,7 +450,8 @@ def _decode(
 def _as_jax(values: np.ndarray) -> Any:
     """Return a JAX array, or the NumPy array if JAX would cut its numbers to 32 bits."""
     same = jax.dtypes.canonicalize_dtype(values.dtype) == values.dtype
-    return jnp.asarray(values) if same else values.copy()
+    own = values.copy()  # not a part of all that the file holds
+    return jax.device_put(own) if same else own
 
 
 def _decompress(words: np.ndarray, tables: np.ndarray, size: int) -> np.ndarray:
