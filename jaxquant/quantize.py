@@ -329,9 +329,11 @@ def quantize_round(
     centroids stay); the clusters that the partition puts first freeze, up to the row's share; their
     weights become their centroids. A free weight that is nearest to a frozen centroid joins it. In
     a plan of shares of weights (`inq`) the weights that the partition puts first freeze instead,
-    whatever their cluster, those of equal priority together. Past the last row nothing changes.
-    Pure; runs under jit, vmap and scan, one compile for all rounds. A layer with NaN or infinite
-    weights is left as it was and reported in `finite`; outside of jit it is an error.
+    whatever their cluster, those of equal priority together. Past the last row what
+    is still free freezes, of a layer that was passed over or of a state of another plan; else
+    nothing changes. Pure; runs under jit, vmap and scan, one compile for all rounds. A layer with
+    NaN or infinite weights, or sensitivities that cannot weigh, is left as it was and reported in
+    `finite`; outside of jit it is an error.
 
     Layers of all sizes share one compiled solver: only the histogram and the passes over the
     weights are compiled for each shape. Cost: about four reads of the weights, more than twice that
