@@ -41,12 +41,15 @@ def matmul(
     and sums are in float32 (or float64, if x or the codebook is). Differentiable by x and by the
     codebook, in both modes; no float weight is kept for the backward pass. Runs under jit, vmap,
     scan and, as "unpack", on sharded arrays; on several devices the others need `jax.shard_map`.
+    Exports for symbolic numbers of vectors, but not as "triton" and "mosaic".
 
     Args:
       x: [..., rows] floating point; `rows` may be several axes, as those of the weight.
       packed: weight [rows, columns]; a PackedArray or a ProductArray.
       implementation: one of `IMPLEMENTATIONS`; None: the fastest that the platform has.
-      preferred_element_type: dtype of the result; None: that of `x @ weight`.
+      preferred_element_type: dtype of the result; None: that of `x @ weight`. Floats of eight
+        bits, which JAX promotes to nothing, give way to wider ones, and two kinds of them to that
+        of x.
 
     Returns:
       [..., columns].
@@ -159,7 +162,7 @@ def conv(
       feature_group_count: groups of channels.
       implementation: "unpack", "words" (of a ProductArray, without input dilation or groups), or
         None.
-      preferred_element_type: dtype of the result; None: that which x and the codebook promote to.
+      preferred_element_type: dtype of the result; None: as for `matmul`.
 
     Returns:
       [batch, *space, features].
