@@ -258,6 +258,20 @@ def test_stacked_layers_multiply_under_scan_and_vmap():
     np.testing.assert_allclose(y, jnp.einsum("br,lrc->lbc", x, weights), rtol=1e-5, atol=1e-5)
 
 
+def test_vectors_that_are_mapped_over_are_multiplied_together(one_device):
+    packed, x = packed_array(5, (4, 6, 10)), normal(70, 4, 6)
+    mapped = jax.vmap(jq.matmul, in_axes=(0, None))
+    expected = np.einsum("bij,ijk->bk", x, jq.unpack(packed))
+    np.testing.assert_allclose(mapped(x, packed), expected, rtol=1e-5, atol=1e-5)
+    assert api._fastest(1, x[:1], packed) == "lookup"
+    blocks_write_columns = "dynamic_update_slice"
+    assert blocks_write_columns not in str(jax.make_jaxpr(jq.matmul)(x[0], packed))
+    assert blocks_write_columns in str(jax.make_jaxpr(mapped)(x, packed))
+    gradients = jax.vmap(jax.grad(lambda x: jnp.sum(jq.matmul(x, packed))))(x)
+    expected = jnp.broadcast_to(jq.unpack(packed).sum(axis=-1)[None], x.shape)
+    np.testing.assert_allclose(gradients, expected, rtol=1e-5, atol=1e-5)
+
+
 AXIS_TYPES = [AxisType.Auto, AxisType.Explicit]
 
 
@@ -478,8 +492,8 @@ def by(implementation, product=jq.matmul):
 EVERYWHERE = {
     **{
         f"matmul_{name}_{k}": (by(name), normal(8, 40), packed_array(k, (40, 8)))
-        for name in (None, "unpack", "lookup", "blocks")
-        for k in (3, 5, 17)
+        for name, k in [(None, 5), ("unpack", 5), ("lookup", 3), ("lookup", 5), ("lookup", 17)]
+        + [("blocks", 5)]
     },
     **{
         f"matmul_of_words_{name}": (by(name), normal(8, 40), words_array(40, 8))

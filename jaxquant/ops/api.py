@@ -3,10 +3,11 @@
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.custom_batching
 import jax.numpy as jnp
 
 from jaxquant.ops import blocks, lookup, mosaic, platform, reference, triton, words
@@ -20,6 +21,7 @@ _PARTIAL = {
     "words": words,
 }
 IMPLEMENTATIONS = ("unpack", *_PARTIAL)
+Product = Callable[[jax.Array, Any], jax.Array]
 _OF_PLATFORM = {"cpu": ("words", "lookup", "blocks"), "gpu": ("triton",), "tpu": ("mosaic",)}
 _FEW_FOR_WORDS = 16  # vectors; tables are read for each, a kernel is unpacked once for all
 _FEW_VECTORS = 64  # more are bound by arithmetic, for which XLA's own product is the best on GPUs
@@ -39,12 +41,15 @@ def matmul(
     and sums are in float32 (or float64, if x or the codebook is). Differentiable by x and by the
     codebook, in both modes; no float weight is kept for the backward pass. Runs under jit, vmap,
     scan and, as "unpack", on sharded arrays; on several devices the others need `jax.shard_map`.
+    Exports for symbolic numbers of vectors, but not as "triton" and "mosaic".
 
     Args:
       x: [..., rows] floating point; `rows` may be several axes, as those of the weight.
       packed: weight [rows, columns]; a PackedArray or a ProductArray.
       implementation: one of `IMPLEMENTATIONS`; None: the fastest that the platform has.
-      preferred_element_type: dtype of the result; None: that of `x @ weight`.
+      preferred_element_type: dtype of the result; None: that of `x @ weight`. Floats of eight
+        bits, which JAX promotes to nothing, give way to wider ones, and two kinds of them to that
+        of x.
 
     Returns:
       [..., columns].
@@ -64,6 +69,7 @@ def matmul(
         raise ValueError(f"expected x of shape [..., {_text(packed.rows)}], got {x.shape}")
     dtype = preferred_element_type or reference.common_dtype(x.dtype, packed.dtype)
     vectors = math.prod(x.shape[: x.ndim - axes])
+    chosen = implementation is None
     if implementation is None:
         implementation = _fastest(vectors, x, packed)
     elif implementation in _PARTIAL and not _supports(implementation, vectors, x, packed):
@@ -73,19 +79,20 @@ def matmul(
         )
     if isinstance(vectors, int) and vectors == 0:
         implementation = "unpack"  # all others count on one
-    return _matmul(x, packed, implementation, jnp.dtype(dtype))
+    return _matmul(x, packed, implementation, chosen, jnp.dtype(dtype))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))  # outside of jit nothing compiles anew
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # outside of jit nothing compiles anew
 def _matmul(
-    x: jax.Array, packed: PackedArray | ProductArray, implementation: str, dtype: Any
+    x: jax.Array, packed: PackedArray | ProductArray, implementation: str, chosen: bool, dtype: Any
 ) -> jax.Array:
     batch = x.shape[: x.ndim - len(packed.rows)]
     x = x.reshape(*batch, math.prod(packed.rows))
     if implementation == "unpack":
         y = _remade(reference.matmul)(x, packed)
     else:
-        y = _partial_product(implementation, x.reshape(math.prod(batch), x.shape[-1]), packed)
+        product = _chosen_product(implementation) if chosen else _PARTIAL[implementation].matmul
+        y = _partial_product(product, x.reshape(math.prod(batch), x.shape[-1]), packed)
     return y.reshape(*batch, *packed.columns).astype(dtype)
 
 
@@ -96,17 +103,34 @@ _remade = jax.checkpoint
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _partial_product(
-    implementation: str, x: jax.Array, packed: PackedArray | ProductArray
+    product: Product, x: jax.Array, packed: PackedArray | ProductArray
 ) -> jax.Array:
-    return _PARTIAL[implementation].matmul(x, packed)
+    return product(x, packed)
 
 
 @_partial_product.defjvp
 def _partial_product_jvp(
-    implementation: str, primals: Any, tangents: Any
+    product: Product, primals: Any, tangents: Any
 ) -> tuple[jax.Array, jax.Array]:
     _, tangent = jax.jvp(_remade(reference.matmul), primals, tangents)
-    return _partial_product(implementation, *primals), tangent
+    return _partial_product(product, *primals), tangent
+
+
+@functools.cache
+def _chosen_product(implementation: str) -> Product:
+    """Return a product for which `vmap` over vectors chooses again: there are more of them then."""
+    product = jax.custom_batching.custom_vmap(_PARTIAL[implementation].matmul)
+
+    @product.def_vmap
+    def of_batch(size: int, batched: Any, x: jax.Array, packed: Any) -> tuple[jax.Array, bool]:
+        of_x, of_packed = batched
+        if any(jax.tree.leaves(of_packed)):
+            axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
+            return jax.vmap(_PARTIAL[implementation].matmul, axes)(x, packed), True
+        x = x.reshape(*x.shape[:-1], *packed.rows)
+        return matmul(x, packed, preferred_element_type=reference.accumulator(x, packed)), of_x
+
+    return product
 
 
 def conv(
@@ -138,7 +162,7 @@ def conv(
       feature_group_count: groups of channels.
       implementation: "unpack", "words" (of a ProductArray, without input dilation or groups), or
         None.
-      preferred_element_type: dtype of the result; None: that which x and the codebook promote to.
+      preferred_element_type: dtype of the result; None: as for `matmul`.
 
     Returns:
       [batch, *space, features].
