@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 import jaxquant as jq
 from benchmarks import common
+from jaxquant.ops import lookup
 from jaxquant.packing import pack_product
 
 SHAPES = ((4096, 4096), (8192, 8192), (4096, 14336))
@@ -72,8 +73,8 @@ def matmuls(shape: tuple[int, int], k: int, batch: int) -> tuple[dict[str, Progr
         "bfloat16": Program(jnp.matmul, x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16)),
     }
     for name in IMPLEMENTATIONS:
-        if name == "lookup" and batch > 1:
-            continue  # one vector after the other, which nobody would choose
+        if name == "lookup" and batch > lookup.reads(k):
+            continue  # one vector after the other, which nobody would choose for more
         try:
             made[name] = Program(
                 lambda x, p, name=name: jq.matmul(x, p, implementation=name), x, packed
