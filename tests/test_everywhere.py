@@ -95,8 +95,8 @@ def freeze_update(g):
     return tx.update({"w": g.weights}, tx.init({}), frozen={"w": g.weights > 0})
 
 
-def product_of(g):
-    return jq.product.cluster(g.weights, words=4, length=2, key=g.key, iterations=2)
+def product_of(g, name="weights"):
+    return jq.product.cluster(getattr(g, name), words=4, length=2, key=g.key, iterations=2)
 
 
 def correct(g):
@@ -132,8 +132,13 @@ CALLS = {
     "unpack": lambda g: jq.unpack({"w": packed(g)}),
     "unpack a product": lambda g: jq.unpack({"w": product_of(g)}),
     "matmul": lambda g: jq.matmul(g.inputs, packed(g)),
+    "matmul by lookup": lambda g: jq.matmul(g.inputs, packed(g), implementation="lookup"),
+    "matmul by blocks": lambda g: jq.matmul(g.inputs, packed(g), implementation="blocks"),
+    "matmul of words": lambda g: jq.matmul(g.inputs, product_of(g), implementation="words"),
     "conv": lambda g: jq.conv(g.images, packed(g, "kernel")),
+    "conv of words": lambda g: jq.conv(g.images, product_of(g, "kernel"), implementation="words"),
     "input_moments": lambda g: jq.input_moments(g.inputs),
+    "input_moments of windows": lambda g: jq.input_moments(g.images, window=(3, 3)),
     "incremental_init": lambda g: TX.init({"w": g.weights}),
     "incremental_update": incremental_update,
     "quant_state": lambda g: jq.quant_state(TX.init({"w": g.weights})),
@@ -149,7 +154,8 @@ NAMES = list(CALLS)
 # Compiling takes most of the time: of calls that share their parts with others, or compile for
 # long, some places only see the trace, at which what cannot stand there fails.
 LONG = ("quantize_round by moments", "quantize_round inq", "incremental_update", "product.correct")
-RUN = ("kmeans weighed", "assign many", "quantize_round", "set_centroids", "pack", "matmul", "conv")
+RUN = ("kmeans weighed", "assign many", "quantize_round", "set_centroids", "pack", "conv")
+RUN += ("matmul", "matmul by lookup", "matmul by blocks", "matmul of words", "input_moments")
 
 
 def test_every_public_function_is_in_the_table():
@@ -376,9 +382,7 @@ def test_what_is_no_integer_is_refused(call, value):
 EXPORTED = {
     "assign": lambda g: jq.assign(g.inputs, jnp.array(CENTROIDS)),
     "reconstruct": lambda g: jq.reconstruct(g.inputs.astype(jnp.int32), jnp.array(CENTROIDS)),
-    "matmul": CALLS["matmul"],
-    "conv": CALLS["conv"],
-    "input_moments": CALLS["input_moments"],
+    **{name: CALLS[name] for name in CALLS if name.startswith(("matmul", "conv", "input_mom"))},
 }
 
 

@@ -4,8 +4,8 @@ One public function each; `implementation` says how. "unpack" unpacks the weight
 compiled product: it runs everywhere, shards, and is the oracle of the others. Those, for `matmul`
 only, never have the whole weight unpacked: "lookup" reads sums from tables (CPU, one vector or a
 few), "blocks" unpacks what the cache holds (CPU), "triton" and "mosaic" are kernels for NVIDIA GPUs
-and for TPUs. "words" sums entries of tables of products with the words of a ProductArray. Each is in
-the module of its name.
+and for TPUs. "words" sums entries of tables of products with the words of a ProductArray. Each is
+in the module of its name.
 """
 
 from jaxquant.ops.api import IMPLEMENTATIONS, conv, matmul
