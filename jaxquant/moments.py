@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import loops
+from jaxquant.meshes import compiled
 from jaxquant.ops.reference import each_axis, pads
 
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -48,7 +49,8 @@ def input_moments(
     """
 
     inputs = jnp.asarray(inputs)
-    return _moments(inputs, window_options(window, window_strides, padding, kernel_dilation))
+    options = window_options(window, window_strides, padding, kernel_dilation)
+    return compiled(_moments, inputs, options=options)
 
 
 class Windows(NamedTuple):
@@ -73,8 +75,7 @@ def window_options(
     )
 
 
-@functools.partial(jax.jit, static_argnums=1)  # outside of jit nothing compiles anew
-def _moments(inputs: jax.Array, options: Windows) -> jax.Array:
+def _moments(inputs: jax.Array, *, options: Windows) -> jax.Array:
     def squares(inputs: jax.Array) -> jax.Array:
         rows = windows(inputs, options)
         rows = rows.reshape(-1, rows.shape[-1])

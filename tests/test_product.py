@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxquant as jq
-from jaxquant import product
+from jaxquant import meshes, product
 from jaxquant.ops import api, platform
 from jaxquant.packing import pack_product, product_codes, unpack_product
 
@@ -179,7 +179,7 @@ def port_of_dense_descent(words, codes, inputs, wanted):
 @pytest.mark.parametrize("run", [1, 2, 32])
 def test_a_sweep_over_a_dense_layer_is_that_of_a_numpy_port(run, monkeypatch):
     monkeypatch.setattr(product, "_RUN", run)  # of four subspaces
-    product._correct.clear_cache()
+    meshes._run.clear_cache()
     correct = jax.jit(functools.partial(product.correct), static_argnames="sweeps")  # traced anew
     x, kernel = relu_inputs((200, 12), 0), normal((12, 30), seed=3)
     wanted = x @ kernel
@@ -206,7 +206,7 @@ def test_subspaces_of_a_convolution_that_are_corrected_together_hear_of_each_oth
     response = product.observe(x, wanted, window=(3, 3))
     want, want_errors = correct(array, response, sweeps=1)  # six subspaces at once
     monkeypatch.setattr(product, "_RUN", run)
-    product._correct.clear_cache()
+    meshes._run.clear_cache()
     anew = jax.jit(functools.partial(product.correct), static_argnames="sweeps")
     got, errors = anew(array, response, sweeps=1)
     np.testing.assert_array_equal(product_codes(got), product_codes(want))
@@ -467,11 +467,15 @@ def test_a_report_counts_the_bytes_of_words_and_codes():
         (jnp.ones((8, 4), int), {}, "expected a floating-point kernel, got int"),
         (jnp.ones(8), {}, r"expected a kernel \[..., channels, features\], got \(8,\)"),
         (jnp.ones((0, 4)), {}, r"expected a kernel .* got \(0, 4\)"),
-        (jnp.ones((8, 4)), {"words": 0}, "expected words from 1 to 256, got 0"),
-        (jnp.ones((8, 4)), {"words": 257}, "expected words from 1 to 256, got 257"),
+        (jnp.ones((8, 4)), {"words": 0}, "expected words to be 1 to 256, got 0"),
+        (jnp.ones((8, 4)), {"words": 257}, "expected words to be 1 to 256, got 257"),
         (jnp.ones((8, 4)), {"length": 3}, "expected length to divide 8 channels, got 3"),
-        (jnp.ones((8, 4)), {"words": 2.0}, "expected words from 1 to 256, got 2.0"),
-        (jnp.ones((8, 4)), {"iterations": -1}, "expected iterations to be at least 0, got -1"),
+        (jnp.ones((8, 4)), {"words": 2.0}, "expected words to be 1 to 256, got 2.0"),
+        (
+            jnp.ones((8, 4)),
+            {"iterations": -1},
+            "expected iterations to be an integer of at least 0, got -1",
+        ),
         (jnp.ones((8, 4)).at[0, 0].set(jnp.nan), {}, "expected finite values in kernel, got 1"),
     ],
 )
