@@ -75,7 +75,7 @@ def release_memory():
         trim(0)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         maps = Path("/proc/self/maps").read_text().count("\n")
-        if maps > 10_000 or pages * resource.getpagesize() > 2**30:
+        if maps > 10_000 or pages * resource.getpagesize() > 1.5 * 2**30:
             jax.clear_caches()
             trim(0)
 

@@ -304,7 +304,7 @@ def test_under_x64_every_start_clusters_float32_as_ever(start):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("name", NAMES)
 def test_narrow_weights_are_taken(name, dtype):
-    if name in LONG and dtype != "bfloat16":
+    if dtype in ("float16", "float8_e5m2") or (name in LONG and dtype != "bfloat16"):
         jax.jit(CALLS[name]).lower(given(dtype))
         return
     for x in jax.tree.leaves(CALLS[name](given(dtype))):

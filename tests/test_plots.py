@@ -44,6 +44,7 @@ def resnet_layers(blocks):
 
 
 LENET = {"conv1/kernel": (5, 5, 1, 20), "conv2/kernel": (5, 5, 20, 50), "fc1/kernel": (800, 500)}
+SLOW = pytest.mark.slow  # 55 panels
 NETS = {"lenet": LENET, "resnet20": resnet_layers(3), "resnet56": resnet_layers(9)}
 
 
@@ -230,7 +231,7 @@ def test_any_number_of_rounds(folder, count):
     assert all(tick == round(tick) for tick in ticks)
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", ["lenet", "resnet20", pytest.param("resnet56", marks=SLOW)])
 @pytest.mark.parametrize("k,share", [(17, 0.6), (3, 1.0)])
 def test_weights_of_networks(folder, net, k, share):
     layers = make_layers(NETS[net], k=k, share=share)
