@@ -24,6 +24,12 @@ from train.data import Dataset, Images
 pytestmark = pytest.mark.usefixtures("cached")
 
 METHODS = ("slq", "mlq", "inq", "qcnn", "none")
+LIKE_OTHERS = {"mlq", "inq", "resnet32", "resnet44", "resnet56"}  # left to --run-slow
+
+
+def quick(names):
+    marks = {True: pytest.mark.slow, False: ()}
+    return [pytest.param(name, marks=marks[name in LIKE_OTHERS]) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +105,7 @@ def stages(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick(METHODS))
 def test_a_run_goes_on_and_is_read_from_every_stage(method, toy, stages, tmp_path, capsys):
     runs = tmp_path / "runs"
     assert cli.main([*toy, method]) == 0
@@ -222,7 +228,7 @@ def a_state(name, monkeypatch):
     return shapes, state, {"progress": loop.Progress(units=1)._asdict(), "events": []}
 
 
-@pytest.mark.parametrize("name", models.NAMES)
+@pytest.mark.parametrize("name", quick(models.NAMES))
 def test_a_checkpoint_of_every_network_is_restored(name, tmp_path, monkeypatch, narrow):
     shapes, state, record = a_state(name, monkeypatch)
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:

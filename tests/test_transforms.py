@@ -230,8 +230,17 @@ def test_frozen_entries_survive_weight_decay(name, dtype):
 
 @runs_optax
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("place", PLACES)
-@with_any_dtype
+@pytest.mark.parametrize(
+    ("place", "dtype"),
+    [
+        *((place, jnp.float32) for place in PLACES),
+        *((place, jnp.bfloat16) for place in ("inside_multi_steps", "around")),
+        *(
+            pytest.param(place, jnp.bfloat16, marks=pytest.mark.slow)
+            for place in ("outside_multi_steps", "clipped_and_decayed_if_finite")
+        ),
+    ],
+)
 def test_frozen_entries_survive_in_any_place(name, place, dtype):
     assert_only_free_entries_moved(*train(PLACES[place](make(name)), dtype))
 
