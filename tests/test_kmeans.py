@@ -34,6 +34,8 @@ _started = jax.jit(
     static_argnames=_OPTIONS,
 )
 
+DTYPES = [jnp.float32, jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)]
+
 
 def cluster(x, k, *, init=None, frozen=None, weight=None, **options):
     """Jitted `kmeans`, results as NumPy arrays."""
@@ -273,7 +275,7 @@ def test_optimal_start_halves_the_error_of_the_released_code():
 # Degenerate and extreme inputs --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("zero", [False, True])
 def test_fewer_distinct_values_than_centroids_are_exact_bit_for_bit(dtype, zero):
     values = jnp.asarray([-0.731, -1e-3, 0.3, 0.30078125, 3.14159], dtype)
@@ -328,7 +330,7 @@ def test_loss_underflow_is_not_certified_as_optimal():
     assert result.gap > 0.1
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes_are_clustered_in_float32(dtype):
     x = jnp.asarray(normal(HARD_SIZE), dtype)
     result = cluster(x, 17)
@@ -349,7 +351,7 @@ def test_float64_is_clustered_in_float32():
 # What the result says -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["normal", "outliers_at_200_sd", "rounded_to_a_grid"])
 def test_counts_are_those_of_assign(name, dtype):
     x = jnp.asarray(hard(name), dtype)
