@@ -224,11 +224,10 @@ def observe(
             f"got {inputs.shape} and {wanted.shape}"
         )
     options = window_options(window, window_strides, padding, kernel_dilation)
-    return _observe(inputs, wanted, options)
+    return compiled(_observe, inputs, wanted, options=options)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _observe(inputs: jax.Array, wanted: jax.Array, options: Windows) -> Response:
+def _observe(inputs: jax.Array, wanted: jax.Array, *, options: Windows) -> Response:
     rows = windows(inputs, options)
     if rows.shape[:-1] != wanted.shape[:-1]:
         raise ValueError(
@@ -240,9 +239,12 @@ def _observe(inputs: jax.Array, wanted: jax.Array, options: Windows) -> Response
     return Response(dot(rows.T, rows), dot(rows.T, wanted), jnp.sum(jnp.square(wanted)))
 
 
-@jax.jit
 def response_error(kernel: jax.Array, response: Response) -> jax.Array:
     """Return the squared error of a float kernel's responses over their squares, float32 scalar."""
+    return compiled(_response_error, kernel, response)
+
+
+def _response_error(kernel: jax.Array, response: Response) -> jax.Array:
     matrix = kernel.astype(jnp.float32).reshape(response.cross.shape)
     rest = response.cross - jnp.matmul(response.gram, matrix, precision=_PRECISION)
     return _error(matrix, response.cross, rest, response.energy)

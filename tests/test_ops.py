@@ -453,6 +453,14 @@ def test_a_layer_with_a_product_of_its_own_is_refused():
             "an integer, or one for each of 2 axes, got 2.5",
         ),
         (
+            lambda p: jq.conv(jnp.ones((1, 8, 8, 4)), KERNEL, window_strides=True),
+            "an integer, or one for each of 2 axes, got True",
+        ),
+        (
+            lambda p: jq.conv(jnp.ones((1, 8, 8, 4)), KERNEL, feature_group_count=2.5),
+            "expected feature_group_count to be an integer of at least 1, got 2.5",
+        ),
+        (
             lambda p: jq.conv(jnp.ones((1, 8, 8, 4)), KERNEL, padding=(1, 1)),
             r"a name, or \(before, after\) for each of 2 axes, got \(1, 1\)",
         ),

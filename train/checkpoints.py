@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from jaxquant.trees import leaves_with_paths
 from train import layout
 
 _KEEP = 2
@@ -208,7 +209,9 @@ def _read(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
 def _restore(folder: Path, saved: Any, like: Any) -> Any:
     """Return arrays by their names: empty nodes, of which a tree may have others, are none."""
     wanted, structure = _named(like), jax.tree.structure(like)
-    target = jax.tree_util.tree_map_with_path(lambda path, _: _abstract(wanted[_name(path)]), saved)
+    target = jax.tree.unflatten(
+        jax.tree.structure(saved), [_abstract(wanted[name]) for name in _named(saved)]
+    )
     args = ocp.args.StandardRestore(target)
     restored = _named(ocp.StandardCheckpointHandler().restore(epath.Path(folder), args=args))
     return jax.tree.unflatten(structure, [restored[name] for name in wanted])
@@ -235,11 +238,7 @@ def _differences(saved: Any, like: Any) -> str:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return dict(leaves_with_paths(tree))
 
 
 def _kind(array: Any) -> str:

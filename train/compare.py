@@ -2,12 +2,12 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from train.config import Config, Quantize, vary
+from train.logs import read_json, write_text
 
 _FLOAT = "float"
 _NETWORK = "float.safetensors"  # in the folder of that experiment
@@ -71,7 +71,6 @@ def run(configs: Mapping[str, Config], chosen: Iterable[str], workdir: Path) -> 
       ValueError: as `experiment.prepare`, and for configs that do not start alike.
     """
     from train import experiment, loop, summary
-    from train.logs import write_text
 
     start = _shared_start(configs)
     if _FLOAT in configs and not start.init:
@@ -105,9 +104,9 @@ def as_run(config: Config, workdir: Path) -> Config:
     if config.init or not path.is_file():
         return config
     try:
-        init = json.loads(path.read_bytes())["init"]
+        init = read_json(path)["init"]
         shared = Path(init).parts[-2:] == (_FLOAT, _NETWORK)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return config  # who compares the two says what is wrong with the file
     return _from_network(config, init) if shared else config
 

@@ -30,8 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
+from jaxquant.files import replace_file
 from jaxquant.selection import leaves_with_paths
-from train.logs import write_bytes
 
 _LEAF_NAMES = {
     "kernel": "weight",
@@ -262,7 +262,7 @@ def save(variables: Any, path: Path) -> int:
     """
     from safetensors.numpy import save as serialize
 
-    write_bytes(path, serialize(to_state_dict(variables)))
+    replace_file(path, serialize(to_state_dict(variables)))
     return path.stat().st_size
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 import jax.custom_batching
 import jax.numpy as jnp
 
+from jaxquant import checks
 from jaxquant.ops import blocks, lookup, mosaic, platform, reference, triton, words
 from jaxquant.packing import PackedArray, ProductArray
 
@@ -46,7 +46,9 @@ def matmul(
     Args:
       x: [..., rows] floating point; `rows` may be several axes, as those of the weight.
       packed: weight [rows, columns]; a PackedArray or a ProductArray.
-      implementation: one of `IMPLEMENTATIONS`; None: the fastest that the platform has.
+      implementation: one of `IMPLEMENTATIONS`; None: by platform and shape, so that a whole network
+        is fast and takes no more memory than with floats; of a single product of several vectors
+        on CPU, another may be faster.
       preferred_element_type: dtype of the result; None: that of `x @ weight`. Floats of eight
         bits, which JAX promotes to nothing, give way to wider ones, and two kinds of them to that
         of x.
@@ -184,8 +186,9 @@ def conv(
     x, space = jnp.asarray(x), packed.ndim - 2
     if space < 1 or x.ndim != packed.ndim:
         raise ValueError(f"expected x of {packed.ndim} axes, one or more of space, got {x.shape}")
-    if x.shape[-1] != packed.rows[-1] * feature_group_count:
-        channels = packed.rows[-1] * feature_group_count
+    groups = checks.integer("feature_group_count", feature_group_count, least=1)
+    channels = packed.rows[-1] * groups
+    if x.shape[-1] != channels:
         raise ValueError(f"expected x with {channels} channels last, got {x.shape}")
 
     each = functools.partial(reference.each_axis, space=space)
@@ -195,13 +198,13 @@ def conv(
         "padding": reference.pads(padding, space),
         "kernel_dilation": each(kernel_dilation),
     }
-    groups, dilation = operator.index(feature_group_count), each(input_dilation)
+    dilation = each(input_dilation)
     if implementation != "words":
         options |= {"input_dilation": dilation, "feature_group_count": groups}
     elif not isinstance(packed, ProductArray) or groups != 1 or set(dilation) != {1}:
         raise ValueError(
             "expected a ProductArray, no input dilation and no groups for 'words', got "
-            f"{type(packed).__name__}, {input_dilation} and {feature_group_count}"
+            f"{type(packed).__name__}, {input_dilation} and {groups}"
         )
     return _conv(x, packed, implementation == "words", jnp.dtype(dtype), tuple(options.items()))
 

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant import loops
+from jaxquant.checks import whole_numbers
 from jaxquant.packing import PackedArray, ProductArray, unpack_node
 
 
@@ -48,12 +48,8 @@ def each_axis(value: Sequence[int] | int, space: int) -> tuple[int, ...]:
     Raises:
       ValueError: if they are not integers, of any type, or not one for each axis.
     """
-    values: Any = (value,) * space if np.ndim(value) == 0 else value
-    try:
-        numbers = tuple(map(operator.index, values))
-    except TypeError:
-        numbers = ()
-    if len(numbers) != space:
+    numbers = whole_numbers((value,) * space if np.ndim(value) == 0 else value)
+    if numbers is None or len(numbers) != space:
         raise ValueError(f"expected an integer, or one for each of {space} axes, got {value!r}")
     return numbers
 
