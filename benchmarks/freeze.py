@@ -26,7 +26,7 @@ import optax
 from flax import linen as nn
 
 from benchmarks import common
-from jaxquant.transforms import freeze_quantized
+from jaxquant.rounds.transforms import freeze_quantized
 
 OPTIMIZERS = {
     "sgd, momentum 0.9": functools.partial(optax.sgd, 1e-3, momentum=0.9),

@@ -34,8 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from jaxquant.codebooks import assign
-from jaxquant.kmeans import kmeans
+from jaxquant.clustering.codebooks import assign
+from jaxquant.clustering.kmeans import kmeans
 
 SEED = 0
 PARTS = ("speed", "quality", "scale")

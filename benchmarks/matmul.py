@@ -27,8 +27,8 @@ import jax.numpy as jnp
 
 import jaxquant as jq
 from benchmarks import common
-from jaxquant.ops import lookup
-from jaxquant.packing import pack_product
+from jaxquant.packing.arrays import pack_product
+from jaxquant.packing.ops import lookup
 
 SHAPES = ((4096, 4096), (8192, 8192), (4096, 14336))
 CONVS = ((32, 16), (16, 32), (8, 64))  # height and width, channels: the stages of ResNet-20

@@ -1,18 +1,18 @@
 """Weight-clustering quantization for JAX: single- and multiple-level quantization (SLQ, MLQ)."""
 
 from jaxquant import product
-from jaxquant.centroids import centroid_gradients, set_centroids
-from jaxquant.codebooks import assign, num_centroids, reconstruct
-from jaxquant.kmeans import KMeansResult, kmeans
-from jaxquant.metrics import LayerReport, Report, report
-from jaxquant.moments import input_moments
-from jaxquant.ops import conv, intercept_linen, matmul
-from jaxquant.packing import PackedArray, ProductArray, pack, pack_array, unpack
-from jaxquant.quantize import QuantState, RoundInfo, init, is_on_codebook, quantize_round
-from jaxquant.schedules import Plan, inq, mlq, slq
-from jaxquant.selection import LayerRule, Selection, select
-from jaxquant.storage import Limits, load, read_metadata, save
-from jaxquant.transforms import IncrementalState, freeze_quantized, incremental, quant_state
+from jaxquant.calibration.moments import input_moments
+from jaxquant.clustering.codebooks import assign, num_centroids, reconstruct
+from jaxquant.clustering.kmeans import KMeansResult, kmeans
+from jaxquant.packing.arrays import PackedArray, ProductArray, pack, pack_array, unpack
+from jaxquant.packing.ops import conv, intercept_linen, matmul
+from jaxquant.packing.report import LayerReport, Report, report
+from jaxquant.packing.storage import Limits, load, read_metadata, save
+from jaxquant.rounds.centroids import centroid_gradients, set_centroids
+from jaxquant.rounds.quantize import QuantState, RoundInfo, init, is_on_codebook, quantize_round
+from jaxquant.rounds.schedules import Plan, inq, mlq, slq
+from jaxquant.rounds.selection import LayerRule, Selection, select
+from jaxquant.rounds.transforms import IncrementalState, freeze_quantized, incremental, quant_state
 
 __version__ = "0.1.0"
 

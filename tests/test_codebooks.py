@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxquant.codebooks import assign, num_centroids, reconstruct, start_power_of_two
-from jaxquant.histogram import histogram
+from jaxquant.clustering.codebooks import assign, num_centroids, reconstruct, start_power_of_two
+from jaxquant.clustering.histogram import histogram
 
 jitted_assign = jax.jit(assign)
 QUARTERS = st.integers(-40, 40).map(lambda i: i / 4)

@@ -13,8 +13,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
-from jaxquant import compensation, meshes
-from jaxquant.compensation import compensate
+from jaxquant import meshes
+from jaxquant.rounds import compensation
+from jaxquant.rounds.compensation import compensate
 
 quick = jax.jit(compensate)
 one_round = jax.jit(jq.quantize_round, static_argnums=0)
@@ -220,7 +221,9 @@ def test_moments_of_a_dense_layer():
 def test_moments_of_a_large_batch_come_in_parts(batch, parts, monkeypatch):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(batch, 6, 6, 3)), jnp.float32)
     whole = jq.input_moments(x, window=(3, 3))
-    monkeypatch.setattr("jaxquant.moments._PART_BYTES", 3 * 36 * 27 * 4)  # windows of three images
+    monkeypatch.setattr(
+        "jaxquant.calibration.moments._PART_BYTES", 3 * 36 * 27 * 4
+    )  # windows of three images
     meshes._run.clear_cache()  # traced anew
     np.testing.assert_allclose(jq.input_moments(x, window=(3, 3)), whole, rtol=1e-5, atol=1e-6)
     program = str(jax.make_jaxpr(lambda x: jq.input_moments(x, window=(3, 3)))(x))

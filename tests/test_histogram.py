@@ -10,8 +10,8 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import jaxquant.histogram as module
-from jaxquant.histogram import bin_width, fold, histogram, to_position, to_value
+import jaxquant.clustering.histogram as module
+from jaxquant.clustering.histogram import bin_width, fold, histogram, to_position, to_value
 
 count = jax.jit(histogram, static_argnames="bins")
 

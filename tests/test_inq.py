@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
 from benchmarks.common import collective_sizes
-from jaxquant.codebooks import start_inq, start_ternary, to_powers_of_two
-from jaxquant.histogram import histogram
-from jaxquant.partition import WEIGHT_PARTITIONS, threshold, weight_priority
+from jaxquant.clustering.codebooks import start_inq, start_ternary, to_powers_of_two
+from jaxquant.clustering.histogram import histogram
+from jaxquant.rounds.partition import WEIGHT_PARTITIONS, threshold, weight_priority
 from tests.test_quantize import FAST, drift, normal, one_round, run
 
 TWO_BITS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.975, 1.0)

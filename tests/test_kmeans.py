@@ -15,9 +15,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from sklearn.cluster import KMeans
 
-from jaxquant.clusters import settle
-from jaxquant.codebooks import assign
-from jaxquant.kmeans import STARTS, kmeans
+from jaxquant.clustering.clusters import settle
+from jaxquant.clustering.codebooks import assign
+from jaxquant.clustering.kmeans import STARTS, kmeans
 
 _OPTIONS = ("k", "zero", "iterations", "bins", "cells")
 # One trace for each shape and set of options in this file: `start` names a start, `init` is one.

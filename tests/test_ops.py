@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxquant as jq
-from jaxquant.ops import IMPLEMENTATIONS, api, blocks, intercept_linen, platform
+from jaxquant.packing.ops import IMPLEMENTATIONS, api, blocks, intercept_linen, platform
 
 NARROW = ("float8_e4m3fn", "float8_e5m2", "bfloat16", "float16")
 OF_CODES = tuple(name for name in IMPLEMENTATIONS if name != "words")  # see tests/test_product.py

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant import packing
+from jaxquant.packing import arrays as packing
 
 
 def random_codes(k: int, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxquant.partition import PARTITIONS, choose, priority
+from jaxquant.rounds.partition import PARTITIONS, choose, priority
 
 LOSSES = jnp.array([1.0, 3.0, 0.0, 2.0])
 CENTROIDS = jnp.array([-4.0, -0.1, 0.5, 3.0])

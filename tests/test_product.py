@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import jaxquant as jq
 from jaxquant import meshes, product
-from jaxquant.ops import api, platform
-from jaxquant.packing import pack_product, product_codes, unpack_product
+from jaxquant.packing.arrays import pack_product, product_codes, unpack_product
+from jaxquant.packing.ops import api, platform
 
 cluster = jax.jit(product.cluster, static_argnames=("words", "length", "iterations"))
 correct = jax.jit(product.correct, static_argnames="sweeps")

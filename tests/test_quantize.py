@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
 from benchmarks.common import collective_sizes
-from jaxquant import quantize
-from jaxquant.clusters import Clusters
-from jaxquant.kmeans import kmeans
+from jaxquant.clustering.clusters import Clusters
+from jaxquant.clustering.kmeans import kmeans
+from jaxquant.rounds import quantize
 
 one_round = jax.jit(jq.quantize_round, static_argnums=0)
 RELEASED = {"init": "power_of_two", "iterations": 10, "zero": True, "partition": "index"}

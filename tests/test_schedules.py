@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxquant as jq
-from jaxquant.schedules import EQUALS, ORDERS
+from jaxquant.rounds.schedules import EQUALS, ORDERS
 
 DEEP = {f"layer_{i}": jax.ShapeDtypeStruct((8, 8), jnp.float32) for i in range(12)}
 THREE = {name: DEEP[name] for name in ("layer_0", "layer_1", "layer_2")}

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxquant as jq
-from jaxquant.selection import natural_key
+from jaxquant.rounds.selection import natural_key
 
 
 def struct(*shape, dtype=jnp.float32):

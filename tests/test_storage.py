@@ -29,8 +29,8 @@ from safetensors import deserialize
 from safetensors.numpy import save as serialize
 
 import jaxquant as jq
-from jaxquant import storage
-from jaxquant.packing import is_quantized, pack_codes
+from jaxquant.packing import storage
+from jaxquant.packing.arrays import is_quantized, pack_codes
 
 FORMAT = Path(__file__).parent.parent / "docs" / "format.md"
 

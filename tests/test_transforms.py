@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from optax import contrib
 
-from jaxquant.transforms import freeze_quantized
+from jaxquant.rounds.transforms import freeze_quantized
 
 WARM_STEPS = 2  # with nothing frozen, so that every optimizer has momentum to spend
 FROZEN_STEPS = 3

@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 
 import jaxquant as jq
-from jaxquant.ops.layers import zero_padding
-from jaxquant.ops.reference import each_axis
+from jaxquant.packing.ops.layers import zero_padding
+from jaxquant.packing.ops.reference import each_axis
 
 Path = tuple[str, ...]  # of a module
 

@@ -31,7 +31,7 @@ import numpy as np
 
 import jaxquant as jq
 from jaxquant.files import replace_file
-from jaxquant.selection import leaves_with_paths
+from jaxquant.rounds.selection import leaves_with_paths
 
 _LEAF_NAMES = {
     "kernel": "weight",

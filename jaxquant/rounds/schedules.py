@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from jaxquant import checks
-from jaxquant.codebooks import MOST_CENTROIDS, num_centroids
-from jaxquant.kmeans import check_iterations, check_start
-from jaxquant.partition import PARTITIONS, WEIGHT_PARTITIONS
-from jaxquant.selection import Layer, LayerRule, Selection, select
+from jaxquant.clustering.codebooks import MOST_CENTROIDS, num_centroids
+from jaxquant.clustering.kmeans import check_iterations, check_start
+from jaxquant.rounds.partition import PARTITIONS, WEIGHT_PARTITIONS
+from jaxquant.rounds.selection import Layer, LayerRule, Selection, select
 
 ORDERS = ("boundaries_first", "boundaries_together", "layer_by_layer", "network")
 EQUALS = ("layers", "weights")

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import loops
-from jaxquant.ops import reference
-from jaxquant.packing import PackedArray, ProductArray
+from jaxquant.packing.arrays import PackedArray, ProductArray
+from jaxquant.packing.ops import reference
 
 _WEIGHTS = 2**18  # unpacked at a time, 1 MB: the cache of one core holds them
 

@@ -6,11 +6,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxquant import checks, codebooks, loops
-from jaxquant.clusters import settle, weight_scale
-from jaxquant.histogram import BINS, Histogram, bin_width, histogram, to_position, to_value
+from jaxquant import checks, loops
+from jaxquant.clustering import codebooks
+from jaxquant.clustering.clusters import settle, weight_scale
+from jaxquant.clustering.histogram import (
+    BINS,
+    Histogram,
+    bin_width,
+    histogram,
+    to_position,
+    to_value,
+)
+from jaxquant.clustering.optimum import Optimum, optimum
 from jaxquant.meshes import compiled
-from jaxquant.optimum import Optimum, optimum
 
 STARTS = ("optimal", "quantile", "linear", "power_of_two", "inq", "ternary")
 _IN_INDEX_ORDER = ("power_of_two", "inq")

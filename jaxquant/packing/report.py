@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.codebooks import assign
-from jaxquant.packing import (
+from jaxquant.clustering.codebooks import assign
+from jaxquant.packing.arrays import (
     ProductArray,
     is_product,
     packed_rows,
@@ -17,9 +17,9 @@ from jaxquant.packing import (
     split_shape,
     unpack_product,
 )
-from jaxquant.quantize import QuantState, check_state, slice_axis
-from jaxquant.schedules import Plan
-from jaxquant.selection import natural_key, vector_reasons
+from jaxquant.rounds.quantize import QuantState, check_state, slice_axis
+from jaxquant.rounds.schedules import Plan
+from jaxquant.rounds.selection import natural_key, vector_reasons
 from jaxquant.trees import check_structure, leaves_with_paths, pure
 
 

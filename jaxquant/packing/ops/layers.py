@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from jaxquant.ops.api import conv, matmul
-from jaxquant.ops.reference import common_dtype
-from jaxquant.packing import PackedArray, ProductArray, is_quantized
+from jaxquant.packing.arrays import PackedArray, ProductArray, is_quantized
+from jaxquant.packing.ops.api import conv, matmul
+from jaxquant.packing.ops.reference import common_dtype
 
 _OWN_PRODUCTS = (
     "dot_general",

@@ -1,4 +1,4 @@
-"""The public products; what they mean is `jaxquant.ops.reference`."""
+"""The public products; what they mean is `jaxquant.packing.ops.reference`."""
 
 import functools
 import math
@@ -10,8 +10,8 @@ import jax.custom_batching
 import jax.numpy as jnp
 
 from jaxquant import checks
-from jaxquant.ops import blocks, lookup, mosaic, platform, reference, triton, words
-from jaxquant.packing import PackedArray, ProductArray
+from jaxquant.packing.arrays import PackedArray, ProductArray
+from jaxquant.packing.ops import blocks, lookup, mosaic, platform, reference, triton, words
 
 _PARTIAL = {
     "lookup": lookup,

@@ -8,7 +8,7 @@ and for TPUs. "words" sums entries of tables of products with the words of a Pro
 in the module of its name.
 """
 
-from jaxquant.ops.api import IMPLEMENTATIONS, conv, matmul
-from jaxquant.ops.layers import intercept_linen
+from jaxquant.packing.ops.api import IMPLEMENTATIONS, conv, matmul
+from jaxquant.packing.ops.layers import intercept_linen
 
 __all__ = ["IMPLEMENTATIONS", "conv", "intercept_linen", "matmul"]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxquant import loops
 from jaxquant.meshes import compiled
-from jaxquant.ops.reference import each_axis, pads
+from jaxquant.packing.ops.reference import each_axis, pads
 
 _PRECISION = jax.lax.Precision.HIGHEST
 _PART_BYTES = 2**28  # of windows; a batch whose windows take more goes in parts

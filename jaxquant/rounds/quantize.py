@@ -11,15 +11,15 @@ import jax.core
 import jax.numpy as jnp
 
 from jaxquant import checks, loops
-from jaxquant.clusters import Clusters, measure, settle, weight_scale
-from jaxquant.codebooks import assign, reconstruct, to_powers_of_two
-from jaxquant.compensation import compensate
-from jaxquant.histogram import Histogram, bin_width, fold, histogram, rewrite
-from jaxquant.kmeans import is_usable, lloyd, named_start, pin
+from jaxquant.clustering.clusters import Clusters, measure, settle, weight_scale
+from jaxquant.clustering.codebooks import assign, reconstruct, to_powers_of_two
+from jaxquant.clustering.histogram import Histogram, bin_width, fold, histogram, rewrite
+from jaxquant.clustering.kmeans import is_usable, lloyd, named_start, pin
 from jaxquant.meshes import compiled
-from jaxquant.partition import choose, priority, threshold, weight_priority
-from jaxquant.schedules import Plan
-from jaxquant.selection import Layer
+from jaxquant.rounds.compensation import compensate
+from jaxquant.rounds.partition import choose, priority, threshold, weight_priority
+from jaxquant.rounds.schedules import Plan
+from jaxquant.rounds.selection import Layer
 from jaxquant.trees import check_structure, leaves_with_paths, pure, replaced
 
 _BATCH = 64  # codebooks solved side by side; bounds the memory of the dynamic program
@@ -343,7 +343,7 @@ def quantize_round(
     after this round freezes so that what it answers changes least: one input after the other, those
     still to come make up for it, centroids that have no members yet are refitted, and the answers'
     squared error is never above that of the nearest centroids (Frantar et al., "GPTQ", ICLR 2023;
-    `jaxquant.compensation`). In rounds before its last, re-training makes up for the nearest
+    `jaxquant.rounds.compensation`). In rounds before its last, re-training makes up for the nearest
     centroids better. Of D inputs and N outputs that costs O(D**2 (D + k N)) and gathers the layer;
     of stacked layers in every round.
 

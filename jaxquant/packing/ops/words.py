@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import loops
-from jaxquant.ops.reference import accumulator
-from jaxquant.packing import PackedArray, ProductArray, product_codes
+from jaxquant.packing.arrays import PackedArray, ProductArray, product_codes
+from jaxquant.packing.ops.reference import accumulator
 
 
 def supports(x: jax.Array, packed: PackedArray | ProductArray) -> bool:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import loops
-from jaxquant.codebooks import assign, reconstruct
-from jaxquant.histogram import fold, relative_weight
+from jaxquant.clustering.codebooks import assign, reconstruct
+from jaxquant.clustering.histogram import fold, relative_weight
 
 _MAX_SETTLES = 3
 SPREAD = 256  # partial sums a cluster: float32 keeps its digits over 1e8 weights

@@ -29,9 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxquant.codebooks import MOST_CENTROIDS, assign, reconstruct
+from jaxquant.clustering.codebooks import MOST_CENTROIDS, assign, reconstruct
 from jaxquant.meshes import compiled
-from jaxquant.quantize import QuantState, check_state, per_slice, slice_axis
+from jaxquant.rounds.quantize import QuantState, check_state, per_slice, slice_axis
 from jaxquant.trees import check_structure, leaves_with_paths, pure, replaced
 
 _WIDTHS = (8, 4, 2, 1)
@@ -44,7 +44,7 @@ _WIDTHS = (8, 4, 2, 1)
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedArray:
-    """A weight as packed codes and codebook; made by `pack`, read by `unpack` and `jaxquant.ops`.
+    """A weight as packed codes and codebook; made by `pack`, read by `unpack` and products.
 
     Invariants: `shape == codes.shape[:-2] + rows + columns`, of the codebook's dtype;
     `codes.shape[-2] == packed_rows(prod(rows), k)`, `codes.shape[-1] == prod(columns)`. Leading
@@ -443,8 +443,8 @@ def pack(params: Any, state: QuantState) -> Any:
     """Return the tree with every quantized leaf as a `PackedArray`; the others stay as they are.
 
     Five ternary codes take a byte, three of five centroids seven bits, one of 17 five; see
-    `jaxquant.packing`. What is in memory, or on a device, is really that small. For a file, which
-    can be smaller still, see `save`.
+    `jaxquant.packing.arrays`. What is in memory, or on a device, is really that small. For a file,
+    which can be smaller still, see `save`.
 
     Args:
       params: tree of weights, every quantized leaf on its codebook: after the last round.

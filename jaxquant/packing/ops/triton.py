@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from jaxquant import loops
-from jaxquant.ops import planes, platform
-from jaxquant.ops.reference import accumulator, output_like
-from jaxquant.packing import PackedArray, byte_planes, unpack_planes
+from jaxquant.packing.arrays import PackedArray, byte_planes, unpack_planes
+from jaxquant.packing.ops import planes, platform
+from jaxquant.packing.ops.reference import accumulator, output_like
 
 _MOST_SELECTS = 4  # centroids; above, every weight reads the codebook, which the cache holds
 _MOST_SINGLE = 4  # vectors; above, tensor cores, which take 16 or more at once

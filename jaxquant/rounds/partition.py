@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxquant.codebooks import assign, reconstruct
-from jaxquant.histogram import fold
+from jaxquant.clustering.codebooks import assign, reconstruct
+from jaxquant.clustering.histogram import fold
 
 PARTITIONS = ("loss", "magnitude", "index", "random")
 WEIGHT_PARTITIONS = ("loss", "magnitude", "random")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import checks
-from jaxquant.histogram import Histogram, headroom, to_value
+from jaxquant.clustering.histogram import Histogram, headroom, to_value
 from jaxquant.meshes import compiled
 
 MOST_CENTROIDS = 256  # of a codebook whose codes are packed: a code fits a byte

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import loops
-from jaxquant.histogram import Histogram, position_error, to_position, to_value
+from jaxquant.clustering.histogram import Histogram, position_error, to_position, to_value
 
 
 class Optimum(NamedTuple):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import loops
-from jaxquant.codebooks import assign, reconstruct
+from jaxquant.clustering.codebooks import assign, reconstruct
 
 _PRECISION = jax.lax.Precision.HIGHEST
 _DAMPING = 0.01  # of the mean second moment, as in GPTQ: inputs that hardly vary do not decide

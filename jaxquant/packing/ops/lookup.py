@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant import loops
-from jaxquant.ops.reference import accumulator
-from jaxquant.packing import (
+from jaxquant.packing.arrays import (
     PackedArray,
     byte_planes,
     field_widths,
@@ -28,6 +27,7 @@ from jaxquant.packing import (
     symbols_together,
     unpack_symbols,
 )
+from jaxquant.packing.ops.reference import accumulator
 
 _READS = 16  # of tables in a step, for each column: fewer take more steps, more exceed the cache
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxquant.checks import integer, whole_number, whole_numbers
-from jaxquant.codebooks import num_centroids
+from jaxquant.clustering.codebooks import num_centroids
 from jaxquant.trees import is_nnx, leaves_with_paths, pure
 
 

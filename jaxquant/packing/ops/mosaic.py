@@ -14,9 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxquant import loops
-from jaxquant.ops import planes, platform
-from jaxquant.ops.reference import accumulator, output_like
-from jaxquant.packing import PackedArray, byte_planes, unpack_planes
+from jaxquant.packing.arrays import PackedArray, byte_planes, unpack_planes
+from jaxquant.packing.ops import planes, platform
+from jaxquant.packing.ops.reference import accumulator, output_like
 
 _LANES = 128  # columns of a register, and the longest table that one gather reads
 _ROWS, _COLUMNS, _VECTORS = 256, 256, 128  # of a block, the rows in bytes

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxquant import loops
 from jaxquant.checks import whole_numbers
-from jaxquant.packing import PackedArray, ProductArray, unpack_node
+from jaxquant.packing.arrays import PackedArray, ProductArray, unpack_node
 
 
 def matmul(x: jax.Array, packed: PackedArray | ProductArray) -> jax.Array:

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant.ops.reference import accumulator
-from jaxquant.packing import PackedArray, num_symbols, symbol, symbols_together
+from jaxquant.packing.arrays import PackedArray, num_symbols, symbol, symbols_together
+from jaxquant.packing.ops.reference import accumulator
 
 
 def count(k: int) -> int:

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import checks
-from jaxquant.clusters import SPREAD, spread
-from jaxquant.codebooks import assign, reconstruct
-from jaxquant.histogram import fold
-from jaxquant.quantize import QuantState, check_state, per_slice
+from jaxquant.clustering.clusters import SPREAD, spread
+from jaxquant.clustering.codebooks import assign, reconstruct
+from jaxquant.clustering.histogram import fold
+from jaxquant.rounds.quantize import QuantState, check_state, per_slice
 from jaxquant.trees import leaves_with_paths, pure, replaced
 
 

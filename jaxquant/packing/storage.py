@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.files import read_file, replace_file
-from jaxquant.packing import (
+from jaxquant.packing.arrays import (
     MOST_CENTROIDS,
     PackedArray,
     ProductArray,
@@ -32,7 +32,7 @@ from jaxquant.packing import (
     packed_rows,
     unpack_codes,
 )
-from jaxquant.schedules import Plan
+from jaxquant.rounds.schedules import Plan
 from jaxquant.trees import pure, replaced
 
 _FORMAT = "jaxquant"

@@ -1,0 +1,1 @@
+"""Arrays to codebooks: one-dimensional k-means, where it starts, and what its clusters lose."""

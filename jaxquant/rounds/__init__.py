@@ -1,0 +1,1 @@
+"""Trees to quantized trees: which leaves, when, and rounds that cluster, partition and share."""
