@@ -19,7 +19,7 @@ from jax.experimental import topologies
 
 import jaxquant as jq
 from benchmarks.common import collective_sizes
-from jaxquant.packing.arrays import packed_rows
+from jaxquant.packing.codes import packed_rows
 from train import engine, experiment, models, program
 from train.config import Config, Data, Fit, Quantize
 from train.layout import Layout

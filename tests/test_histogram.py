@@ -10,8 +10,9 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import jaxquant.clustering.histogram as module
-from jaxquant.clustering.histogram import bin_width, fold, histogram, to_position, to_value
+import jaxquant.clustering.passes as module
+from jaxquant.clustering.histogram import bin_width, histogram, to_position, to_value
+from jaxquant.clustering.passes import fold
 
 count = jax.jit(histogram, static_argnames="bins")
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.packing import arrays as packing
+from jaxquant.packing import arrays
+from jaxquant.packing import codes as layout
 
 
 def random_codes(k: int, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -46,9 +47,9 @@ SHAPES = [((64,), None), ((12, 7), None), ((3, 3, 5, 8), None)]  # shape, axis o
 SHAPES += [((3, 3, 5, 8), -1), ((4, 20, 6), 0), ((20, 18), 0), ((6, 20, 4), 1)]
 SHAPES += [((1, 20, 6), 0), ((20, 1), 1), ((5, 1, 6), 1)]  # a single slice
 
-pack_codes = jax.jit(packing.pack_codes, static_argnums=1)
-unpack_codes = jax.jit(packing.unpack_codes, static_argnums=(1, 2))
-pack_array = jax.jit(packing.pack_array)
+pack_codes = jax.jit(layout.pack_codes, static_argnums=1)
+unpack_codes = jax.jit(layout.unpack_codes, static_argnums=(1, 2))
+pack_array = jax.jit(arrays.pack_array)
 unpack = jax.jit(jq.unpack)
 
 
@@ -57,7 +58,7 @@ def test_codes_take_the_fewest_whole_bits_and_come_back(k, bits):
     for rows in (8 * 5 * 3 * 2, 29, 1, 0):
         codes = random_codes(k, (rows, 2))
         packed = pack_codes(codes, k)
-        assert packed.shape == (packing.packed_rows(rows, k), 2) and packed.dtype == jnp.uint8
+        assert packed.shape == (layout.packed_rows(rows, k), 2) and packed.dtype == jnp.uint8
         np.testing.assert_array_equal(unpack_codes(packed, rows, k), codes)
         if rows == 240:
             assert 8 * packed.shape[0] / rows == pytest.approx(bits)
@@ -65,7 +66,7 @@ def test_codes_take_the_fewest_whole_bits_and_come_back(k, bits):
 
 def test_every_k_has_the_smallest_symbol():
     for k in range(1, 257):
-        digits, bits = packing.symbol(k)
+        digits, bits = layout.symbol(k)
         assert k**digits <= 2**bits <= 256
         fewest = min(math.ceil(math.log2(k) * d) / d for d in range(1, 9) if k**d <= 256)
         assert bits / digits == fewest
@@ -74,7 +75,7 @@ def test_every_k_has_the_smallest_symbol():
 def test_the_layout_is_the_documented_one():
     # k = 17: the low four bits of symbols s and s + 4 share a byte, then the fifth bits of all.
     codes = np.array([[3], [16], [0], [7], [12], [16], [1]])
-    packed = np.asarray(packing.pack_codes(jnp.asarray(codes), 17)).ravel()
+    packed = np.asarray(layout.pack_codes(jnp.asarray(codes), 17)).ravel()
     np.testing.assert_array_equal(packed, [3 + 16 * 12, 0 + 16 * 0, 0 + 16 * 1, 7 + 0, 0b0100010])
 
 
@@ -114,7 +115,7 @@ def test_stacked_layers_are_taken_apart_by_vmap_and_scan(shape):
     weights, codebook = on_codebook(3, shape, axis=0)
     packed = pack_array(weights, codebook)
     layers, *inputs, outputs = shape
-    assert packed.codes.shape == (layers, packing.packed_rows(math.prod(inputs), 3), outputs)
+    assert packed.codes.shape == (layers, layout.packed_rows(math.prod(inputs), 3), outputs)
 
     def layer(x, one):
         assert one.shape == shape[1:]
@@ -169,8 +170,8 @@ def test_scalars_and_more_than_256_centroids_are_refused_by_name():
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 11, 17, 256])
 def test_codes_of_numpy_are_packed_as_those_of_jax_and_stay_of_numpy(k):
     codes = np.random.default_rng(k).integers(0, k, (2, 37, 3)).astype(np.uint8)
-    packed = packing.pack_codes(codes, k)
-    unpacked = packing.unpack_codes(packed, 37, k)
+    packed = layout.pack_codes(codes, k)
+    unpacked = layout.unpack_codes(packed, 37, k)
     assert type(packed) is type(unpacked) is np.ndarray
     np.testing.assert_array_equal(unpacked, codes)
-    np.testing.assert_array_equal(packing.pack_codes(jnp.asarray(codes), k), packed)
+    np.testing.assert_array_equal(layout.pack_codes(jnp.asarray(codes), k), packed)

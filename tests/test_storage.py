@@ -30,7 +30,8 @@ from safetensors.numpy import save as serialize
 
 import jaxquant as jq
 from jaxquant.packing import storage
-from jaxquant.packing.arrays import is_quantized, pack_codes
+from jaxquant.packing.arrays import is_quantized
+from jaxquant.packing.codes import pack_codes
 
 FORMAT = Path(__file__).parent.parent / "docs" / "format.md"
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from jaxquant import LayerRule
-from jaxquant.packing.arrays import MOST_CENTROIDS
+from jaxquant.clustering.codebooks import MOST_CENTROIDS
 from train.logs import read_json
 
 _MOST = 1_000_000  # of what is done one after the other

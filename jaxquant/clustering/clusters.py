@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from jaxquant import loops
 from jaxquant.clustering.codebooks import assign, reconstruct
-from jaxquant.clustering.histogram import fold, relative_weight
+from jaxquant.clustering.histogram import relative_weight
+from jaxquant.clustering.passes import fold
 
 _MAX_SETTLES = 3
 SPREAD = 256  # partial sums a cluster: float32 keeps its digits over 1e8 weights

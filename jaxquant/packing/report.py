@@ -12,11 +12,11 @@ from jaxquant.clustering.codebooks import assign
 from jaxquant.packing.arrays import (
     ProductArray,
     is_product,
-    packed_rows,
     product_codes,
     split_shape,
     unpack_product,
 )
+from jaxquant.packing.codes import packed_rows
 from jaxquant.rounds.quantize import QuantState, check_state, slice_axis
 from jaxquant.rounds.schedules import Plan
 from jaxquant.rounds.selection import natural_key, vector_reasons

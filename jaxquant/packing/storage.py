@@ -20,18 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.clustering.codebooks import MOST_CENTROIDS
 from jaxquant.files import read_file, replace_file
-from jaxquant.packing.arrays import (
-    MOST_CENTROIDS,
-    PackedArray,
-    ProductArray,
-    is_packed,
-    is_product,
-    is_quantized,
-    pack_codes,
-    packed_rows,
-    unpack_codes,
-)
+from jaxquant.packing.arrays import PackedArray, ProductArray, is_packed, is_product, is_quantized
+from jaxquant.packing.codes import pack_codes, packed_rows, unpack_codes
 from jaxquant.rounds.schedules import Plan
 from jaxquant.trees import pure, replaced
 

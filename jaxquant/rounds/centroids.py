@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxquant import checks
 from jaxquant.clustering.clusters import SPREAD, spread
 from jaxquant.clustering.codebooks import assign, reconstruct
-from jaxquant.clustering.histogram import fold
+from jaxquant.clustering.passes import fold
 from jaxquant.rounds.quantize import QuantState, check_state, per_slice
 from jaxquant.trees import leaves_with_paths, pure, replaced
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.clustering.codebooks import assign, reconstruct
-from jaxquant.clustering.histogram import fold
+from jaxquant.clustering.passes import fold
 
 PARTITIONS = ("loss", "magnitude", "index", "random")
 WEIGHT_PARTITIONS = ("loss", "magnitude", "random")

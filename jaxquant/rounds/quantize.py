@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jaxquant import checks, loops
 from jaxquant.clustering.clusters import Clusters, measure, settle, weight_scale
 from jaxquant.clustering.codebooks import assign, reconstruct, to_powers_of_two
-from jaxquant.clustering.histogram import Histogram, bin_width, fold, histogram, rewrite
+from jaxquant.clustering.histogram import Histogram, bin_width, histogram
 from jaxquant.clustering.kmeans import is_usable, lloyd, named_start, pin
+from jaxquant.clustering.passes import fold, rewrite
 from jaxquant.meshes import compiled
 from jaxquant.rounds.compensation import compensate
 from jaxquant.rounds.partition import choose, priority, threshold, weight_priority

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant import loops
-from jaxquant.packing.arrays import (
-    PackedArray,
+from jaxquant.packing.arrays import PackedArray
+from jaxquant.packing.codes import (
     byte_planes,
     field_widths,
     num_symbols,

@@ -14,7 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxquant import loops
-from jaxquant.packing.arrays import PackedArray, byte_planes, unpack_planes
+from jaxquant.packing.arrays import PackedArray
+from jaxquant.packing.codes import byte_planes, unpack_planes
 from jaxquant.packing.ops import planes, platform
 from jaxquant.packing.ops.reference import accumulator, output_like
 

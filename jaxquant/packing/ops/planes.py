@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant.packing.arrays import PackedArray, num_symbols, symbol, symbols_together
+from jaxquant.packing.arrays import PackedArray
+from jaxquant.packing.codes import num_symbols, symbol, symbols_together
 from jaxquant.packing.ops.reference import accumulator
 
 
