@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import checks, loops
-from jaxquant.calibration.moments import Windows, window_options, windows
+from jaxquant.calibration.moments import windows
 from jaxquant.clustering.codebooks import MOST_CENTROIDS
 from jaxquant.meshes import compiled
 from jaxquant.packing.arrays import ProductArray, pack_product, product_codes
+from jaxquant.packing.ops.windows import Windows, window_options
 
 _TOGETHER = 8  # subspaces that run side by side
 _RUN = 32  # subspaces that are corrected before the others hear of it

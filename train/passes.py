@@ -9,7 +9,7 @@ import jax
 
 import jaxquant as jq
 from jaxquant.packing.ops.layers import zero_padding
-from jaxquant.packing.ops.reference import each_axis
+from jaxquant.packing.ops.windows import each_axis
 
 Path = tuple[str, ...]  # of a module
 

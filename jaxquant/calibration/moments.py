@@ -1,17 +1,14 @@
 """Second moments of what a layer's kernel is multiplied with."""
 
-import functools
-import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant import loops
 from jaxquant.meshes import compiled
-from jaxquant.packing.ops.reference import each_axis, pads
+from jaxquant.packing.ops.windows import Windows, padded, positions, window_options
 
 _PRECISION = jax.lax.Precision.HIGHEST
 _PART_BYTES = 2**28  # of windows; a batch whose windows take more goes in parts
@@ -53,28 +50,6 @@ def input_moments(
     return compiled(_moments, inputs, options=options)
 
 
-class Windows(NamedTuple):
-    """What a convolution's kernel is multiplied with, as `jaxquant.conv` takes it."""
-
-    window: tuple[int, ...]  # () for a dense layer
-    strides: tuple[int, ...]
-    padding: str | tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
-
-
-def window_options(
-    window: Sequence[int],
-    window_strides: Sequence[int] | int,
-    padding: str | Sequence[tuple[int, int]],
-    kernel_dilation: Sequence[int] | int,
-) -> Windows:
-    """Return the options of a convolution in a form that can be hashed, its integers Python's."""
-    each = functools.partial(each_axis, space=len(window))
-    return Windows(
-        each(window), each(window_strides), pads(padding, len(window)), each(kernel_dilation)
-    )
-
-
 def _moments(inputs: jax.Array, *, options: Windows) -> jax.Array:
     def squares(inputs: jax.Array) -> jax.Array:
         rows = windows(inputs, options)
@@ -104,30 +79,10 @@ def _parts(shape: tuple[int, ...]) -> int:
 
 def windows(inputs: jax.Array, options: Windows) -> jax.Array:
     """Return what the kernel is multiplied with, [batch, *places, positions channels] float32."""
-    window, strides, padding, dilations = options
-    space = len(window)
-    if inputs.ndim != space + 2:
-        raise ValueError(f"expected inputs of {space + 2} axes, got {inputs.shape}")
+    if inputs.ndim != len(options.window) + 2:
+        raise ValueError(f"expected inputs of {len(options.window) + 2} axes, got {inputs.shape}")
     rows = inputs.astype(jnp.float32)
-    if not window:
+    if not options.window:
         return rows
-    reach = [(n - 1) * step + 1 for n, step in zip(window, dilations, strict=True)]
-    if isinstance(padding, str):
-        padding = jax.lax.padtype_to_pads(rows.shape[1:-1], reach, strides, padding)
-    around = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
-    rows = jax.lax.pad(rows, jnp.float32(0), around)
-    sizes = list(zip(rows.shape[1:-1], reach, strides, strict=True))
-    if any(size < own for size, own, _ in sizes):
-        raise ValueError(f"expected windows of {tuple(reach)} to fit, got inputs {inputs.shape}")
-    ends = [(size - own) // stride * stride + 1 for size, own, stride in sizes]
-    starts = itertools.product(
-        *(range(0, n * step, step) for n, step in zip(window, dilations, strict=True))
-    )
-
-    def seen(start: tuple[int, ...]) -> jax.Array:
-        limits = (a + b for a, b in zip(start, ends, strict=True))
-        first, last = (0, *start, 0), (rows.shape[0], *limits, rows.shape[-1])
-        return jax.lax.slice(rows, first, last, (1, *strides, 1))
-
     # Slices, one for each position: `conv_general_dilated_patches` multiplies by ones and zeros.
-    return jnp.concatenate([seen(start) for start in starts], axis=-1)
+    return jnp.concatenate(positions(padded(rows, options), options), axis=-1)

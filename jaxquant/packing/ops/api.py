@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxquant import checks
 from jaxquant.packing.arrays import PackedArray, ProductArray
-from jaxquant.packing.ops import blocks, lookup, mosaic, platform, reference, triton, words
+from jaxquant.packing.ops import blocks, lookup, mosaic, platform, reference, triton, windows, words
 
 _PARTIAL = {
     "lookup": lookup,
@@ -191,11 +191,11 @@ def conv(
     if x.shape[-1] != channels:
         raise ValueError(f"expected x with {channels} channels last, got {x.shape}")
 
-    each = functools.partial(reference.each_axis, space=space)
+    each = functools.partial(windows.each_axis, space=space)
     dtype = preferred_element_type or reference.common_dtype(x.dtype, packed.dtype)
     options: dict[str, Any] = {
         "window_strides": each(window_strides),
-        "padding": reference.pads(padding, space),
+        "padding": windows.pads(padding, space),
         "kernel_dilation": each(kernel_dilation),
     }
     dilation = each(input_dilation)

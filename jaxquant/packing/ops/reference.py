@@ -2,15 +2,12 @@
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxquant import loops
-from jaxquant.checks import whole_numbers
 from jaxquant.packing.arrays import PackedArray, ProductArray, unpack_node
 
 
@@ -40,33 +37,6 @@ def channels_last(space: int) -> tuple[str, str, str]:
     """Return the layout of inputs, kernel and outputs with so many axes of space."""
     axes = "DHW"[-space:]
     return f"N{axes}C", f"{axes}IO", f"N{axes}C"
-
-
-def each_axis(value: Sequence[int] | int, space: int) -> tuple[int, ...]:
-    """Return a number for each axis of space, from those or from one for all.
-
-    Raises:
-      ValueError: if they are not integers, of any type, or not one for each axis.
-    """
-    numbers = whole_numbers((value,) * space if np.ndim(value) == 0 else value)
-    if numbers is None or len(numbers) != space:
-        raise ValueError(f"expected an integer, or one for each of {space} axes, got {value!r}")
-    return numbers
-
-
-def pads(padding: Any, space: int) -> str | tuple[tuple[int, int], ...]:
-    """Return padding in a form that can be hashed: a name, or (before, after) for each axis.
-
-    Raises:
-      ValueError: if it is neither.
-    """
-    if isinstance(padding, str):
-        return padding
-    if np.shape(padding) != (space, 2):
-        raise ValueError(
-            f"expected a name, or (before, after) for each of {space} axes, got {padding!r}"
-        )
-    return tuple((before, after) for before, after in (each_axis(pair, 2) for pair in padding))
 
 
 def common_dtype(*dtypes: Any) -> Any:

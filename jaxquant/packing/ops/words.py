@@ -6,7 +6,6 @@ and multiplications for a product of C inputs and C' outputs, in place of C C' (
 2016, section 3.1). No float kernel exists.
 """
 
-import itertools
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from jaxquant import loops
 from jaxquant.packing.arrays import PackedArray, ProductArray, product_codes
 from jaxquant.packing.ops.reference import accumulator
+from jaxquant.packing.ops.windows import Windows, padded, positions
 
 
 def supports(x: jax.Array, packed: PackedArray | ProductArray) -> bool:
@@ -50,29 +50,17 @@ def conv(
     *window, _, _ = packed.shape
     subspaces, _, length = packed.words.shape
     dtype = accumulator(x, packed)
-    extents = [(w - 1) * d + 1 for w, d in zip(window, kernel_dilation, strict=True)]
-    if isinstance(padding, str):
-        padding = jax.lax.padtype_to_pads(x.shape[1:-1], extents, window_strides, padding)
+    options = Windows(tuple(window), window_strides, padding, kernel_dilation)
     # A table of padding is zero, as it should be: pad what the tables are made from.
-    x = jnp.pad(x.astype(dtype), [(0, 0), *padding, (0, 0)])
+    x = padded(x.astype(dtype), options)
     pieces = jnp.moveaxis(x.reshape(*x.shape[:-1], subspaces, length), -2, 0)
-    strides = (1, *window_strides, 1)
-    space = [
-        (n - e) // s + 1 for n, e, s in zip(x.shape[1:-1], extents, window_strides, strict=True)
-    ]
+    space = jax.eval_shape(lambda: positions(x, options)[0]).shape[1:-1]
 
     def add(total: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         piece, words, codes = inputs
-        table = _table(piece, words)
-        for position in itertools.product(*map(range, window)):
-            first = [p * d for p, d in zip(position, kernel_dilation, strict=True)]
-            last = [
-                f + (n - 1) * s + 1 for f, n, s in zip(first, space, window_strides, strict=True)
-            ]
-            seen = jax.lax.slice(
-                table, (0, *first, 0), (table.shape[0], *last, table.shape[-1]), strides
-            )
-            total += _look_up(seen, codes[position])
+        seen = positions(_table(piece, words), options)
+        for part, own in zip(seen, codes.reshape(len(seen), -1), strict=True):
+            total += _look_up(part, own)
         return total, None
 
     codes = jnp.moveaxis(product_codes(packed), -2, 0)
