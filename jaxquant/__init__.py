@@ -9,9 +9,10 @@ from jaxquant.packing.ops import conv, intercept_linen, matmul
 from jaxquant.packing.report import LayerReport, Report, report
 from jaxquant.packing.storage import Limits, load, read_metadata, save
 from jaxquant.rounds.centroids import centroid_gradients, set_centroids
-from jaxquant.rounds.quantize import QuantState, RoundInfo, init, is_on_codebook, quantize_round
+from jaxquant.rounds.quantize import RoundInfo, init, quantize_round
 from jaxquant.rounds.schedules import Plan, inq, mlq, slq
 from jaxquant.rounds.selection import LayerRule, Selection, select
+from jaxquant.rounds.state import QuantState, is_on_codebook
 from jaxquant.rounds.transforms import IncrementalState, freeze_quantized, incremental, quant_state
 
 __version__ = "0.1.0"

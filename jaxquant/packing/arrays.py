@@ -13,10 +13,11 @@ import jax.export
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxquant.clustering.blocks import per_block
 from jaxquant.clustering.codebooks import assign, reconstruct
 from jaxquant.meshes import compiled
 from jaxquant.packing.codes import pack_codes, symbol, unpack_codes
-from jaxquant.rounds.quantize import QuantState, check_state, per_slice, slice_axis
+from jaxquant.rounds.state import QuantState, check_state
 from jaxquant.trees import check_structure, leaves_with_paths, pure, replaced
 
 
@@ -175,6 +176,28 @@ with contextlib.suppress(ValueError):  # where this module is loaded again
 # Arrays and trees --------------------------------------------------------------------------------
 
 
+def slice_axis(codebook: tuple[int, ...], leaf: tuple[int, ...]) -> int | None:
+    """Return the axis along which a leaf has a codebook for each slice, or None if it has one.
+
+    Args:
+      codebook: shape of the codebook, as in `QuantState.codebooks`.
+      leaf: shape of the leaf. Where its codebook says that there is an axis, but not which, since
+        there is a single slice, the first axis of one entry will do.
+
+    Raises:
+      ValueError: for a codebook that does not fit.
+    """
+    *slices, _ = codebook
+    if not slices:
+        return None
+    if len(slices) != len(leaf) or any(
+        n not in (1, size) for n, size in zip(slices, leaf, strict=True)
+    ):
+        raise ValueError(f"expected a codebook for weights of shape {leaf}, got shape {codebook}")
+    axes = [axis for axis, size in enumerate(leaf) if slices[axis] == size]
+    return min(axes, key=lambda axis: slices[axis] == 1, default=None)
+
+
 def split_shape(
     shape: tuple[int, ...], axis: int | None
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -216,7 +239,7 @@ def pack_array(weights: jax.Array, codebook: jax.Array) -> PackedArray:
 
 
 def _pack(weights: jax.Array, codebook: jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
-    codes = per_slice(assign, (weights,), (codebook,))
+    codes = per_block(assign, (weights,), (codebook,))
     return pack_codes(codes.reshape(shape), codebook.shape[-1])
 
 
@@ -230,7 +253,7 @@ def unpack_array(packed: PackedArray) -> jax.Array:
 
 def _unpack(packed: PackedArray) -> jax.Array:
     codes = unpack_codes(packed.codes, math.prod(packed.rows), packed.k).reshape(packed.shape)
-    return per_slice(reconstruct, (codes,), (packed.codebook,))
+    return per_block(reconstruct, (codes,), (packed.codebook,))
 
 
 def pack_product(codes: jax.Array, words: jax.Array) -> ProductArray:

@@ -13,13 +13,14 @@ from jaxquant.packing.arrays import (
     ProductArray,
     is_product,
     product_codes,
+    slice_axis,
     split_shape,
     unpack_product,
 )
 from jaxquant.packing.codes import packed_rows
-from jaxquant.rounds.quantize import QuantState, check_state, slice_axis
 from jaxquant.rounds.schedules import Plan
 from jaxquant.rounds.selection import natural_key, vector_reasons
+from jaxquant.rounds.state import QuantState, check_state
 from jaxquant.trees import check_structure, leaves_with_paths, pure
 
 

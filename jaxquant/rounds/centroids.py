@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import checks
+from jaxquant.clustering.blocks import per_block
 from jaxquant.clustering.clusters import SPREAD, spread
 from jaxquant.clustering.codebooks import assign, reconstruct
 from jaxquant.clustering.passes import fold
-from jaxquant.rounds.quantize import QuantState, check_state, per_slice
+from jaxquant.rounds.state import QuantState, check_state
 from jaxquant.trees import leaves_with_paths, pure, replaced
 
 
@@ -50,7 +51,7 @@ def centroid_gradients(gradients: Any, params: Any, state: QuantState) -> Any:
         if not codebook.ndim:
             return jnp.zeros((), jnp.float32)
         arrays, tables = (weights, gradient, frozen), (codebook, moves)
-        return per_slice(_sums, arrays, tables, leaf_shaped=False)
+        return per_block(_sums, arrays, tables, leaf_shaped=False)
 
     gradients, params = (pure(x, only_parameters=True) for x in (gradients, params))
     state = pure(state)
@@ -111,7 +112,7 @@ def set_centroids(params: Any, state: QuantState, codebooks: Any) -> tuple[Any, 
     def leaf(weights: Any, frozen: Any, old: Any, new: Any) -> jax.Array:
         if not old.ndim:
             return weights
-        return per_slice(_moved, (weights, frozen), (old, new))
+        return per_block(_moved, (weights, frozen), (old, new))
 
     given, params = params, pure(params, only_parameters=True)
     state, codebooks = pure(state), pure(codebooks)

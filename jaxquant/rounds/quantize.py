@@ -21,23 +21,10 @@ from jaxquant.rounds.compensation import compensate
 from jaxquant.rounds.partition import choose, priority, threshold, weight_priority
 from jaxquant.rounds.schedules import Plan
 from jaxquant.rounds.selection import Layer
-from jaxquant.trees import check_structure, leaves_with_paths, pure, replaced
+from jaxquant.rounds.state import QuantState, check_state
+from jaxquant.trees import leaves_with_paths, pure, replaced
 
 _BATCH = 64  # codebooks solved side by side; bounds the memory of the dynamic program
-
-
-class QuantState(NamedTuple):
-    """What the next round needs; trees have the structure of the parameters.
-
-    A leaf that is left alone has a scalar zero as its codebook and a scalar False as its mask. A
-    leaf with a codebook for each slice along an axis has them stacked, ones in place of the other
-    axes.
-    """
-
-    codebooks: Any  # [k], or [.., slices, .., k], of the leaf's dtype; zeros before its first round
-    frozen: Any  # bool, like the leaf: True = quantized = frozen
-    frozen_centroids: Any  # bool, like the codebook: clusters that weights are frozen in
-    round: jax.Array  # int32 scalar, the row of the schedule that comes next
 
 
 class RoundInfo(NamedTuple):
@@ -456,112 +443,6 @@ def _sharing(
     return share, (work.weights, work.frozen, work.sensitivity, noise)
 
 
-def nearest(leaf: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Return the centroid nearest to each weight; `codebook` as in `QuantState.codebooks`."""
-    return per_slice(_nearest, (leaf,), (codebook,))
-
-
-def _nearest(weights: jax.Array, centroids: jax.Array) -> jax.Array:
-    return reconstruct(assign(weights, centroids), centroids)
-
-
-def is_on_codebook(params: Any, state: QuantState) -> Any:
-    """Return for each leaf whether every weight equals a centroid of its codebook, bit for bit.
-
-    A leaf that is left alone has nothing to be off: True. (-0.0 equals 0.0.)
-
-    Args:
-      params: tree of weights.
-      state: of the same structure.
-
-    Returns:
-      Tree of scalar bools.
-
-    >>> import jaxquant as jq
-    >>> params = {"kernel": jnp.arange(16.0).reshape(4, 4) % 3}
-    >>> plan = jq.slq(params, bits=2, rounds=(3,))
-    >>> params, state, _ = jq.quantize_round(plan, params, jq.init(plan, params))
-    >>> bool(is_on_codebook(params, state)["kernel"])
-    True
-    """
-
-    params, state = pure(params, only_parameters=True), pure(state)
-    check_state(state)
-    check_structure(state.codebooks, params, "params to have the state's structure")
-
-    def check(leaf: jax.Array, codebook: jax.Array) -> jax.Array:
-        return compiled(_is_on, leaf, codebook) if codebook.ndim else jnp.bool_(True)
-
-    return jax.tree.map(check, params, state.codebooks)
-
-
-def _is_on(leaf: jax.Array, codebook: jax.Array) -> jax.Array:
-    return jnp.all(nearest(leaf, codebook) == leaf)
-
-
-def slice_axis(codebook: tuple[int, ...], leaf: tuple[int, ...]) -> int | None:
-    """Return the axis along which a leaf has a codebook for each slice, or None if it has one.
-
-    Args:
-      codebook: shape of the codebook, as in `QuantState.codebooks`.
-      leaf: shape of the leaf. Where its codebook says that there is an axis, but not which, since
-        there is a single slice, the first axis of one entry will do.
-
-    Raises:
-      ValueError: for a codebook that does not fit.
-    """
-    *slices, _ = codebook
-    if not slices:
-        return None
-    if len(slices) != len(leaf) or any(
-        n not in (1, size) for n, size in zip(slices, leaf, strict=True)
-    ):
-        raise ValueError(f"expected a codebook for weights of shape {leaf}, got shape {codebook}")
-    axes = [axis for axis, size in enumerate(leaf) if slices[axis] == size]
-    return min(axes, key=lambda axis: slices[axis] == 1, default=None)
-
-
-def per_slice(
-    function: Callable[..., jax.Array],
-    arrays: Sequence[jax.Array],
-    tables: Sequence[jax.Array],
-    *,
-    leaf_shaped: bool = True,
-) -> jax.Array:
-    """Call a function of one layer on a leaf, or on each slice that has a codebook of its own.
-
-    `arrays` are shaped like the leaf, `tables` like its codebook (`QuantState.codebooks`). The
-    result is shaped like the leaf, or without `leaf_shaped` like the codebook. See `compiled` for
-    what the function has to be.
-    """
-    return compiled(
-        _per_slice,
-        *(tuple(arrays), tuple(tables)),
-        like=arrays[0] if leaf_shaped else None,
-        function=function,
-        leaf_shaped=leaf_shaped,
-    )
-
-
-def _per_slice(
-    arrays: tuple[jax.Array, ...],
-    tables: tuple[jax.Array, ...],
-    *,
-    function: Callable[..., jax.Array],
-    leaf_shaped: bool,
-) -> jax.Array:
-    shape = tables[0].shape
-    axis = slice_axis(shape, arrays[0].shape)
-    rows = [table.reshape(-1, shape[-1]) for table in tables]
-    if axis is None:
-        result = function(*arrays, *(row[0] for row in rows))
-    else:
-        in_axes = (axis,) * len(arrays) + (0,) * len(rows)
-        out_axes = axis if leaf_shaped else 0
-        result = jax.vmap(function, in_axes=in_axes, out_axes=out_axes)(*arrays, *rows)
-    return result if leaf_shaped else result.reshape(shape)
-
-
 def _codebook_shape(layer: Layer) -> tuple[int, ...]:
     if layer.reason is not None:
         return ()  # no empty arrays: checkpoint libraries refuse them
@@ -704,19 +585,6 @@ def check_key(plan: Plan, key: Any) -> None:
         checks.key("key", key)
     elif plan.partition == "random":
         raise ValueError("expected a key for partition='random', got None")
-
-
-def check_state(state: Any) -> None:
-    """Refuse what is no `QuantState`: checkpoints that are restored by structure alone lose types.
-
-    Raises:
-      ValueError: says what it is.
-    """
-    if not isinstance(state, QuantState):
-        raise ValueError(
-            f"expected a jq.QuantState, got {type(state).__name__} (restored without its type? "
-            "Restore into jq.init(plan, params))"
-        )
 
 
 def _check(plan: Plan, params: Any, state: QuantState, sensitivity: Any) -> None:

@@ -14,10 +14,12 @@ import optax
 
 from jaxquant import loops
 from jaxquant.checks import whole_number, whole_numbers
-from jaxquant.rounds.quantize import QuantState, check_key, nearest, quantize_round
+from jaxquant.clustering.blocks import nearest
+from jaxquant.rounds.quantize import check_key, quantize_round
 from jaxquant.rounds.quantize import init as init_quantization
 from jaxquant.rounds.schedules import Plan
 from jaxquant.rounds.selection import Layer, fitted
+from jaxquant.rounds.state import QuantState
 from jaxquant.trees import check_structure, pure, replaced
 
 # Steps after a round in which frozen weights are still moved onto their centroids: p + (c - p) may

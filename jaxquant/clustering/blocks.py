@@ -1,0 +1,228 @@
+"""Blocks of a leaf, each with a codebook of its own.
+
+A leaf is cut into equal blocks by the number of them along each of its axes: one everywhere for the
+whole leaf, all the entries of one axis for a codebook a channel, some of each for tiles. Tables of
+the blocks, codebooks above all, are arrays `[*numbers of blocks, ...]`. An axis is split in two,
+`[n] -> [blocks, n / blocks]`, which moves no data and keeps a sharding that divides; `vmap` over
+the axes of blocks does the rest, so a function of one block knows nothing about others.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant import loops
+from jaxquant.clustering.codebooks import assign, reconstruct
+from jaxquant.meshes import compiled
+
+_BATCH_WEIGHTS = 2**18  # that are worked on side by side: what they need besides is in the cache
+_RUN = 16  # blocks along the last axis that stay together: they share lines of the cache
+
+
+def numbers_of(codebook: tuple[int, ...], leaf: tuple[int, ...]) -> tuple[int, ...]:
+    """Return how many blocks there are along each axis of a leaf.
+
+    Args:
+      codebook: shape of the codebooks, `[*numbers, k]`, or `[k]` of a whole leaf.
+      leaf: shape of the leaf.
+
+    Raises:
+      ValueError: for codebooks that do not fit.
+
+    >>> numbers_of((1, 4, 16), (128, 64)), numbers_of((16,), (128, 64))
+    ((1, 4), (1, 1))
+    """
+    *numbers, _ = codebook
+    if not numbers:
+        return (1,) * len(leaf)
+    if len(numbers) != len(leaf) or any(
+        number < 1 or size % number for number, size in zip(numbers, leaf, strict=True)
+    ):
+        raise ValueError(f"expected codebooks for weights of shape {leaf}, got shape {codebook}")
+    return tuple(numbers)
+
+
+def per_block(
+    function: Callable[..., Any],
+    arrays: Sequence[jax.Array],
+    tables: Sequence[jax.Array],
+    *,
+    leaf_shaped: bool = True,
+) -> Any:
+    """Call a function of one block on every block of a leaf.
+
+    Args:
+      function: of arrays of a block's shape, and of the block's entries of the tables; see
+        `compiled` for what it has to be.
+      arrays: shaped like the leaf.
+      tables: `[*numbers, ...]` all, or `[...]` for a whole leaf; the first is the codebooks.
+      leaf_shaped: whether results are shaped like the block, and become like the leaf; else they
+        become tables, `[*numbers, ...]`, without numbers if the tables have none.
+    """
+    return compiled(
+        _per_block,
+        *(tuple(arrays), tuple(tables)),
+        like=arrays[0] if leaf_shaped else None,
+        function=function,
+        leaf_shaped=leaf_shaped,
+    )
+
+
+def _per_block(
+    arrays: tuple[jax.Array, ...],
+    tables: tuple[jax.Array, ...],
+    *,
+    function: Callable[..., Any],
+    leaf_shaped: bool,
+) -> Any:
+    shape = arrays[0].shape
+    if tables[0].ndim == 1:
+        return function(*arrays, *tables)
+    numbers = numbers_of(tables[0].shape, shape)
+    cut = [axis for axis, number in enumerate(numbers) if number > 1]
+    sizes = [[n, size // n] if n > 1 else [size] for n, size in zip(numbers, shape, strict=True)]
+    views = [array.reshape(*itertools.chain(*sizes)) for array in arrays]
+    rows = [
+        table.reshape(*(numbers[a] for a in cut), *table.shape[len(shape) :]) for table in tables
+    ]
+    for axis in reversed(cut):  # the loops around have taken the axes of blocks before this one
+        function = jax.vmap(
+            function,
+            in_axes=(axis,) * len(views) + (0,) * len(rows),
+            out_axes=axis if leaf_shaped else 0,
+        )
+    results = function(*views, *rows)
+    if leaf_shaped:
+        return jax.tree.map(lambda x: x.reshape(shape), results)
+    return jax.tree.map(lambda x: x.reshape(*numbers, *x.shape[len(cut) :]), results)
+
+
+def by_batch(
+    function: Callable[..., Any],
+    arrays: Sequence[jax.Array],
+    tables: Sequence[jax.Array],
+    numbers: tuple[int, ...],
+) -> Any:
+    """Call a function of one block on every block, a batch of them after the other.
+
+    As `per_block` for results that are tables, where what a block needs besides is more than the
+    block itself. A batch takes its blocks from everywhere along an axis, so that a sharding of the
+    leaf that does not cut blocks is one of the batch: each device works on blocks of its own.
+
+    Args:
+      function: of arrays of a block, raveled, and of the block's entries of the tables.
+      arrays: shaped like the leaf.
+      tables: trees of `[*numbers, ...]`.
+      numbers: of blocks along each axis.
+    """
+    shape = arrays[0].shape
+    tail = _tail(numbers, math.prod(shape))
+    if tail is None:
+        return _by_batch(function, arrays, tables, numbers)
+    axis, count = tail  # no good divisor: cut some blocks off
+    size = shape[axis] // numbers[axis]
+    parts = []
+    for start, end in ((0, numbers[axis] - count), (numbers[axis] - count, numbers[axis])):
+
+        def cut(x: jax.Array, unit: int, start: int = start, end: int = end) -> jax.Array:
+            return jax.lax.slice_in_dim(x, start * unit, end * unit, axis=axis)
+
+        own = tuple(end - start if a == axis else number for a, number in enumerate(numbers))
+        pieces = [cut(x, size) for x in arrays]
+        parts.append(by_batch(function, pieces, jax.tree.map(lambda x: cut(x, 1), tables), own))
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=axis), *parts)
+
+
+def _by_batch(
+    function: Callable[..., Any],
+    arrays: Sequence[jax.Array],
+    tables: Sequence[jax.Array],
+    numbers: tuple[int, ...],
+) -> Any:
+    shape, axes = arrays[0].shape, range(len(numbers))
+    inside = [size // number for size, number in zip(shape, numbers, strict=True)]
+    pieces, runs = _pieces(numbers, shape)
+    # The blocks along an axis as [major, pieces, run]: a batch is one of the pieces of each.
+    parts = [(n // (p * run), p, run) for n, p, run in zip(numbers, pieces, runs, strict=True)]
+    batch_shape = [size for major, _, run in parts for size in (major, run)]
+
+    def split(x: jax.Array, axis_parts: Sequence[tuple[int, ...]]) -> jax.Array:
+        """Return [*pieces, *batch, *inside, ...] of an array whose axes are split into parts."""
+        view = x.reshape(*itertools.chain(*axis_parts), *x.shape[len(axes) :])
+        each = len(axis_parts[0])
+        which = [each * axis + 1 for axis in axes]
+        where = [each * axis + offset for axis in axes for offset in (0, 2)]
+        within = [each * axis + 3 for axis in axes if each > 3]
+        rest = range(each * len(axes), view.ndim)
+        return view.transpose(*which, *where, *within, *rest)
+
+    views = [
+        split(x, [(*part, size) for part, size in zip(parts, inside, strict=True)]) for x in arrays
+    ]
+    rows = jax.tree.map(lambda x: split(x, parts), list(tables))
+
+    def batch(number: jax.Array) -> Any:
+        index = jnp.unravel_index(number, pieces)
+        own = [view[index].reshape(*batch_shape, math.prod(inside)) for view in views]
+        call = function
+        for _ in batch_shape:
+            call = jax.vmap(call)
+        return call(*own, *jax.tree.map(lambda row: row[index], rows))
+
+    _, results = loops.scan(lambda _, i: (None, batch(i)), None, jnp.arange(math.prod(pieces)))
+
+    def joined(x: jax.Array) -> jax.Array:
+        """Return [*numbers, ...] of results [pieces, *batch, ...]."""
+        x = x.reshape(*pieces, *x.shape[1:])
+        first = len(numbers)
+        order = [i for a in axes for i in (first + 2 * a, a, first + 2 * a + 1)]
+        rest = range(3 * first, x.ndim)
+        return x.transpose(*order, *rest).reshape(*numbers, *x.shape[3 * first :])
+
+    return jax.tree.map(joined, results)
+
+
+def _pieces(
+    numbers: tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return into how many pieces the blocks along each axis are cut, and in which runs.
+
+    Every device gets blocks of each batch where numbers allow it.
+    """
+    devices = jax.device_count()
+    runs = [1] * len(numbers)
+    if numbers[-1] == shape[-1]:
+        runs[-1] = math.gcd(numbers[-1] // math.gcd(numbers[-1], devices), _RUN)
+    wanted = -(-math.prod(shape) // (_BATCH_WEIGHTS * devices))
+    pieces = [1] * len(numbers)
+    for axis in sorted(range(len(numbers)), key=lambda axis: -numbers[axis]):
+        left = -(-wanted // math.prod(pieces))
+        most = numbers[axis] // runs[axis]
+        most //= math.gcd(most, devices)
+        pieces[axis] = next(p for p in range(min(left, most), most + 1) if most % p == 0)
+    return tuple(pieces), tuple(runs)
+
+
+def _tail(numbers: tuple[int, ...], size: int) -> tuple[int, int] | None:
+    """Return an axis and how many of its blocks to cut off, or None if they divide well."""
+    wanted = -(-size // (_BATCH_WEIGHTS * jax.device_count()))
+    axis = numbers.index(max(numbers))
+    number = numbers[axis]
+    divisors = [p for p in range(wanted, min(4 * wanted, number) + 1) if number % p == 0]
+    unit = wanted * _RUN * jax.device_count()
+    if wanted == 1 or divisors or number < 2 * unit:
+        return None
+    return axis, number % unit
+
+
+def nearest(leaf: jax.Array, codebooks: jax.Array) -> jax.Array:
+    """Return the centroid nearest to each weight, of its block; codebooks `[*numbers, k]`."""
+    return per_block(_nearest, (leaf,), (codebooks,))
+
+
+def _nearest(weights: jax.Array, centroids: jax.Array) -> jax.Array:
+    return reconstruct(assign(weights, centroids), centroids)
