@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxquant.checks import integer, whole_number, whole_numbers
@@ -21,8 +22,13 @@ class LayerRule:
       pattern: for `re.fullmatch` on a path such as "block_1/dense/kernel".
       bits: `k = num_centroids(bits)`; not together with `k`. Neither: the plan's own k.
       k: number of centroids.
-      group: layer group, from 0; a sequence gives one to each slice along `axis`. None: by depth.
-      axis: axis along which every slice has a codebook of its own, as in stacked layers.
+      group: layer group, from 0; a sequence gives one to each of the blocks along the first axis
+        that is cut into some. None: by depth.
+      axis: axis along which every slice has a codebook of its own, as in stacked layers: short for
+        a block of 1 along this axis and -1 along the others.
+      block: what shares a codebook: its size along each axis, -1 for the whole axis. (-1, 1) is a
+        codebook for each output of a kernel [inputs, outputs], (128, 1) one for each 128 inputs of
+        an output, (8, 64) one for each tile. Not together with `axis`.
       quantize: False leaves the matching leaves alone.
       min_ndim: leaves of fewer dimensions (biases, normalization) are left alone.
       depth: leaves of a greater number are deeper, whatever their names; those of the same number
@@ -38,6 +44,7 @@ class LayerRule:
     quantize: bool = True
     min_ndim: int = 2
     depth: int = 0
+    block: Sequence[int] | None = None
 
     def __post_init__(self):
         """Check what can be checked without parameters; NumPy's integers become Python's."""
@@ -51,23 +58,36 @@ class LayerRule:
             raise ValueError(f"rule {self.pattern!r}: expected bits or k, got both")
         if self.bits is not None:
             num_centroids(self.bits)
-        for name in ("bits", "k", "group", "axis", "min_ndim", "depth"):
+        for name in ("bits", "k", "group", "axis", "min_ndim", "depth", "block"):
             object.__setattr__(self, name, self._whole(name, getattr(self, name)))
         if self.k is not None and self.k < 1:
             raise ValueError(f"rule {self.pattern!r}: expected k to be at least 1, got {self.k!r}")
+        if self.block is not None and self.axis is not None:
+            raise ValueError(f"rule {self.pattern!r}: expected axis or block, got both")
+        if self.block is not None and not all(size == -1 or size > 0 for size in self.block):
+            raise ValueError(
+                f"rule {self.pattern!r}: expected block to be sizes from 1, or -1 for a whole "
+                f"axis, got {self.block}"
+            )
 
     def _whole(self, name: str, value: Any) -> int | tuple[int, ...] | None:
-        """Return a field's integer, or the group's integers, as Python's."""
+        """Return a field's integer, or its integers, as Python's."""
         if value is None and name not in ("min_ndim", "depth"):
             return None
-        number = whole_number(value)
-        several = whole_numbers(value) if number is None and name == "group" else None
+        number = None if name == "block" else whole_number(value)
+        several = whole_numbers(value) if number is None and name in _SEVERAL else None
         if number is None and several is None:
-            wanted = "an integer" + (", or one for each slice" if name == "group" else "")
             raise ValueError(
-                f"rule {self.pattern!r}: expected {name} to be {wanted}, got {value!r}"
+                f"rule {self.pattern!r}: expected {name} to be {_SEVERAL.get(name, 'an integer')}, "
+                f"got {value!r}"
             )
         return several if number is None else number
+
+
+_SEVERAL = {
+    "group": "an integer, or one for each slice",
+    "block": "an integer for each axis",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,22 +98,56 @@ class Layer:
     shape: tuple[int, ...]
     dtype: str
     k: int = 0
-    axis: int | None = None
+    numbers: tuple[int, ...] | None = None  # of blocks along each axis; None: one for the leaf
     groups: tuple[int, ...] | None = None  # one a slice; None: not yet decided
     depth: int = 0
     reason: str | None = None
 
     @property
-    def slices(self) -> int:
+    def blocks(self) -> int:
         """Number of codebooks."""
-        return 1 if self.axis is None else self.shape[self.axis]
+        return math.prod(self.numbers or ())
 
     @property
-    def slice_shape(self) -> tuple[int, ...]:
+    def block(self) -> tuple[int, ...]:
         """Shape of what shares a codebook."""
-        if self.axis is None:
-            return self.shape
-        return tuple(n for i, n in enumerate(self.shape) if i != self.axis)
+        pairs = zip(self.shape, self.all_numbers, strict=True)
+        return tuple(size // number for size, number in pairs)
+
+    @property
+    def all_numbers(self) -> tuple[int, ...]:
+        """Numbers of blocks along each axis, ones for a single codebook."""
+        return self.numbers or (1,) * len(self.shape)
+
+    @property
+    def codebook_shape(self) -> tuple[int, ...]:
+        """Shape of all codebooks; of a leaf that is left alone that of a scalar."""
+        if self.reason is not None:
+            return ()  # no empty arrays: checkpoint libraries refuse them
+        return (*(self.numbers or ()), self.k)
+
+    @property
+    def cut(self) -> int:
+        """The first axis that is cut into several blocks; 0 if none is."""
+        several = (axis for axis, number in enumerate(self.numbers or ()) if number > 1)
+        return next(several, 0)
+
+    @property
+    def slices(self) -> int:
+        """Number of blocks along the first axis that is cut, each with a layer group of its own."""
+        return self.numbers[self.cut] if self.numbers else 1
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether axis 0 stacks layers: no block reaches over two of its entries."""
+        return self.numbers is not None and self.numbers[0] == self.shape[0]
+
+
+def by_slice(layer: Layer, values: jax.Array) -> jax.Array:
+    """Return what is given for each slice of a layer, for each of its blocks: [*numbers]."""
+    each = [1] * len(layer.shape)
+    each[layer.cut] = layer.slices
+    return jnp.broadcast_to(values.reshape(each), layer.all_numbers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,8 +326,9 @@ def _setting(path: str, shape: tuple, dtype: Any, rule: LayerRule | None, k: int
         reason = "no rule matches it" if rule is None else f"left alone by rule {rule.pattern!r}"
         return _left_alone(layer, reason)
     k = rule.k or (num_centroids(rule.bits) if rule.bits else k)
-    axis = _check_axis(layer, rule)
-    layer = dataclasses.replace(layer, k=k, axis=axis, depth=rule.depth)
+    layer = dataclasses.replace(layer, k=k, depth=rule.depth)
+    if not _too_few(layer, dtype, rule):
+        layer = dataclasses.replace(layer, numbers=_numbers(layer, rule))
     reason = _reason(layer, dtype, rule)
     if reason is not None:
         return _left_alone(layer, reason)
@@ -281,25 +336,49 @@ def _setting(path: str, shape: tuple, dtype: Any, rule: LayerRule | None, k: int
 
 
 def _reason(layer: Layer, dtype: Any, rule: LayerRule) -> str | None:
-    ndim, size = len(layer.shape), math.prod(layer.slice_shape)
+    size = math.prod(layer.block)
+    few = f"{size} weights, no more than {layer.k} centroids" if size <= layer.k else None
+    return _too_few(layer, dtype, rule) or few
+
+
+def _too_few(layer: Layer, dtype: Any, rule: LayerRule) -> str | None:
+    """Return why a leaf cannot be quantized, however it is cut into blocks."""
+    ndim = len(layer.shape)
     if not jnp.issubdtype(dtype, jnp.floating):
         return f"dtype {dtype} is not floating point"
     if ndim < rule.min_ndim:
         return f"{ndim} dimension{'s' * (ndim != 1)}, fewer than {rule.min_ndim}"
-    if size <= layer.k:
-        return f"{size} weights, no more than {layer.k} centroids"
     return None
 
 
-def _check_axis(layer: Layer, rule: LayerRule) -> int | None:
-    if rule.axis is None:
+def _numbers(layer: Layer, rule: LayerRule) -> tuple[int, ...] | None:
+    """Return the numbers of blocks along each axis, or None for a single codebook."""
+    where, ndim = f"{layer.path}: rule {rule.pattern!r} expected", len(layer.shape)
+    if rule.axis is not None:
+        if not -ndim <= rule.axis < ndim:
+            raise ValueError(f"{where} an axis {rule.axis}, got {layer.shape}")
+        return tuple(n if i == rule.axis % ndim else 1 for i, n in enumerate(layer.shape))
+    if rule.block is None:
         return None
-    ndim = len(layer.shape)
-    if not -ndim <= rule.axis < ndim:
+    if len(rule.block) != ndim:
         raise ValueError(
-            f"{layer.path}: rule {rule.pattern!r} expected an axis {rule.axis}, got {layer.shape}"
+            f"{where} {len(rule.block)} axes for block={rule.block}, got {layer.shape}"
         )
-    return rule.axis % ndim
+    pairs = list(zip(rule.block, layer.shape, strict=True))
+    for axis, (own, size) in enumerate(pairs):
+        if own != -1 and size % own:
+            raise ValueError(
+                f"{where} a block that divides axis {axis} of {layer.shape}, got {own}; near it "
+                f"are {' and '.join(map(str, _divisors_near(size, own)))}"
+            )
+    return tuple(1 if own == -1 or not size else size // own for own, size in pairs)
+
+
+def _divisors_near(number: int, wanted: int) -> list[int]:
+    """Return the divisors of a number next to a wanted one, below and above."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below, above = ([d for d in divisors if sign * (d - wanted) > 0] for sign in (-1, 1))
+    return [*below[-1:], *above[:1]]
 
 
 def _check_groups(layer: Layer, rule: LayerRule) -> tuple[int, ...] | None:

@@ -1,0 +1,188 @@
+"""What a round does to one block whose clusters are known: which weights take their centroid."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant import loops
+from jaxquant.clustering.clusters import measure, weight_scale
+from jaxquant.clustering.codebooks import assign, reconstruct
+from jaxquant.clustering.kmeans import ClusteredBlock
+from jaxquant.clustering.passes import fold, rewrite
+from jaxquant.rounds.compensation import compensate
+from jaxquant.rounds.partition import threshold, weight_priority
+
+
+class Shared(NamedTuple):
+    """A block after a round."""
+
+    weights: jax.Array
+    frozen: jax.Array  # bool, like the weights
+    centroids: jax.Array  # [k]
+    frozen_centroids: jax.Array  # [k] bool
+    frozen_share: jax.Array  # float32 scalar, of the weights
+    free_loss: jax.Array  # float32 scalar, of the weights that are not frozen
+
+
+LEAF_SHAPED = Shared._make([True, True, False, False, False, False])  # the others are tables
+
+
+def share_clusters(
+    weights: jax.Array,
+    frozen: jax.Array,
+    centroids: jax.Array,
+    frozen_centroids: jax.Array,
+    clustered: ClusteredBlock,
+    chosen: jax.Array,
+    active: jax.Array,
+) -> Shared:
+    """Freeze the chosen clusters if the layer is active: all their weights onto the centroids."""
+    new_centroids = clustered.centroids
+    moving = _with_equals(new_centroids, chosen & active)
+
+    def joins(weights: jax.Array) -> jax.Array:
+        return _flags_of(assign(weights, new_centroids), moving)
+
+    weights, frozen = _freeze(joins, active, new_centroids, frozen, weights)
+    still = jnp.where(active, chosen, frozen_centroids)
+    return Shared(
+        weights,
+        frozen,
+        jnp.where(active, new_centroids, centroids),
+        still,
+        count_frozen(frozen).astype(jnp.float32) / frozen.size,
+        jnp.sum(jnp.where(still, 0.0, clustered.losses)),
+    )
+
+
+def share_weights(
+    weights: jax.Array,
+    frozen: jax.Array,
+    sensitivity: jax.Array | None,
+    noise: jax.Array | None,
+    centroids: jax.Array,
+    frozen_centroids: jax.Array,
+    clustered: ClusteredBlock,
+    share: jax.Array,
+    active: jax.Array,
+    *,
+    partition: str,
+    fixed: bool,
+) -> Shared:
+    """Freeze weights, up to a share of the layer's, if it is active: those onto their centroids.
+
+    Of equal priorities all freeze. A centroid of frozen weights is frozen too; with a `fixed`
+    codebook every centroid is, from the layer's first round on.
+    """
+    new_centroids = clustered.centroids
+    extra = {"random": noise, "loss": sensitivity}.get(partition)
+    extras = () if extra is None else (extra,)
+    number = jnp.floor(share * frozen.size + 0.5).astype(jnp.int32)
+    number = jnp.where(share < 1, number, frozen.size) - count_frozen(frozen)
+
+    def rank(weights: jax.Array, *extras: jax.Array) -> jax.Array:
+        return weight_priority(partition, weights, new_centroids, *extras)
+
+    least = threshold(rank, (weights, *extras), frozen, number)
+
+    def joins(weights: jax.Array, *extras: jax.Array) -> jax.Array:
+        return (rank(weights, *extras) >= least) & (number > 0)
+
+    weights, frozen = _freeze(joins, active, new_centroids, frozen, weights, *extras)
+    count = count_frozen(frozen)
+    importance = jnp.where(frozen, 0.0, jnp.float32(1.0) if sensitivity is None else sensitivity)
+    free = measure(weights, new_centroids, importance)
+    if fixed:
+        used = jnp.ones_like(frozen_centroids)
+    else:  # sample weights of zero everywhere would count alike
+        members = measure(weights, new_centroids, frozen.astype(jnp.float32))
+        used = (members.lows < jnp.inf) & (count > 0)
+    return Shared(
+        weights,
+        frozen,
+        jnp.where(active, new_centroids, centroids),
+        jnp.where(active, used, frozen_centroids),
+        count.astype(jnp.float32) / frozen.size,
+        jnp.sum(free.losses) * weight_scale(importance),
+    )
+
+
+def share_compensated(
+    weights: jax.Array,
+    frozen: jax.Array,
+    centroids: jax.Array,
+    frozen_centroids: jax.Array,
+    clustered: ClusteredBlock,
+    chosen: jax.Array,
+    active: jax.Array,
+    fixed: jax.Array,
+    moments: jax.Array,
+) -> Shared:
+    """As `share_clusters`; a layer that is whole after it, so that its answers change least."""
+    near = share_clusters(weights, frozen, centroids, frozen_centroids, clustered, chosen, active)
+    start, shape = clustered.centroids, (-1, weights.shape[-1])
+
+    def close() -> tuple[jax.Array, jax.Array]:
+        found = compensate(
+            weights.reshape(shape).astype(jnp.float32),
+            frozen.reshape(shape),
+            start.astype(jnp.float32),
+            ~fixed,
+            moments,
+        )
+        centroids = jnp.where(fixed, start, found.centroids.astype(start.dtype))
+        shared = reconstruct(found.codes, centroids).reshape(weights.shape)
+        return jnp.where(frozen, weights, shared), centroids
+
+    def keep() -> tuple[jax.Array, jax.Array]:
+        return near.weights, near.centroids
+
+    weights, centroids = loops.cond(active & jnp.all(chosen), close, keep)
+    return near._replace(weights=weights, centroids=centroids)
+
+
+def _with_equals(centroids: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Return the chosen clusters, and those with the same centroid.
+
+    Centroids that are equal (of bfloat16 weights, say) share their members' fate: which of them a
+    weight gets depends on where it comes from.
+    """
+    equal = centroids[:, None] == centroids[None, :]
+    return jnp.any(equal & chosen[None, :], axis=-1)
+
+
+def _freeze(
+    joins: Callable[..., jax.Array],
+    active: jax.Array,
+    centroids: jax.Array,
+    frozen: jax.Array,
+    weights: jax.Array,
+    *extras: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Freeze the weights that join, in an active layer, and put what is frozen on its centroid."""
+
+    def freeze(frozen: jax.Array, weights: jax.Array, *extras: jax.Array) -> jax.Array:
+        return frozen | (joins(weights, *extras) & active)
+
+    def move(frozen: jax.Array, weights: jax.Array, *_: jax.Array) -> jax.Array:
+        nearest = reconstruct(assign(weights, centroids), centroids)
+        return jnp.where(frozen & active, nearest, weights)
+
+    frozen, weights, *_ = rewrite((freeze, move), frozen, weights, *extras)
+    return weights, frozen
+
+
+def count_frozen(frozen: jax.Array) -> jax.Array:
+    """Return the number of frozen weights, int32."""
+
+    def count(number: jax.Array, frozen: jax.Array) -> jax.Array:
+        return number + jnp.sum(frozen, dtype=jnp.int32)
+
+    return fold(count, jnp.int32(0), frozen)  # of a whole mask XLA would write floats to memory
+
+
+def _flags_of(codes: jax.Array, flags: jax.Array) -> jax.Array:
+    """Return the flag of each code's cluster."""
+    return flags.at[codes].get(mode="promise_in_bounds")
