@@ -108,6 +108,21 @@ def _reconstruct(codes: jax.Array, centroids: jax.Array) -> jax.Array:
     return centroids.at[codes].get(mode="fill", fill_value=jnp.nan)
 
 
+def rounded(centroids: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Return float32 centroids in another dtype: the nearest of its values, the last beyond them.
+
+    >>> rounded(jnp.array([0.3, 900.0]), jnp.int8), rounded(jnp.float32(900.0), jnp.float8_e4m3fn)
+    (Array([  0, 127], dtype=int8), Array(448, dtype=float8_e4m3fn))
+    """
+    if jnp.issubdtype(dtype, jnp.integer):
+        limits, centroids = jnp.iinfo(dtype), jnp.round(centroids)
+    else:
+        limits = jnp.finfo(dtype)
+    if limits.bits >= 32:
+        return centroids.astype(dtype)
+    return jnp.clip(centroids, float(limits.min), float(limits.max)).astype(dtype)
+
+
 def start_linear(histogram: Histogram, k: int) -> jax.Array:
     """Return `k` centroids equally spaced between the extreme weights (Han et al., 2016)."""
     return to_value(histogram, jnp.linspace(0.0, histogram.mass.shape[0], k, dtype=jnp.float32))
