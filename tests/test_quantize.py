@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
 from benchmarks.common import collective_sizes
-from jaxquant.clustering.clusters import Clusters
 from jaxquant.clustering.kmeans import kmeans
-from jaxquant.rounds import quantize
+from jaxquant.clustering.solver import ClusteredBlock
+from jaxquant.rounds.sharing import share_clusters
 
 one_round = jax.jit(jq.quantize_round, static_argnums=0)
 RELEASED = {"init": "power_of_two", "iterations": 10, "zero": True, "partition": "index"}
@@ -521,9 +521,9 @@ def test_members_of_equal_centroids_freeze_together():
     weights = jnp.array([0.9, 1.0, 1.2, 3.0])
     centroids, chosen = jnp.array([1.0, 1.0, 3.0]), jnp.array([False, True, False])
     nothing = jnp.zeros(4, bool), centroids, jnp.zeros(3, bool)
-    clusters = Clusters(*(jnp.zeros(3),) * 4)
-    clustered = quantize._Clustered(centroids, clusters, jnp.float32(1), jnp.bool_(True))
-    shared = quantize._share_clusters(weights, *nothing, clustered, chosen, jnp.bool_(True))
+    zeros = jnp.zeros(3)
+    clustered = ClusteredBlock(centroids, zeros, zeros, jnp.float32(1), jnp.bool_(True))
+    shared = share_clusters(weights, *nothing, clustered, chosen, jnp.bool_(True))
     assert shared.weights.tolist() == [1.0, 1.0, 1.0, 3.0]
     assert shared.frozen.tolist() == [True, True, True, False]
 

@@ -1,5 +1,6 @@
 """One round of quantization of a tree: cluster, partition, share."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -11,25 +12,27 @@ import jax.core
 import jax.numpy as jnp
 
 from jaxquant import checks, loops
-from jaxquant.clustering.blocks import by_batch, per_block
-from jaxquant.clustering.kmeans import ClusteredBlock, Clustering, cluster_block
+from jaxquant.clustering.blocks import per_block
+from jaxquant.clustering.kmeans import Clustering
 from jaxquant.meshes import compiled
+from jaxquant.rounds.cluster import ClusteredLeaf, cluster_leaf
 from jaxquant.rounds.partition import choose, priority
 from jaxquant.rounds.schedules import Plan
 from jaxquant.rounds.selection import Layer, by_slice
 from jaxquant.rounds.sharing import (
     LEAF_SHAPED,
     Shared,
+    free_loss,
     share_clusters,
     share_compensated,
     share_weights,
 )
-from jaxquant.rounds.state import QuantState, check_state
+from jaxquant.rounds.state import QuantState, centroids_of, check_state
 from jaxquant.trees import check_leaves, check_shape, pure, replaced
 
 
 class RoundInfo(NamedTuple):
-    """What a round did, by the path of each selected leaf; leading [blocks] if it is cut."""
+    """What a round did, by the path of each selected leaf; [codebooks, ...] if it is cut."""
 
     loss: dict[str, jax.Array]  # [k] float32, (weighted) sum of squares of each cluster
     counts: dict[str, jax.Array]  # [k] int32, weights in each cluster
@@ -41,26 +44,29 @@ class RoundInfo(NamedTuple):
 
 
 class _Leaf(NamedTuple):
-    """The arrays of a selected leaf; tables are shaped like the leaf's codebook."""
+    """The arrays of a selected leaf, as they are in the parameters and in the state."""
 
     weights: jax.Array
     frozen: jax.Array
     codebook: jax.Array
     frozen_centroids: jax.Array
+    scale: jax.Array  # a scalar where there is none
 
 
 class _Work(NamedTuple):
-    """A selected leaf on its way through a round; tables are those of its blocks, [*numbers, ...].
+    """A selected leaf on its way through a round.
 
-    Of a leaf with a single codebook all numbers are 1.
+    Tables are those of its codebooks, `[*numbers, ...]`. Numbers are 1 for a single codebook, and
+    in place of blocks that share one.
     """
 
     layer: Layer
     weights: jax.Array
     sensitivity: Any  # like the weights, or None
     frozen: jax.Array
-    centroids: jax.Array  # [*numbers, k]
-    frozen_centroids: jax.Array  # [*numbers, k]
+    codebook: jax.Array  # [*numbers, k], as it is stored
+    frozen_centroids: jax.Array  # like the codebook
+    scale: Any  # [*numbers, 1], or None
 
 
 def init(plan: Plan, params: Any) -> QuantState:
@@ -90,18 +96,23 @@ def init(plan: Plan, params: Any) -> QuantState:
         return jax.tree.unflatten(structure, made)
 
     def codebook(layer: Layer, leaf: jax.Array) -> jax.Array:
-        dtype = leaf.dtype if layer.reason is None else jnp.float32  # a key has no zero
+        del leaf
+        dtype = layer.centroid_dtype if layer.reason is None else jnp.float32  # a key has no zero
         return jnp.zeros(layer.codebook_shape, dtype)
 
     def frozen(layer: Layer, leaf: jax.Array) -> jax.Array:
         # Computed from the leaf: its shape alone would not say, under jit, on which devices.
         return jnp.isnan(leaf) & False if layer.reason is None else jnp.bool_(False)
 
+    def scale(layer: Layer, _: jax.Array) -> jax.Array:
+        return jnp.zeros(layer.scale_shape, layer.scale_dtype or jnp.float32)
+
     return QuantState(
         codebooks=tree_of(codebook),
         frozen=tree_of(frozen),
         frozen_centroids=tree_of(lambda layer, _: jnp.zeros(layer.codebook_shape, bool)),
         round=jnp.int32(0),
+        scales=tree_of(scale) if any(x.scale_dtype for x in plan.selection.layers) else None,
     )
 
 
@@ -169,7 +180,10 @@ def quantize_round(
     _check(plan, params, state, sensitivity)
     moments = dict(moments or {})
     _check_moments(plan, moments)
-    trees = (params, state.frozen, state.codebooks, state.frozen_centroids)
+    scales = state.scales
+    if scales is None:
+        scales = jax.tree.map(lambda _: jnp.zeros(()), state.codebooks)
+    trees = (params, state.frozen, state.codebooks, state.frozen_centroids, scales)
     leaves = [_Leaf(*arrays) for arrays in _gather(plan, *trees)]
     weighed = None if sensitivity is None else [leaf for (leaf,) in _gather(plan, sensitivity)]
     changed, round_, info = compiled(
@@ -179,8 +193,9 @@ def quantize_round(
         plan=plan,
     )
     new = [_scatter(plan, *pair) for pair in zip(trees, zip(*changed, strict=True), strict=True)]
-    params, frozen, codebooks, frozen_centroids = new
-    state = QuantState(codebooks, frozen, frozen_centroids, round_)
+    params, frozen, codebooks, frozen_centroids, scales = new
+    scales = None if state.scales is None else scales
+    state = QuantState(codebooks, frozen, frozen_centroids, round_, scales)
     return replaced(given, params, only_parameters=True), state, info
 
 
@@ -201,7 +216,7 @@ def _round(
     groups = [by_slice(w.layer, jnp.array(w.layer.groups)) for w in work]
     over = round_ >= plan.num_rounds  # what was passed over, or comes from another plan, ends here
     active = [
-        (growing[group] | (over & ~_whole(plan, w))) & c.finite
+        (growing[group] | (over & ~_whole(plan, w))) & c.clusters.finite
         for w, group, c in zip(work, groups, clustered, strict=True)
     ]
     chosen = shares = [share[group] for group in groups]
@@ -212,8 +227,8 @@ def _round(
         _share(plan, number, *one, moments=moments.get(one[0].layer.path), key=key)
         for number, one in enumerate(zip(work, clustered, chosen, active, strict=True))
     ]
-    info = _describe(work, clustered, shared)
-    changed = [_finish(w.layer, s) for w, s in zip(work, shared, strict=True)]
+    info = _describe(plan, work, clustered, shared)
+    changed = [_finish(*one) for one in zip(work, clustered, shared, active, strict=True)]
     return changed, jnp.minimum(round_ + 1, plan.num_rounds).astype(jnp.int32), info
 
 
@@ -221,25 +236,29 @@ def _share(
     plan: Plan,
     number: int,
     work: _Work,
-    clustered: ClusteredBlock,
+    clustered: ClusteredLeaf,
     chosen: jax.Array,
     active: jax.Array,
     *,
     moments: jax.Array | None,
     key: jax.Array | None,
 ) -> Shared:
-    """Freeze what a round freezes of leaf `number`.
+    """Freeze what a round freezes of leaf `number`; tables are those of its codebooks.
 
     `chosen` is what the partition gave: clusters [*numbers, k], or shares of the weights
     [*numbers].
     """
+    layer, dtype = work.layer, work.weights.dtype
+    new_centroids = centroids_of(clustered.clusters.centroids, clustered.scale, dtype)
     arrays: list[Any] = [work.weights, work.frozen]
-    tables: list[Any] = [work.centroids, work.frozen_centroids, clustered, chosen, active]
+    tables: list[Any] = [centroids_of(work.codebook, work.scale, dtype), work.frozen_centroids]
+    tables += [new_centroids, chosen, active]
     options: dict[str, Any] = {}
     function = share_clusters
     if moments is not None:
         function = share_compensated
-        tables += [_immovable(plan.clustering, work, clustered.centroids), moments]
+        own = moments.astype(jnp.float32).reshape(*layer.all_numbers, *moments.shape[-2:])
+        tables += [_immovable(plan.clustering, work, new_centroids), own]
     elif plan.shares_of == "weights":
         function = share_weights
         options = {"partition": plan.partition, "fixed": plan.clustering.iterations == 0}
@@ -247,7 +266,24 @@ def _share(
         if plan.partition == "random" and key is not None:
             noise = jax.random.bits(jax.random.fold_in(key, number), work.weights.shape, jnp.uint32)
         arrays += [work.sensitivity, noise]
-    return per_block(function, arrays, tables, leaf_shaped=LEAF_SHAPED, **options)
+    of_blocks = [_of_blocks(layer, table) for table in tables]
+    shared = per_block(function, arrays, of_blocks, leaf_shaped=LEAF_SHAPED, **options)
+    return shared._replace(
+        frozen_centroids=_of_codebooks(layer, jnp.any, shared.frozen_centroids),
+        frozen_share=_of_codebooks(layer, jnp.mean, shared.frozen_share),
+    )
+
+
+def _of_blocks(layer: Layer, table: jax.Array) -> jax.Array:
+    """Return a table of a leaf's codebooks as one of its blocks, some of which may share one."""
+    return jnp.broadcast_to(table, (*layer.all_numbers, *table.shape[len(layer.shape) :]))
+
+
+def _of_codebooks(layer: Layer, reduce: Callable[..., jax.Array], table: jax.Array) -> jax.Array:
+    """Return a table of a leaf's blocks as one of its codebooks, each of which some may share."""
+    pairs = zip(layer.codebook_numbers, layer.all_numbers, strict=True)
+    shared = tuple(axis for axis, (own, blocks) in enumerate(pairs) if own != blocks)
+    return reduce(table, axis=shared, keepdims=True) if shared else table
 
 
 def _row(plan: Plan, round_: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -258,31 +294,32 @@ def _row(plan: Plan, round_: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _whole(plan: Plan, work: _Work) -> jax.Array:
-    """Return whether nothing is left to freeze, bool [*numbers]."""
+    """Return whether nothing is left to freeze, bool [*numbers] of the codebooks."""
     if plan.shares_of == "clusters":
         return jnp.all(work.frozen_centroids, axis=-1)
-    return per_block(_all, [work.frozen], [work.frozen_centroids], leaf_shaped=False)
+    tables = [_of_blocks(work.layer, work.frozen_centroids)]
+    whole = per_block(_all, [work.frozen], tables, leaf_shaped=False)
+    return _of_codebooks(work.layer, jnp.all, whole)
 
 
 def _all(frozen: jax.Array, _: jax.Array) -> jax.Array:
     return jnp.all(frozen)
 
 
-def _cluster(plan: Plan, work: list[_Work]) -> list[ClusteredBlock]:
-    """Return the clusters of every block; leaves that are alike are one program."""
-
-    def setting(w: _Work) -> tuple[Any, ...]:
-        kinds = [(x.shape, x.dtype) for x in jax.tree.leaves((w.weights, w.sensitivity))]
-        return *kinds, w.centroids.shape
-
+def _cluster(plan: Plan, work: list[_Work]) -> list[ClusteredLeaf]:
+    """Return the clusters of every leaf; leaves that are alike are one program."""
     alike: dict[Any, list[int]] = {}
     for number, w in enumerate(work):
-        alike.setdefault(setting(w), []).append(number)
-    found: dict[int, ClusteredBlock] = {}
+        kind = dataclasses.replace(w.layer, path="", groups=None, depth=0)
+        weighed = None if w.sensitivity is None else w.sensitivity.dtype
+        alike.setdefault((kind, weighed), []).append(number)
+    found: dict[int, ClusteredLeaf] = {}
     for members in alike.values():
         rows = [(work[i].weights, work[i].sensitivity) for i in members]
-        tables = [(work[i].centroids, work[i].frozen_centroids) for i in members]
-        function = functools.partial(_cluster_leaf, plan.clustering)
+        tables = [(work[i].codebook, work[i].frozen_centroids, work[i].scale) for i in members]
+        function = functools.partial(
+            cluster_leaf, layer=work[members[0]].layer, clustering=plan.clustering
+        )
         found |= dict(zip(members, _one_by_one(function, rows, tables), strict=True))
     return [found[i] for i in range(len(work))]
 
@@ -308,21 +345,9 @@ def _one_by_one(
     return [jax.tree.map(lambda x, i=i: x[i], results) for i in range(len(arrays))]
 
 
-def _cluster_leaf(
-    clustering: Clustering,
-    weights: jax.Array,
-    sensitivity: jax.Array | None,
-    centroids: jax.Array,
-    frozen_centroids: jax.Array,
-) -> ClusteredBlock:
-    cluster = functools.partial(cluster_block, clustering=clustering, dtype=weights.dtype)
-    arrays, tables = (weights, sensitivity), (centroids, frozen_centroids)
-    return by_batch(cluster, arrays, tables, centroids.shape[:-1])
-
-
 def _immovable(clustering: Clustering, work: _Work, centroids: jax.Array) -> jax.Array:
     """Return which of the new centroids must keep their value to the last bit."""
-    if clustering.iterations == 0 or clustering.powers_of_two:
+    if clustering.iterations == 0 or clustering.powers_of_two or work.scale is not None:
         return jnp.ones_like(work.frozen_centroids)
     return work.frozen_centroids | ((centroids == 0) & clustering.zero)
 
@@ -330,7 +355,7 @@ def _immovable(clustering: Clustering, work: _Work, centroids: jax.Array) -> jax
 def _partition(
     plan: Plan,
     work: list[_Work],
-    clustered: list[ClusteredBlock],
+    clustered: list[ClusteredLeaf],
     shares: list[jax.Array],
     active: list[jax.Array],
     key: jax.Array | None,
@@ -339,7 +364,8 @@ def _partition(
     priorities = []
     for i, c in enumerate(clustered):
         own_key = None if key is None else jax.random.fold_in(key, i)
-        cluster_priority = priority(plan.partition, c.losses, c.centroids, key=own_key)
+        own = c.clusters
+        cluster_priority = priority(plan.partition, own.losses, own.centroids, key=own_key)
         # A layer that stays as it is takes no other layer's place in the ranking.
         priorities.append(jnp.where(active[i][..., None], cluster_priority, -jnp.inf))
     frozen = [w.frozen_centroids for w in work]
@@ -362,24 +388,37 @@ def _choose(priorities: jax.Array, frozen: jax.Array, shares: jax.Array) -> jax.
 
 
 def _describe(
-    work: list[_Work], clustered: list[ClusteredBlock], shared: list[Shared]
+    plan: Plan, work: list[_Work], clustered: list[ClusteredLeaf], shared: list[Shared]
 ) -> RoundInfo:
     rows: dict[str, dict[str, jax.Array]] = {name: {} for name in RoundInfo._fields}
     for w, c, s in zip(work, clustered, shared, strict=True):
-        norm = jnp.where(c.norm > 0, c.norm, 1.0)
+        layer, own = w.layer, c.clusters
+        norm = jnp.where(own.norm > 0, own.norm, 1.0)
         row = {
-            "loss": c.losses,
-            "counts": c.counts,
+            "loss": own.losses,
+            "counts": own.counts,
             "clusters_frozen": jnp.mean(s.frozen_centroids, axis=-1, dtype=jnp.float32),
             "weights_frozen": s.frozen_share,
-            "error_before": jnp.sum(c.losses, axis=-1) / norm,
-            "error_after": s.free_loss / norm,
-            "finite": c.finite,
+            "error_before": jnp.sum(own.losses, axis=-1) / norm,
+            "error_after": _free_loss(plan, w, c, s) / norm,
+            "finite": own.finite,
         }
-        blocks = () if w.layer.numbers is None else (w.layer.blocks,)
+        first = () if layer.numbers is None else (layer.codebooks,)
         for name, value in row.items():
-            rows[name][w.layer.path] = value.reshape(*blocks, *value.shape[len(w.layer.shape) :])
+            rows[name][layer.path] = value.reshape(*first, *value.shape[len(layer.shape) :])
     return RoundInfo(**rows)
+
+
+def _free_loss(plan: Plan, work: _Work, clustered: ClusteredLeaf, shared: Shared) -> jax.Array:
+    """Return the loss [*numbers] of what is still free under each codebook."""
+    if plan.shares_of == "clusters":
+        still = jnp.where(shared.frozen_centroids, 0.0, clustered.clusters.losses)
+        return jnp.sum(still, axis=-1)
+    centroids = centroids_of(clustered.clusters.centroids, clustered.scale, work.weights.dtype)
+    arrays = shared.weights, shared.frozen, work.sensitivity
+    tables = [_of_blocks(work.layer, centroids)]
+    losses = per_block(free_loss, arrays, tables, leaf_shaped=False)
+    return _of_codebooks(work.layer, jnp.sum, losses)
 
 
 def check_key(plan: Plan, key: Any) -> None:
@@ -424,12 +463,12 @@ def _check_moments(plan: Plan, moments: dict[str, jax.Array]) -> None:
         layer = layers.get(path)
         if layer is None:
             raise ValueError(f"moments: expected paths of selected leaves, got {path}")
-        if layer.axis not in (None, 0) or len(layer.shape) < (2 if layer.axis is None else 3):
+        if layer.numbers is not None and (not layer.is_stack or layer.codebooks != layer.slices):
             raise ValueError(
                 f"moments: {path}: expected a codebook for the whole layer, or for each slice of "
-                f"layers stacked along axis 0, got axis {layer.axis} of shape {layer.shape}"
+                f"layers stacked along axis 0, got blocks of {layer.block}"
             )
-        lead = layer.shape[:1] if layer.axis == 0 else ()
+        lead = layer.shape[:1] if layer.numbers else ()
         inputs = math.prod(layer.shape[len(lead) : -1])
         check_shape(f"moments: {path}", own, (*lead, inputs, inputs))
     checks.values({f"moments: {path}": own for path, own in moments.items()})
@@ -451,7 +490,7 @@ def _start(plan: Plan, leaves: list[_Leaf], sensitivities: list[jax.Array] | Non
     rows = zip(layers, leaves, sensitivities or [None] * len(layers), strict=True)
 
     def table(layer: Layer, x: jax.Array) -> jax.Array:
-        return x.reshape(*layer.all_numbers, layer.k)
+        return x.reshape(*layer.codebook_numbers, layer.k)
 
     return [
         _Work(
@@ -461,18 +500,29 @@ def _start(plan: Plan, leaves: list[_Leaf], sensitivities: list[jax.Array] | Non
             leaf.frozen,
             table(layer, leaf.codebook),
             table(layer, leaf.frozen_centroids),
+            None if layer.scale_dtype is None else leaf.scale,
         )
         for layer, leaf, sensitivity in rows
     ]
 
 
-def _finish(layer: Layer, shared: Shared) -> _Leaf:
+def _finish(work: _Work, clustered: ClusteredLeaf, shared: Shared, active: jax.Array) -> _Leaf:
     """Return the arrays of a leaf as they are outside of a round."""
+    layer, scale = work.layer, jnp.zeros(())
+    if clustered.scale is None:
+        codebook = shared.centroids.astype(work.codebook.dtype)  # which rounding has been to
+    else:
+        new = clustered.clusters.centroids
+        codebook = jnp.where(active[..., None], new, work.codebook)
+        shared_by = tuple(axis for axis, number in enumerate(work.scale.shape) if number == 1)
+        taken = jnp.any(active[..., None], axis=shared_by, keepdims=True)
+        scale = jnp.where(taken, clustered.scale, work.scale)
     return _Leaf(
         shared.weights,
         shared.frozen,
-        shared.centroids.reshape(layer.codebook_shape),
+        codebook.reshape(layer.codebook_shape),
         shared.frozen_centroids.reshape(layer.codebook_shape),
+        scale,
     )
 
 

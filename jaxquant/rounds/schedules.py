@@ -3,19 +3,32 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
 from jaxquant import checks
 from jaxquant.clustering.codebooks import MOST_CENTROIDS, num_centroids
-from jaxquant.clustering.kmeans import Clustering, ClusteringOptions
+from jaxquant.clustering.kmeans import Clustering
 from jaxquant.rounds.partition import PARTITIONS, WEIGHT_PARTITIONS
 from jaxquant.rounds.selection import Layer, LayerRule, Selection, select
 
 ORDERS = ("boundaries_first", "boundaries_together", "layer_by_layer", "network")
 EQUALS = ("layers", "weights")
 _RANKED_SHARES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)  # of the clusters of all layers
+
+
+class ClusteringOptions(TypedDict, total=False):
+    """The fields of `Clustering`, as keyword arguments."""
+
+    init: str
+    iterations: int | None
+    zero: bool
+    powers_of_two: bool
+    bins: int
+    cells: int | None
+
+
 _INQ: ClusteringOptions = {"init": "inq", "iterations": 0}
 SHARES_OF = {"clusters": PARTITIONS, "weights": WEIGHT_PARTITIONS}  # and the partitions of each
 
@@ -297,7 +310,7 @@ def inq(
         table=tuple((share,) for share in shares),
         shares_of="weights",
         partition=partition,
-        clustering=Clustering(**_INQ | clustering),
+        clustering=Clustering(**(_INQ | clustering)),
     )
 
 

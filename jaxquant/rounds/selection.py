@@ -29,6 +29,12 @@ class LayerRule:
       block: what shares a codebook: its size along each axis, -1 for the whole axis. (-1, 1) is a
         codebook for each output of a kernel [inputs, outputs], (128, 1) one for each 128 inputs of
         an output, (8, 64) one for each tile. Not together with `axis`.
+      scaled: whether all blocks share one codebook (each entry of axis 0 one, where blocks have a
+        size of 1 along it and there are other axes to cut), and have a scale each instead; True
+        stores scales in bfloat16, "float32" so.
+      centroid_dtype: what centroids are rounded to and stored in; None for the leaf's dtype.
+        float8_e4m3fn and int8 have few values: all centroids of a leaf then share a scale in
+        float32, if they are not scaled anyway.
       quantize: False leaves the matching leaves alone.
       min_ndim: leaves of fewer dimensions (biases, normalization) are left alone.
       depth: leaves of a greater number are deeper, whatever their names; those of the same number
@@ -45,6 +51,8 @@ class LayerRule:
     min_ndim: int = 2
     depth: int = 0
     block: Sequence[int] | None = None
+    scaled: bool | str = False
+    centroid_dtype: Any = None
 
     def __post_init__(self):
         """Check what can be checked without parameters; NumPy's integers become Python's."""
@@ -69,6 +77,25 @@ class LayerRule:
                 f"rule {self.pattern!r}: expected block to be sizes from 1, or -1 for a whole "
                 f"axis, got {self.block}"
             )
+        if self.scaled not in (False, True, *_SCALE_DTYPES):
+            raise ValueError(
+                f"rule {self.pattern!r}: expected scaled to be a bool or one of {_SCALE_DTYPES}, "
+                f"got {self.scaled!r}"
+            )
+        if self.centroid_dtype is not None:
+            object.__setattr__(self, "centroid_dtype", self._centroid_dtype())
+
+    def _centroid_dtype(self) -> str:
+        try:
+            name = jnp.dtype(self.centroid_dtype).name
+        except TypeError:
+            name = None
+        if name not in CENTROID_DTYPES:
+            raise ValueError(
+                f"rule {self.pattern!r}: expected centroid_dtype to be one of "
+                f"{', '.join(CENTROID_DTYPES)}, got {self.centroid_dtype!r}"
+            )
+        return name
 
     def _whole(self, name: str, value: Any) -> int | tuple[int, ...] | None:
         """Return a field's integer, or its integers, as Python's."""
@@ -84,6 +111,9 @@ class LayerRule:
         return several if number is None else number
 
 
+CENTROID_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
+_SCALE_DTYPES = ("bfloat16", "float32")
+_FEW_VALUES = ("float8_e4m3fn", "int8")  # which need a scale
 _SEVERAL = {
     "group": "an integer, or one for each slice",
     "block": "an integer for each axis",
@@ -101,18 +131,10 @@ class Layer:
     numbers: tuple[int, ...] | None = None  # of blocks along each axis; None: one for the leaf
     groups: tuple[int, ...] | None = None  # one a slice; None: not yet decided
     depth: int = 0
+    scaled: bool = False  # whether blocks share a codebook
+    centroid_dtype: str = ""  # of the codebook as it is stored
+    scale_dtype: str | None = None  # None: without a scale
     reason: str | None = None
-
-    @property
-    def blocks(self) -> int:
-        """Number of codebooks."""
-        return math.prod(self.numbers or ())
-
-    @property
-    def block(self) -> tuple[int, ...]:
-        """Shape of what shares a codebook."""
-        pairs = zip(self.shape, self.all_numbers, strict=True)
-        return tuple(size // number for size, number in pairs)
 
     @property
     def all_numbers(self) -> tuple[int, ...]:
@@ -120,34 +142,63 @@ class Layer:
         return self.numbers or (1,) * len(self.shape)
 
     @property
-    def codebook_shape(self) -> tuple[int, ...]:
-        """Shape of all codebooks; of a leaf that is left alone that of a scalar."""
-        if self.reason is not None:
-            return ()  # no empty arrays: checkpoint libraries refuse them
-        return (*(self.numbers or ()), self.k)
-
-    @property
-    def cut(self) -> int:
-        """The first axis that is cut into several blocks; 0 if none is."""
-        several = (axis for axis, number in enumerate(self.numbers or ()) if number > 1)
-        return next(several, 0)
-
-    @property
-    def slices(self) -> int:
-        """Number of blocks along the first axis that is cut, each with a layer group of its own."""
-        return self.numbers[self.cut] if self.numbers else 1
+    def block(self) -> tuple[int, ...]:
+        """Shape of what shares a codebook, or a scale where the leaf is scaled."""
+        pairs = zip(self.shape, self.all_numbers, strict=True)
+        return tuple(size // number for size, number in pairs)
 
     @property
     def is_stack(self) -> bool:
         """Whether axis 0 stacks layers: no block reaches over two of its entries."""
         return self.numbers is not None and self.numbers[0] == self.shape[0]
 
+    @property
+    def codebook_numbers(self) -> tuple[int, ...]:
+        """Numbers of codebooks along each axis."""
+        return self._shared_numbers if self.scaled else self.all_numbers
+
+    @property
+    def codebooks(self) -> int:
+        """Number of codebooks."""
+        return math.prod(self.codebook_numbers)
+
+    @property
+    def codebook_shape(self) -> tuple[int, ...]:
+        """Shape of all codebooks; of a leaf that is left alone that of a scalar."""
+        if self.reason is not None:
+            return ()  # no empty arrays: checkpoint libraries refuse them
+        return (self.k,) if self.numbers is None else (*self.codebook_numbers, self.k)
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Shape of all scales; of a leaf without scales that of a scalar."""
+        if self.scale_dtype is None:
+            return ()
+        return (*(self.all_numbers if self.scaled else self._shared_numbers), 1)
+
+    @property
+    def _shared_numbers(self) -> tuple[int, ...]:
+        """Numbers of what shares a codebook, or a scale: one for each layer that is stacked."""
+        stacked = self.shape[0] if self.is_stack and len(self.shape) > 2 else 1
+        return (stacked,) + (1,) * (len(self.shape) - 1)
+
+    @property
+    def cut(self) -> int:
+        """The first axis along which there are several codebooks; 0 if there is none."""
+        several = (axis for axis, number in enumerate(self.codebook_numbers) if number > 1)
+        return next(several, 0)
+
+    @property
+    def slices(self) -> int:
+        """Number of codebooks along that axis, each slice of which may have its layer group."""
+        return self.codebook_numbers[self.cut] if self.shape else 1
+
 
 def by_slice(layer: Layer, values: jax.Array) -> jax.Array:
-    """Return what is given for each slice of a layer, for each of its blocks: [*numbers]."""
+    """Return what is given for each slice of a layer, for each of its codebooks: [*numbers]."""
     each = [1] * len(layer.shape)
     each[layer.cut] = layer.slices
-    return jnp.broadcast_to(values.reshape(each), layer.all_numbers)
+    return jnp.broadcast_to(values.reshape(each), layer.codebook_numbers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,7 +379,9 @@ def _setting(path: str, shape: tuple, dtype: Any, rule: LayerRule | None, k: int
     k = rule.k or (num_centroids(rule.bits) if rule.bits else k)
     layer = dataclasses.replace(layer, k=k, depth=rule.depth)
     if not _too_few(layer, dtype, rule):
-        layer = dataclasses.replace(layer, numbers=_numbers(layer, rule))
+        layer = dataclasses.replace(layer, numbers=_numbers(layer, rule), **_storage(layer, rule))
+        if layer.scale_dtype is not None:
+            layer = dataclasses.replace(layer, numbers=layer.all_numbers)
     reason = _reason(layer, dtype, rule)
     if reason is not None:
         return _left_alone(layer, reason)
@@ -372,6 +425,25 @@ def _numbers(layer: Layer, rule: LayerRule) -> tuple[int, ...] | None:
                 f"are {' and '.join(map(str, _divisors_near(size, own)))}"
             )
     return tuple(1 if own == -1 or not size else size // own for own, size in pairs)
+
+
+def _storage(layer: Layer, rule: LayerRule) -> dict[str, Any]:
+    """Return how centroids are stored."""
+    dtype = rule.centroid_dtype or layer.dtype
+    if rule.centroid_dtype in ("float32", "bfloat16", "float16"):
+        own = jnp.finfo(layer.dtype)
+        stored = jnp.finfo(dtype)
+        if stored.nmant > own.nmant or stored.maxexp > own.maxexp:
+            raise ValueError(
+                f"{layer.path}: rule {rule.pattern!r} expected centroids that {layer.dtype} holds, "
+                f"got centroid_dtype {dtype}"
+            )
+    scale = None
+    if rule.scaled:
+        scale = "bfloat16" if rule.scaled is True else str(rule.scaled)
+    elif dtype in _FEW_VALUES and rule.centroid_dtype is not None:
+        scale = "float32"
+    return {"centroid_dtype": str(dtype), "scale_dtype": scale, "scaled": bool(rule.scaled)}
 
 
 def _divisors_near(number: int, wanted: int) -> list[int]:

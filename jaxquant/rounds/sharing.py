@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxquant import loops
 from jaxquant.clustering.clusters import measure, weight_scale
 from jaxquant.clustering.codebooks import assign, reconstruct
-from jaxquant.clustering.kmeans import ClusteredBlock
 from jaxquant.clustering.passes import fold, rewrite
 from jaxquant.rounds.compensation import compensate
 from jaxquant.rounds.partition import threshold, weight_priority
@@ -23,10 +22,9 @@ class Shared(NamedTuple):
     centroids: jax.Array  # [k]
     frozen_centroids: jax.Array  # [k] bool
     frozen_share: jax.Array  # float32 scalar, of the weights
-    free_loss: jax.Array  # float32 scalar, of the weights that are not frozen
 
 
-LEAF_SHAPED = Shared._make([True, True, False, False, False, False])  # the others are tables
+LEAF_SHAPED = Shared._make([True, True, False, False, False])  # the others are tables
 
 
 def share_clusters(
@@ -34,12 +32,21 @@ def share_clusters(
     frozen: jax.Array,
     centroids: jax.Array,
     frozen_centroids: jax.Array,
-    clustered: ClusteredBlock,
+    new_centroids: jax.Array,
     chosen: jax.Array,
     active: jax.Array,
 ) -> Shared:
-    """Freeze the chosen clusters if the layer is active: all their weights onto the centroids."""
-    new_centroids = clustered.centroids
+    """Freeze the chosen clusters if the layer is active: all their weights onto the centroids.
+
+    Args:
+      weights: [...] one block.
+      frozen: bool, like the weights.
+      centroids: [k], of the weights' dtype, as they were before the round.
+      frozen_centroids: [k] bool, as they were.
+      new_centroids: [k], of the weights' dtype.
+      chosen: [k] bool, clusters that are frozen after the round.
+      active: bool scalar.
+    """
     moving = _with_equals(new_centroids, chosen & active)
 
     def joins(weights: jax.Array) -> jax.Array:
@@ -53,7 +60,6 @@ def share_clusters(
         jnp.where(active, new_centroids, centroids),
         still,
         count_frozen(frozen).astype(jnp.float32) / frozen.size,
-        jnp.sum(jnp.where(still, 0.0, clustered.losses)),
     )
 
 
@@ -64,7 +70,7 @@ def share_weights(
     noise: jax.Array | None,
     centroids: jax.Array,
     frozen_centroids: jax.Array,
-    clustered: ClusteredBlock,
+    new_centroids: jax.Array,
     share: jax.Array,
     active: jax.Array,
     *,
@@ -76,7 +82,6 @@ def share_weights(
     Of equal priorities all freeze. A centroid of frozen weights is frozen too; with a `fixed`
     codebook every centroid is, from the layer's first round on.
     """
-    new_centroids = clustered.centroids
     extra = {"random": noise, "loss": sensitivity}.get(partition)
     extras = () if extra is None else (extra,)
     number = jnp.floor(share * frozen.size + 0.5).astype(jnp.int32)
@@ -92,8 +97,6 @@ def share_weights(
 
     weights, frozen = _freeze(joins, active, new_centroids, frozen, weights, *extras)
     count = count_frozen(frozen)
-    importance = jnp.where(frozen, 0.0, jnp.float32(1.0) if sensitivity is None else sensitivity)
-    free = measure(weights, new_centroids, importance)
     if fixed:
         used = jnp.ones_like(frozen_centroids)
     else:  # sample weights of zero everywhere would count alike
@@ -105,8 +108,15 @@ def share_weights(
         jnp.where(active, new_centroids, centroids),
         jnp.where(active, used, frozen_centroids),
         count.astype(jnp.float32) / frozen.size,
-        jnp.sum(free.losses) * weight_scale(importance),
     )
+
+
+def free_loss(
+    weights: jax.Array, frozen: jax.Array, sensitivity: jax.Array | None, centroids: jax.Array
+) -> jax.Array:
+    """Return the (weighted) loss of the weights of a block that are not frozen, float32 scalar."""
+    importance = jnp.where(frozen, 0.0, jnp.float32(1.0) if sensitivity is None else sensitivity)
+    return jnp.sum(measure(weights, centroids, importance).losses) * weight_scale(importance)
 
 
 def share_compensated(
@@ -114,15 +124,19 @@ def share_compensated(
     frozen: jax.Array,
     centroids: jax.Array,
     frozen_centroids: jax.Array,
-    clustered: ClusteredBlock,
+    new_centroids: jax.Array,
     chosen: jax.Array,
     active: jax.Array,
     fixed: jax.Array,
     moments: jax.Array,
 ) -> Shared:
     """As `share_clusters`; a layer that is whole after it, so that its answers change least."""
-    near = share_clusters(weights, frozen, centroids, frozen_centroids, clustered, chosen, active)
-    start, shape = clustered.centroids, (-1, weights.shape[-1])
+    tables = centroids, frozen_centroids, new_centroids, chosen, active
+    near, start, shape = (
+        share_clusters(weights, frozen, *tables),
+        new_centroids,
+        (-1, weights.shape[-1]),
+    )
 
     def close() -> tuple[jax.Array, jax.Array]:
         found = compensate(
