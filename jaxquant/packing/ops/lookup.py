@@ -12,6 +12,7 @@ the loops of all layers share theirs.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,9 @@ _READS = 16  # of tables in a step, for each column: fewer take more steps, more
 
 
 def supports(x: jax.Array, packed: PackedArray) -> bool:
-    """Return whether there are tables: of one codebook."""
+    """Return whether there are tables: of one block."""
     del x
-    return packed.k > 1 and packed.codebook.size == packed.k
+    return packed.k > 1 and math.prod(packed.numbers) == 1
 
 
 def matmul(x: jax.Array, packed: PackedArray) -> jax.Array:
@@ -45,7 +46,7 @@ def matmul(x: jax.Array, packed: PackedArray) -> jax.Array:
     sums, for each row of symbols).
     """
     dtype = accumulator(x, packed)
-    centroids = packed.codebook.reshape(-1).astype(dtype)
+    centroids = packed.centroids.reshape(-1).astype(dtype)
     product = functools.partial(_vector, packed=packed, centroids=centroids)
     return jax.lax.map(product, x.astype(dtype))
 
