@@ -124,7 +124,7 @@ def test_what_was_recorded_can_be_read(tmp_path, file):
     plan = jq.mlq({"w": jax.ShapeDtypeStruct((64, 64), jnp.float32)}, groups=1)
     jq.save(tmp_path / "x", {"w": packed_array(3, (64, 64))}, plan=plan)
     read = jq.read_metadata(tmp_path / "x")
-    assert read["version"] == 1 and read["jaxquant"] == jq.__version__ and read["method"] == "mlq"
+    assert read["version"] == 2 and read["jaxquant"] == jq.__version__ and read["method"] == "mlq"
     assert read["plan"]["table"] == [[pytest.approx(2 / 3)], [1.0]]
 
 
@@ -343,7 +343,7 @@ UNFIT = {
     "no codes": ({"a": dataclasses.replace(packed_array(3, (8, 4)), codes=None)}, "a: expected"),
     "a codebook of integers": (
         {"a": dataclasses.replace(packed_array(3, (8, 4)), codebook=jnp.arange(3))},
-        "a: expected a codebook of floating point, got int32",
+        "a: expected a codebook of floating point, or int8 with a scale, got 'int32'",
     ),
     "two axes of layers": (
         {"a": jax.tree.map(lambda x: jnp.stack([x, x]), packed_array(3, (2, 8, 4), axis=0))},
@@ -606,7 +606,10 @@ HOSTILE = {
     "other rank": (set_tensor("codes", np.zeros((1, 1), np.uint32)), "expected no tensor codes"),
     "missing tensor": (lambda t, e, h: t.pop("checksums"), "expected a tensor checksums"),
     "other format": (set_header(format="pt"), "expected a file of jaxquant.save"),
-    "other version": (set_header(jaxquant='{"version": 2}'), "expected format version 1, got 2"),
+    "other version": (
+        set_header(jaxquant='{"version": 3}'),
+        "expected format version 1 or 2, got 3",
+    ),
     "no version": (set_header(jaxquant="[]"), "expected a JSON object"),
     "name twice": (set_header(jaxquant='{"version": 1, "version": 1}'), "every name once"),
     "version true": (set_header(jaxquant='{"version": true}'), "expected format version 1"),

@@ -58,6 +58,7 @@ class PackedArray:
     dtype: Any = None
 
     def __post_init__(self) -> None:
+        """Take the codebook's dtype where the weight's is None."""
         dtype = getattr(self.codebook, "dtype", None) if self.dtype is None else self.dtype
         object.__setattr__(self, "dtype", None if dtype is None else jnp.dtype(dtype))
 
@@ -108,9 +109,7 @@ def centroids_of(codebook: jax.Array, scale: jax.Array | None, dtype: Any) -> ja
     """
     if scale is None:
         return codebook.astype(dtype)
-    product = codebook.astype(jnp.float32) * scale.astype(jnp.float32)
-    # Behind a barrier, for XLA leaves out a rounding that the next operation seems to take back.
-    return jax.lax.optimization_barrier(product.astype(dtype))
+    return (codebook.astype(jnp.float32) * scale.astype(jnp.float32)).astype(dtype)
 
 
 def table_bytes(*tables: jax.Array | None) -> int:
@@ -208,7 +207,7 @@ def _read_static(data: bytes | bytearray, *, kind: type) -> tuple[Any, ...]:
         version, static, fits = None, [], False
     if version != _EXPORT_VERSION or not fits:
         raise ValueError(
-            f"expected version {_EXPORT_VERSION} of a {kind.__name__}, sizes and a dtype, got other "
+            f"expected version {_EXPORT_VERSION} of a {kind.__name__}: sizes, a dtype; got other "
             "data: export again"
         )
     return tuple(static)
