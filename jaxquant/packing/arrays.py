@@ -333,7 +333,15 @@ def unpack_array(packed: PackedArray) -> jax.Array:
 
 def _unpack(packed: PackedArray) -> jax.Array:
     codes = unpack_codes(packed.codes, math.prod(packed.rows), packed.k).reshape(packed.shape)
-    return per_block(reconstruct, (codes,), (packed.centroids,))
+    if packed.scale is None:
+        return per_block(reconstruct, (codes,), (packed.centroids,))
+    # As `centroids_of`, bit for bit, without its table: of small blocks that is as large as these.
+    plain = per_block(reconstruct, (codes,), (packed.codebook.astype(jnp.float32),))
+    return per_block(_times, (plain,), (packed.scale.astype(jnp.float32),)).astype(packed.dtype)
+
+
+def _times(weights: jax.Array, scale: jax.Array) -> jax.Array:
+    return weights * scale[0]
 
 
 def pack_product(codes: jax.Array, words: jax.Array) -> ProductArray:
