@@ -44,9 +44,27 @@ CASES = {
 }
 
 
+def made(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return random weights of blocks, their codes, their codebooks and their scale."""
+    rng = np.random.default_rng(case.k)
+    codebook = np.sort(rng.normal(size=(*(case.own or case.numbers), case.k)), axis=-1)
+    codebook = codebook * 40 if case.codebook_dtype == "int8" else codebook
+    codebook, scale = codebook.astype(jnp.dtype(case.codebook_dtype)), None
+    centroids = codebook.astype(np.float32)
+    if case.scale_dtype is not None:
+        scale = rng.uniform(0.5, 2, (*case.numbers, 1)).astype(jnp.dtype(case.scale_dtype))
+        centroids = centroids * scale.astype(np.float32)
+    centroids = centroids.astype(jnp.dtype(case.dtype))
+    for axis, (size, number) in enumerate(zip(case.shape, case.numbers, strict=True)):
+        centroids = np.repeat(centroids, size // number, axis)
+    codes = rng.integers(0, case.k, case.shape).astype(np.uint8)
+    weights = np.take_along_axis(centroids, codes[..., None].astype(int), -1)[..., 0]
+    return weights, codes, codebook, scale
+
+
 def on_blocks(case: Case) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Return random weights of blocks, their codebooks and their scale."""
-    weights, _, codebook, scale = _made(case)
+    weights, _, codebook, scale = made(case)
     return (
         jnp.asarray(weights),
         jnp.asarray(codebook),
@@ -56,7 +74,7 @@ def on_blocks(case: Case) -> tuple[jax.Array, jax.Array, jax.Array | None]:
 
 def packed_blocks(case: Case) -> tuple[jq.PackedArray, np.ndarray]:
     """Return a PackedArray and the weights in it, without a program for each shape."""
-    weights, codes, codebook, scale = _made(case)
+    weights, codes, codebook, scale = made(case)
     stacked, rows = case.shape[: case.layers and 1], case.shape[case.layers and 1 : -1]
     if len(case.shape) == 1:
         rows = case.shape
@@ -83,20 +101,3 @@ def by_block(x: Any, numbers: tuple[int, ...]) -> list[np.ndarray]:
         ].ravel()
         for block in np.ndindex(*numbers)
     ]
-
-
-def _made(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-    rng = np.random.default_rng(case.k)
-    codebook = np.sort(rng.normal(size=(*(case.own or case.numbers), case.k)), axis=-1)
-    codebook = codebook * 40 if case.codebook_dtype == "int8" else codebook
-    codebook, scale = codebook.astype(jnp.dtype(case.codebook_dtype)), None
-    centroids = codebook.astype(np.float32)
-    if case.scale_dtype is not None:
-        scale = rng.uniform(0.5, 2, (*case.numbers, 1)).astype(jnp.dtype(case.scale_dtype))
-        centroids = centroids * scale.astype(np.float32)
-    centroids = centroids.astype(jnp.dtype(case.dtype))
-    for axis, (size, number) in enumerate(zip(case.shape, case.numbers, strict=True)):
-        centroids = np.repeat(centroids, size // number, axis)
-    codes = rng.integers(0, case.k, case.shape).astype(np.uint8)
-    weights = np.take_along_axis(centroids, codes[..., None].astype(int), -1)[..., 0]
-    return weights, codes, codebook, scale
