@@ -1,6 +1,8 @@
 """Products with packed weights against the products with unpacked ones."""
 
+import dataclasses
 import functools
+import math
 
 import chex
 import flax.linen as nn
@@ -8,6 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_cases import CASES, Case, made, packed_blocks
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxquant as jq
@@ -85,6 +90,86 @@ def test_matmul_takes_weights_of_several_blocks(
     expected = np.asarray(x, np.float64) @ np.asarray(jq.unpack(packed), np.float64)
     y = matmul(x, packed, implementation=implementation)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=3e-4)
+
+
+BLOCKS = {  # which implementations there are beside "unpack" and "blocks"
+    "tiles": (Case((40, 24), (5, 6), 8, "float32", "float8_e4m3fn"), ()),
+    "groups": (Case((40, 21), (4, 21), 5), ()),
+    "rows": (Case((40, 21), (8, 1), 3), ()),
+    "wide": (Case((40, 24), (2, 2), 16), ()),
+    "bands": (Case((40, 24), (1, 2), 5), ("triton", "mosaic")),
+    "bands of columns": (Case((40, 21), (1, 7), 17), ("triton", "mosaic")),
+    "scaled groups": (CASES["scaled groups"], ()),
+    "scaled integers": (CASES["scaled integers"], ()),
+    "scaled columns": (CASES["scaled columns"], ("lookup", "triton", "mosaic")),
+    "rounded columns": (CASES["scaled columns"]._replace(dtype="bfloat16"), ("triton", "mosaic")),
+    "a scale": (CASES["scaled columns"]._replace(numbers=(1, 1)), ("lookup", "triton", "mosaic")),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_matmul_takes_blocks_of_all_kinds(name, monkeypatch):
+    monkeypatch.setattr(blocks, "_WEIGHTS", 160)  # so there are several, also in a block of columns
+    case, others = BLOCKS[name]
+    packed, weights = packed_blocks(case)
+    x = normal(3, case.shape[0])
+    expected = np.asarray(x, np.float64) @ weights.astype(np.float64)
+    for implementation in IMPLEMENTATIONS:
+        product = functools.partial(matmul, x, packed, implementation=implementation)
+        if implementation in ("unpack", "blocks", *others):
+            np.testing.assert_allclose(product(), expected, rtol=1e-4, atol=1e-4)
+        else:
+            with pytest.raises(ValueError, match=f"that '{implementation}' supports"):
+                product()
+    assert matmul(x, packed).dtype == jnp.float32
+
+
+@given(rows=st.integers(1, 2**20), blocks_=st.integers(1, 300), own=st.integers(1, 300))
+def test_pieces_are_whole_blocks_or_lie_in_one(rows, blocks_, own):
+    columns = blocks_ * own
+    width = blocks._width(rows, columns, own)
+    assert 1 <= width < max(columns, 2)
+    assert blocks_ == 1 or width % own == 0 or (own % width == 0 and columns % width == 0)
+    assert width == 1 or rows * width <= 2 * max(blocks._WEIGHTS, rows * own)
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [("tiles", "blocks"), ("scaled groups", "unpack"), ("scaled columns", "lookup")],
+)
+def test_derivatives_by_codebooks_and_scales_are_those_of_the_plain_product(name, implementation):
+    case = CASES[name]._replace(codebook_dtype="float32")
+    packed, x = packed_blocks(case)[0], normal(2, case.shape[0])
+    codes = made(case)[1].astype(int)
+    block = np.ix_(
+        *(np.arange(n) // (n // m) for n, m in zip(case.shape, case.numbers, strict=True))
+    )
+
+    def own(x, tables):
+        weight = dataclasses.replace(packed, codebook=tables[0], scale=tables[1])
+        return jnp.sum(jnp.sin(jq.matmul(x, weight, implementation=implementation)))
+
+    def plain(x, tables):
+        codebook, scale = tables
+        centroids = jnp.broadcast_to(codebook, (*case.numbers, case.k))
+        centroids = centroids if scale is None else centroids * scale
+        return jnp.sum(jnp.sin(x @ centroids[(*block, codes)]))
+
+    scale = None if packed.scale is None else packed.scale.astype(jnp.float32)
+    gradients = [jax.jit(jax.grad(f, argnums=(0, 1))) for f in (own, plain)]
+    chex.assert_trees_all_close(
+        *(f(x, (packed.codebook, scale)) for f in gradients), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["groups", "scaled groups", "tiles"])
+def test_the_default_unpacks_blocks_a_piece_at_a_time(name, one_device):
+    shape, numbers = (2048, 512), {"tiles": (256, 8)}.get(name, (16, 512))
+    case = CASES[name]._replace(shape=shape, numbers=numbers, k=16)
+    packed, _ = packed_blocks(case)
+    compiled = jax.jit(jq.matmul).lower(normal(1, 2048), packed).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * math.prod(shape)
+    assert api._fastest(1, normal(1, 2048), packed) == "blocks"
 
 
 @pytest.mark.parametrize("implementation", OF_CODES)
@@ -301,6 +386,30 @@ def test_columns_on_several_devices_multiply_where_they_are(axis_type):
     np.testing.assert_allclose(compiled(x, sharded), matmul(x, packed), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["groups", "scaled groups"])
+def test_blocks_of_columns_multiply_where_they_are(name):
+    case = CASES[name]._replace(shape=(48, 64), numbers=(3, 64))
+    (packed, weights), x = packed_blocks(case), normal(2, 48)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+    def by_column(table, axis):
+        spec = [None] * table.ndim
+        spec[axis] = "x" if table.shape[axis] > 1 else None
+        return jax.device_put(table, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    sharded = dataclasses.replace(
+        packed,
+        codes=by_column(packed.codes, -1),
+        codebook=by_column(packed.codebook, -2),
+        scale=None if packed.scale is None else by_column(packed.scale, -2),
+    )
+    columns = NamedSharding(mesh, PartitionSpec(None, "x"))
+    compiled = jax.jit(jq.matmul, out_shardings=columns).lower(x, sharded).compile()
+    for collective in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
+        assert collective not in compiled.as_text()
+    np.testing.assert_allclose(compiled(x, sharded), x @ weights, rtol=1e-4, atol=1e-4)
+
+
 def test_an_implementation_of_one_device_runs_under_shard_map(monkeypatch):
     monkeypatch.setattr(api, "_FEW_WEIGHTS", 0)
     packed, x = packed_array(3, (400, 64)), normal(2, 400)
@@ -351,6 +460,15 @@ def test_conv_is_that_of_the_unpacked_kernel(options):
     )
     y = jax.jit(lambda x, p: jq.conv(x, p, **options))(x, packed)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_conv_takes_blocks():
+    for case in (Case((3, 3, 4, 6), (1, 1, 2, 3), 5), CASES["a window of one"]):
+        (packed, weights), x = packed_blocks(case), normal(2, 8, 8, 4)
+        expected = jax.lax.conv_general_dilated(
+            x, weights, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        np.testing.assert_allclose(jq.conv(x, packed), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_conv_in_groups_and_one_dimension():

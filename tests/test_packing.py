@@ -1,12 +1,14 @@
 """Packing: the fewest whole bits, exact round trips, stacked layers, errors."""
 
 import math
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_cases import CASES, on_blocks, packed_blocks
 
 import jaxquant as jq
 from jaxquant.packing import arrays
@@ -88,6 +90,111 @@ def test_arrays_come_back_bit_for_bit(dtype, shape, axis, k):
     assert packed.size == math.prod(shape) and packed.ndim == len(shape)
     back = np.asarray(unpack(packed))
     np.testing.assert_array_equal(back.view(np.uint8), np.asarray(weights).view(np.uint8))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_come_back_bit_for_bit(name):
+    case = CASES[name]
+    weights, codebook, scale = on_blocks(case)
+    packed = pack_array(weights, codebook, scale)
+    assert packed.shape == case.shape and packed.numbers == case.numbers and packed.k == case.k
+    assert packed.dtype == case.dtype == packed.centroids.dtype
+    assert packed.codebook.dtype == case.codebook_dtype
+    assert packed.centroids.shape == (*case.numbers, case.k)
+    np.testing.assert_array_equal(np.asarray(unpack(packed)).view(np.uint8), bits_of(weights))
+    expected, _ = packed_blocks(case)  # by NumPy, where equal centroids have codes of their own
+    assert jax.tree.structure(packed) == jax.tree.structure(expected)
+    assert packed.nbytes == expected.nbytes
+    chex.assert_trees_all_equal_shapes_and_dtypes(packed, expected)
+    np.testing.assert_array_equal(np.asarray(unpack(expected)).view(np.uint8), bits_of(weights))
+
+
+def bits_of(x):
+    return np.asarray(x).view(np.uint8)
+
+
+class ScaledState(NamedTuple):
+    codebooks: object
+    frozen: object
+    frozen_centroids: object
+    round: jax.Array
+    scales: object
+
+
+@pytest.mark.parametrize("name", ["scaled integers", "scaled layers"])
+def test_scaled_leaves_of_a_tree_are_packed_with_their_scales(name, monkeypatch):
+    if "scales" not in jq.QuantState._fields:
+        monkeypatch.setattr("jaxquant.rounds.state.QuantState", ScaledState)
+    weights, codebook, scale = on_blocks(CASES[name])
+    params, state = tree_of(weights, codebook)
+    scales = {"a": {"w": scale}, "b": jnp.zeros(())}
+    state = ScaledState(*state[:4], scales) if len(state) == 4 else state._replace(scales=scales)
+    packed = jq.pack(params, state)
+    assert packed["a"]["w"].scale is scale and packed["b"] is params["b"]
+    chex.assert_trees_all_equal(jq.unpack(packed), params)
+    params["a"]["w"] = weights.at[..., 0].mul(1.5)
+    with pytest.raises(ValueError, match=r"a/w: expected every weight .* got \d+ of"):
+        jq.pack(params, state)
+
+
+@pytest.mark.parametrize("name", ["groups of layers", "scaled layers"])
+def test_blocks_of_stacked_layers_are_taken_apart_by_vmap_and_scan(name):
+    packed, weights = packed_blocks(CASES[name])
+    x = jnp.ones((2, weights.shape[1]))
+
+    def layer(x, one):
+        assert one.shape == weights.shape[1:] and one.numbers == CASES[name].numbers[1:]
+        return x, (jq.unpack(one), jq.matmul(x, one, preferred_element_type=jnp.float32))
+
+    _, (unpacked, products) = jax.jit(lambda x, p: jax.lax.scan(layer, x, p))(x, packed)
+    np.testing.assert_array_equal(unpacked, weights)
+    mapped = jax.jit(jax.vmap(lambda x, p: layer(x, p)[1], in_axes=(None, 0)))(x, packed)
+    chex.assert_trees_all_close(mapped, (unpacked, products), rtol=1e-5, atol=1e-5)
+    expected = np.broadcast_to(weights.astype(np.float32).sum(axis=1)[:, None], products.shape)
+    np.testing.assert_allclose(products, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_exported_functions_take_packed_arrays_and_refuse_older_ones():
+    packed, weights = packed_blocks(CASES["scaled integers"])
+    data = jax.export.export(jax.jit(lambda p: (p, jq.unpack(p))))(packed).serialize()
+    same, unpacked = jax.export.deserialize(data).call(packed)
+    chex.assert_trees_all_equal(same, packed)
+    np.testing.assert_array_equal(unpacked, weights)
+    for old in (b"[[16], [12]]", b"[2, [16], [12]]", b'[2, [16], [-1], "float32"]', b"{", b"5"):
+        with pytest.raises(ValueError, match="expected version 2 of a PackedArray"):
+            arrays._read_static(old, kind=jq.PackedArray)
+    for odd in (b'[2, [16], [12], "int32"]', b'[2, [16], [12], "evil"]', b"[2, [1.5], [], null]"):
+        with pytest.raises(ValueError, match="expected version 2 of a PackedArray"):
+            arrays._read_static(odd, kind=jq.PackedArray)
+    with pytest.raises(ValueError, match="expected version 2 of a ProductArray"):
+        arrays._read_static(b"[]", kind=jq.ProductArray)
+
+
+@pytest.mark.parametrize(
+    ("codebook", "scale", "message"),
+    [
+        ((5, 1, 3), None, r"codebooks for weights of shape \(12, 8\), got shape \(5, 1, 3\)"),
+        ((1, 3), None, "expected codebooks for weights"),
+        ((1, 1, 3), (5, 1, 1), "expected codebooks for weights"),
+        ((1, 1, 3), (3, 1, 3), r"expected a scale \[\*numbers, 1\]"),
+        ((2, 1, 3), (3, 1, 1), r"expected a scale \[\*numbers, 1\]"),
+        ((1, 3), (3, 1, 1), r"expected a scale \[\*numbers, 1\]"),
+    ],
+)
+def test_codebooks_and_scales_that_do_not_fit_are_refused(codebook, scale, message):
+    scale = None if scale is None else jnp.ones(scale)
+    with pytest.raises(ValueError, match=message):
+        jq.pack_array(jnp.ones((12, 8)), jnp.ones(codebook), scale)
+
+
+def test_dtypes_that_no_product_has_are_refused():
+    weights, codebook = jnp.ones((12, 8)), jnp.ones((1, 1, 3))
+    with pytest.raises(ValueError, match="of floating point, got int32"):
+        jq.pack_array(jnp.ones((12, 8), jnp.int32), codebook)
+    with pytest.raises(ValueError, match="or of int8 with a scale, got int8"):
+        jq.pack_array(weights, codebook.astype(jnp.int8))
+    with pytest.raises(ValueError, match="a scale of float32 or bfloat16, got float16"):
+        jq.pack_array(weights, codebook, jnp.ones((3, 8, 1), jnp.float16))
 
 
 def test_trees_come_back_bit_for_bit_in_and_out_of_jit():

@@ -1,5 +1,6 @@
 """Files: round trips, size, the documented reader, damage and hostility."""
 
+import base64
 import copy
 import dataclasses
 import errno
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from block_cases import CASES, packed_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize
@@ -36,9 +38,9 @@ from jaxquant.packing.codes import pack_codes
 FORMAT = Path(__file__).parent.parent / "docs" / "format.md"
 
 
-def packed_array(k, shape, *, axis=None, dtype="float32", skew=1.0, seed=0):
+def packed_array(k, shape, *, axis=None, dtype="float32", skew=1.0, seed=0, codebook_shape=()):
     """Return random weights with unequal clusters, packed."""
-    rng, slices = np.random.default_rng(seed), (k,)
+    rng, slices = np.random.default_rng(seed), (*codebook_shape, k)
     if axis is not None:
         slices = (*(n if i == axis % len(shape) else 1 for i, n in enumerate(shape)), k)
     codebook = np.sort(rng.normal(size=slices), axis=-1)
@@ -68,6 +70,9 @@ def tree():
         "layers": packed_array(5, (4, 20, 6), axis=0, dtype="bfloat16"),
         "channels": packed_array(3, (50, 6), axis=-1, dtype="float16"),
         "one": packed_array(1, (5, 5)),
+        "tiles": packed_blocks(CASES["narrow tiles"])[0],
+        "scaled": packed_blocks(CASES["scaled integers"])[0],
+        "scaled layers": packed_blocks(CASES["scaled layers"])[0],
         "step": jnp.int32(7),
         "mask": jnp.array([True, False]),
         "nothing": jnp.zeros((0, 3)),
@@ -86,6 +91,51 @@ def test_a_tree_comes_back_bit_for_bit(tree, file):
     assert jax.tree.structure(loaded) == jax.tree.structure(tree)
     chex.assert_trees_all_equal(loaded, tree)
     chex.assert_trees_all_equal_dtypes(loaded, tree)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_come_back_bit_for_bit(name, tmp_path):
+    packed, _ = packed_blocks(CASES[name])
+    jq.save(tmp_path / "x", {"w": packed})
+    assert_equal_bits(jq.load(tmp_path / "x"), {"w": packed})
+
+
+FIRST_VERSION = (  # saved by jaxquant 0.1 before there were blocks and scales
+    "c-ou5!~h1>O7ZczsU?Xii6x2g@k&<JN@@8;xrrr8R!Uik6@{gVc_m6Z2&R=%b&OJ3YEf}!eqM}{m4cy;LJV9"
+    "MBoL!ypl7IO5TgW=02-W;p8^ujE6vFPi4^1{<{|T8R)fTVCWC3iTCmEZ{FKt<l46iZbTphFqZAukt5mC_l$?"
+    ">8oLyX+TMTk@N=aowD$sGE#zsKb7H1@ac+uvuI!a)F<)@_;r<MR!MjPlDS;T^L=clBSrqjqm$J7j@wJb5GG_"
+    "_bSEhj&*1gHtg3^x=rj0`aiF*VaMG%)~~l2(*jSelxboQdWPLo*~J42>|20P5E<G&4bRNfOv8K#fS|IJu!1W"
+    "QN5YGZP&{a||D$8bjC=bD)nbz(Jaun3tKBT3mwS9SdaNSQub2z`{bu*bHbutpXSn>^Wi3e1~z?#lXW_CN~za"
+    "RMe)~otdllePY#?Zwy=v<_y}lr!pZ)_a-<ABltkjU=Ji5aI+nNxB-Y40Pz7JegKkpWMB{gVg(>J0OE%IP{Zs"
+    "Q8bU)?Ypu=-4F&3L0AdFy8)Tk?gF}M@$Q%Y6pokNL3xjLLt*H|o`3@-vxV|@febc~1uWIVDZp{RPOP2y>9g}"
+    "#k=dxHeE9!6>+mHW$8=rA0yK|Q^-|bY-5L7$8*i+i*s#RPOulsXLuO{hz@3l`KPKa43=<#ErFuMas-OPE*PV"
+    "L?)U*sMs6*;%pFE*=c{pMs{0WtZKb=N$OiwkopEcD3kee*BrQn<$2g~=bP!UQ*Un$7nAaww>A?Kbznj<s{dj"
+    "J=oio{wBpo>qQkRfpDhm)!U1nVa7O0Co^d1p"
+)
+
+
+def test_files_of_the_first_version_are_read_bit_for_bit(tmp_path):
+    def numbers(*shape):
+        return (np.arange(math.prod(shape)) * 7 % 11 % 3).reshape(shape)
+
+    layers = np.arange(6).reshape(2, 1, 1, 3).astype(jnp.bfloat16)
+    codes = as_packed(numbers(2, 4), np.arange(3, dtype=np.float32))
+    words = jnp.arange(12, dtype=jnp.float32).reshape(2, 3, 2)
+    tree = {
+        "whole": as_packed(numbers(4, 3), np.array([-1, 0, 0.5], np.float32)),
+        "channels": as_packed(numbers(3, 2), np.arange(6, dtype=np.float16).reshape(1, 2, 3)),
+        "layers": as_packed(numbers(2, 3, 2), layers, stacked=1),
+        "product": jq.ProductArray(codes=codes, words=words),
+        "bias": jnp.arange(3, dtype=jnp.float32),
+    }
+    path = tmp_path / "x"
+    path.write_bytes(zlib.decompress(base64.b85decode("".join(FIRST_VERSION))))
+    assert_equal_bits(jq.load(path), tree)
+    assert jq.read_metadata(path)["version"] == 1
+    jq.save(tmp_path / "again", tree)  # nothing but the version differs
+    for file in (path, tmp_path / "again"):
+        entries = unwrapped(file.read_bytes())[1]
+        assert entries == unwrapped(path.read_bytes())[1]
 
 
 class Pair(NamedTuple):
@@ -124,7 +174,7 @@ def test_what_was_recorded_can_be_read(tmp_path, file):
     plan = jq.mlq({"w": jax.ShapeDtypeStruct((64, 64), jnp.float32)}, groups=1)
     jq.save(tmp_path / "x", {"w": packed_array(3, (64, 64))}, plan=plan)
     read = jq.read_metadata(tmp_path / "x")
-    assert read["version"] == 1 and read["jaxquant"] == jq.__version__ and read["method"] == "mlq"
+    assert read["version"] == 2 and read["jaxquant"] == jq.__version__ and read["method"] == "mlq"
     assert read["plan"]["table"] == [[pytest.approx(2 / 3)], [1.0]]
 
 
@@ -200,12 +250,26 @@ def packed_arrays(draw):
     stacked = draw(st.integers(0, 1)) if len(shape) > 2 else 0
     axis = draw(st.sampled_from([None, *range(len(shape))]))
     slices = tuple(n if i == axis else 1 for i, n in enumerate(shape))
-    return random_packed(
-        np.random.default_rng(draw(st.integers(0, 99))),
+    divisors = ([m for m in range(1, max(n, 1) + 1) if n % m == 0] for n in shape)
+    blocks = tuple(draw(st.sampled_from(numbers)) for numbers in divisors)
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    packed = random_packed(
+        rng,
         draw(st.integers(1, 256)),
         shape,
         stacked=stacked,
-        codebook_shape=draw(st.sampled_from([(), slices])),
+        codebook_shape=draw(st.sampled_from([(), slices, blocks])),
+        dtype=draw(st.sampled_from(FLOATS)),
+    )
+    if not draw(st.booleans()):
+        return packed
+    own, k = draw(st.sampled_from([blocks, (1,) * len(shape)])), packed.k
+    codebook = rng.integers(-128, 128, (*own, k)).astype(draw(st.sampled_from(["int8", *FLOATS])))
+    scale = rng.normal(size=(*blocks, 1)).astype(draw(st.sampled_from(["float32", "bfloat16"])))
+    return dataclasses.replace(
+        packed,
+        codebook=jax.device_put(codebook),
+        scale=jax.device_put(scale),
         dtype=draw(st.sampled_from(FLOATS)),
     )
 
@@ -343,7 +407,23 @@ UNFIT = {
     "no codes": ({"a": dataclasses.replace(packed_array(3, (8, 4)), codes=None)}, "a: expected"),
     "a codebook of integers": (
         {"a": dataclasses.replace(packed_array(3, (8, 4)), codebook=jnp.arange(3))},
-        "a: expected a codebook of floating point, got int32",
+        "a: expected a codebook of floating point, or int8 with a scale, got 'int32'",
+    ),
+    "integers without a scale": (
+        {"a": dataclasses.replace(packed_array(3, (8, 4)), codebook=jnp.ones(3, jnp.int8))},
+        "a: expected a codebook of floating point, or int8 with a scale, got 'int8'",
+    ),
+    "weights of integers": (
+        {"a": dataclasses.replace(packed_array(3, (8, 4)), dtype="int8")},
+        "a: expected weights of floating point, got 'int8'",
+    ),
+    "blocks that do not divide": (
+        {"a": packed_array(3, (8, 4), codebook_shape=(3, 1))},
+        r"a: expected a codebook for weights of shape \(8, 4\), got shape \(3, 1, 3\)",
+    ),
+    "a scale of another shape": (
+        {"a": dataclasses.replace(packed_array(3, (8, 4)), scale=jnp.ones((4, 1, 1)))},
+        r"a: expected a scale for weights of shape \(8, 4\) and codebooks of shape \(3,\), got ",
     ),
     "two axes of layers": (
         {"a": jax.tree.map(lambda x: jnp.stack([x, x]), packed_array(3, (2, 8, 4), axis=0))},
@@ -522,6 +602,10 @@ def set_entry(name, **fields):
     return lambda tensors, entries, header: entry_of(entries, name).update(fields)
 
 
+def set_scale(**fields):
+    return lambda tensors, entries, header: entry_of(entries, "scaled")["scale"].update(fields)
+
+
 def set_tensor(name, array):
     return lambda tensors, entries, header: tensors.update({name: array})
 
@@ -584,6 +668,35 @@ HOSTILE = {
     "other fields": (set_entry("conv/bias", pickle="x"), "expected other fields"),
     "no entry": (lambda t, e, h: e.pop(), "expected an entry for each checksum"),
     "odd entry": (lambda t, e, h: e.__setitem__(0, 5), "expected an object"),
+    "weights": (set_entry("tiles", weights="int32"), "expected weights of floating point"),
+    "weights of nothing": (set_entry("tiles", weights=None), "expected weights of floating point"),
+    "blocks": (set_entry("tiles", shape=[3, 2, 8]), "expected a codebook for weights"),
+    "scale of nothing": (set_entry("scaled", scale=None), "expected a scale of a shape and a dty"),
+    "scale of more": (
+        set_entry("scaled", scale={"shape": [2, 3, 1], "dtype": "float32", "x": 1}),
+        "expected a scale of a shape and a dtype",
+    ),
+    "scale's dtype": (set_scale(dtype="float16"), "expected a scale of float32 or bfloat16"),
+    "list as a scale's dtype": (set_scale(dtype=[]), "expected a scale of float32 or bfloat16"),
+    "scale's shape": (set_scale(shape=3), "expected the scale's shape to be sizes"),
+    "absurd scale": (set_scale(shape=[2**40, 3, 1]), "expected a scale for weights of shape"),
+    "scale of no axes": (set_scale(shape=[]), "expected a scale for weights of shape"),
+    "scale of columns": (set_scale(shape=[2, 3, 2]), "expected a scale for weights of shape"),
+    "other blocks": (set_scale(shape=[3, 2, 1]), "expected a scale for weights of shape"),
+    "fewer scales": (set_scale(shape=[1, 3, 1]), "values.float32: expected"),
+    "codebooks beside a scale": (
+        set_entry("scaled", shape=[1, 2, 8]),
+        "expected a scale for weights of shape .* codebooks of shape .1, 2, 8.",
+    ),
+    "another codebook beside a scale": (set_entry("scaled", shape=[16]), "expected a scale for"),
+    "integers without a scale": (
+        lambda t, e, h: entry_of(e, "scaled").pop("scale"),
+        "expected a codebook of floating point, or int8 with a scale",
+    ),
+    "a scale of plain values": (
+        set_entry("conv/bias", scale={"shape": [1], "dtype": "float32"}),
+        "expected other fields",
+    ),
     "frequencies": (
         lambda t, e, h: t.update(frequencies=np.zeros_like(t["frequencies"])),
         "expected frequencies",
@@ -606,7 +719,10 @@ HOSTILE = {
     "other rank": (set_tensor("codes", np.zeros((1, 1), np.uint32)), "expected no tensor codes"),
     "missing tensor": (lambda t, e, h: t.pop("checksums"), "expected a tensor checksums"),
     "other format": (set_header(format="pt"), "expected a file of jaxquant.save"),
-    "other version": (set_header(jaxquant='{"version": 2}'), "expected format version 1, got 2"),
+    "other version": (
+        set_header(jaxquant='{"version": 3}'),
+        "expected format version 1 or 2, got 3",
+    ),
     "no version": (set_header(jaxquant="[]"), "expected a JSON object"),
     "name twice": (set_header(jaxquant='{"version": 1, "version": 1}'), "every name once"),
     "version true": (set_header(jaxquant='{"version": true}'), "expected format version 1"),
@@ -797,6 +913,7 @@ def product_parts(k=3, subspaces=2, **others):
 
 
 MATRIX = as_packed(np.zeros((2, 4), int), np.ones(3, np.float32))
+NUMBERS_OF_3 = as_packed(np.zeros((2, 4), int), np.arange(3, dtype=np.float32))
 PRODUCTS = {
     "at the root beside a leaf": (product_parts(x=1), [[]], "x: expected no leaf at the root"),
     "beside a leaf": ({"p": product_parts(x=1)}, [["p"]], "p/x: expected no leaf at p"),
@@ -822,6 +939,19 @@ PRODUCTS = {
     ),
     "of other subspaces": ({"p": product_parts(subspaces=3)}, [["p"]], "p: expected codes "),
     "of other words": ({"p": product_parts(k=4)}, [["p"]], "p: expected the numbers of 4 words"),
+    "of scaled numbers": (
+        {
+            "p": product_parts(
+                codes=dataclasses.replace(
+                    NUMBERS_OF_3,
+                    codebook=NUMBERS_OF_3.codebook[None, None],
+                    scale=np.ones((1, 1, 1), np.float32),
+                )
+            )
+        },
+        [["p"]],
+        "p: expected the numbers of 3 words as the codebook",
+    ),
     "of other numbers": (
         {"p": product_parts(codes=MATRIX)},
         [["p"]],
@@ -878,6 +1008,7 @@ def test_mutated_files_load_or_are_refused_by_name(tmp_path):
         {
             "p": jq.ProductArray(codes=as_packed(np.eye(2, 4), numbers), words=jnp.ones((2, 3, 1))),
             "layers": packed_array(5, (3, 4, 2), axis=0, dtype="bfloat16"),
+            "scaled": packed_blocks(CASES["scaled integers"])[0],
             "plain": jnp.arange(4.0),
         },
         metadata={"a": [1, {"b": 2.5}]},

@@ -13,7 +13,7 @@ import jax.export
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxquant.clustering.blocks import per_block
+from jaxquant.clustering.blocks import numbers_of, per_block
 from jaxquant.clustering.codebooks import assign, reconstruct
 from jaxquant.meshes import compiled
 from jaxquant.packing.codes import pack_codes, symbol, unpack_codes
@@ -23,29 +23,44 @@ from jaxquant.trees import check_structure, leaves_with_paths, pure, replaced
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("codes", "codebook"),
-    meta_fields=("rows", "columns"),
+    data_fields=("codes", "codebook", "scale"),
+    meta_fields=("rows", "columns", "dtype"),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedArray:
-    """A weight as packed codes and codebook; made by `pack`, read by `unpack` and products.
+    """A weight as packed codes and codebooks; made by `pack`, read by `unpack` and products.
 
-    Invariants: `shape == codes.shape[:-2] + rows + columns`, of the codebook's dtype;
-    `codes.shape[-2] == packed_rows(prod(rows), k)`, `codes.shape[-1] == prod(columns)`. Leading
-    axes of `codes` are those of stacked layers: `vmap` and `scan` take a packed array apart into
-    those of its layers, as they would the weight.
+    The weight is cut into equal blocks, `numbers` of them along its axes, and each weight is the
+    centroid of its code: `centroids[*block, code]`, with
+    `centroids = (codebook * scale).astype(dtype)`, the product in float32.
+
+    Invariants: `shape == codes.shape[:-2] + rows + columns`;
+    `codes.shape[-2] == packed_rows(prod(rows), k)`, `codes.shape[-1] == prod(columns)`; codebook
+    and scale are as long along axis 0 as the codes of stacked layers. These are the leading axes of
+    `codes`: `vmap` and `scan` take a packed array apart into those of its layers, as they would the
+    weight.
 
     Attributes:
       codes: [..., packed rows, columns] uint8, see `jaxquant.packing.codes`.
-      codebook: [k], or as many axes as the weight and [k], slices along one, ones along the others.
+      codebook: [k] of the whole weight, or [*numbers, k] of its blocks, of any floating dtype. With
+        a scale, ones may stand in place of numbers, and it may be int8.
+      scale: [*numbers, 1] float32 or bfloat16, what the codebook of each block is times; or None.
       rows: sizes of the axes that make the rows.
       columns: size of the last axis; () for a weight with a single axis.
+      dtype: of the weight, floating point; None stands for that of the codebook.
     """
 
     codes: jax.Array
     codebook: jax.Array
+    scale: jax.Array | None = None
     rows: tuple[int, ...]
     columns: tuple[int, ...]
+    dtype: Any = None
+
+    def __post_init__(self) -> None:
+        """Take the codebook's dtype where the weight's is None."""
+        dtype = getattr(self.codebook, "dtype", None) if self.dtype is None else self.dtype
+        object.__setattr__(self, "dtype", None if dtype is None else jnp.dtype(dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,19 +78,43 @@ class PackedArray:
         return math.prod(self.shape)
 
     @property
-    def dtype(self) -> Any:
-        """Dtype of the weight."""
-        return self.codebook.dtype
-
-    @property
     def k(self) -> int:
         """Number of centroids of a codebook."""
         return self.codebook.shape[-1]
 
     @property
+    def numbers(self) -> tuple[int, ...]:
+        """How many blocks there are along each axis of the weight."""
+        table = self.codebook if self.scale is None else self.scale
+        return numbers_of(table.shape, self.shape)
+
+    @property
+    def centroids(self) -> jax.Array:
+        """The centroids of every block, [k] or [*numbers, k], of the weight's dtype."""
+        return centroids_of(self.codebook, self.scale, self.dtype)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the codes and of the codebook."""
-        return self.codes.size + self.codebook.size * self.codebook.dtype.itemsize
+        """Bytes of the codes, of the codebook and of the scale."""
+        return self.codes.size + table_bytes(self.codebook, self.scale)
+
+
+def centroids_of(codebook: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
+    """Return the centroids [*numbers, k] that a codebook and a scale stand for.
+
+    Args:
+      codebook: as in `PackedArray`.
+      scale: as in `PackedArray`, or None.
+      dtype: of the weights, and of the centroids.
+    """
+    if scale is None:
+        return codebook.astype(dtype)
+    return (codebook.astype(jnp.float32) * scale.astype(jnp.float32)).astype(dtype)
+
+
+def table_bytes(*tables: jax.Array | None) -> int:
+    """Return the bytes of codebooks and scales."""
+    return sum(table.size * table.dtype.itemsize for table in tables if table is not None)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("codes", "words"), meta_fields=())
@@ -140,106 +179,147 @@ class ProductArray:
 
 
 # So that functions which `jax.export` serializes may take and return both. What is read back comes
-# from elsewhere: JSON, and nothing but sizes.
+# from elsewhere: JSON, and nothing but sizes and the name of a dtype.
+
+_EXPORT_VERSION = 2  # packed arrays of the first had neither scales nor dtypes of their own
 
 
-def _write_sizes(sizes: tuple[tuple[int, ...], ...]) -> bytes:
-    return json.dumps(sizes).encode()
+def _write_static(static: tuple[Any, ...]) -> bytes:
+    return json.dumps([_EXPORT_VERSION, *static], default=str).encode()
 
 
-def _read_sizes(data: bytes | bytearray, *, fields: int) -> tuple[tuple[int, ...], ...]:
-    """Return the static fields that `_write_sizes` wrote.
+def _read_static(data: bytes | bytearray, *, kind: type) -> tuple[Any, ...]:
+    """Return the static fields of a PackedArray, or the none of a ProductArray.
 
     Raises:
-      ValueError: if it wrote other data.
+      ValueError: if `_write_static` wrote other data, or an earlier one did.
     """
     try:
-        sizes = tuple(tuple(axes) for axes in json.loads(bytes(data)))
+        version, *static = json.loads(bytes(data))
+        if kind is PackedArray:
+            rows, columns, name = static
+            static = [tuple(rows), tuple(columns), jnp.dtype(name)]
+            fits = all(type(n) is int and n >= 0 for n in (*rows, *columns))
+            fits = fits and jnp.issubdtype(static[-1], jnp.floating)
+        else:
+            fits = not static
     except (ValueError, TypeError, RecursionError):
-        sizes = ()
-    numbers = (n for axes in sizes for n in axes)
-    if len(sizes) != fields or any(type(n) is not int or n < 0 for n in numbers):
-        raise ValueError(f"expected {fields} lists of sizes of a packed array, got other data")
-    return sizes
+        version, static, fits = None, [], False
+    if version != _EXPORT_VERSION or not fits:
+        raise ValueError(
+            f"expected version {_EXPORT_VERSION} of a {kind.__name__}: sizes, a dtype; got other "
+            "data: export again"
+        )
+    return tuple(static)
 
 
 with contextlib.suppress(ValueError):  # where this module is loaded again
-    for kind, fields in ((PackedArray, 2), (ProductArray, 0)):
+    for kind in (PackedArray, ProductArray):
         jax.export.register_pytree_node_serialization(
             kind,
             serialized_name=f"jaxquant.{kind.__name__}",
-            serialize_auxdata=_write_sizes,
-            deserialize_auxdata=functools.partial(_read_sizes, fields=fields),
+            serialize_auxdata=_write_static,
+            deserialize_auxdata=functools.partial(_read_static, kind=kind),
         )
 
 
 # Arrays and trees --------------------------------------------------------------------------------
 
 
-def slice_axis(codebook: tuple[int, ...], leaf: tuple[int, ...]) -> int | None:
-    """Return the axis along which a leaf has a codebook for each slice, or None if it has one.
+def split_shape(
+    shape: tuple[int, ...], numbers: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the axes of a weight that are stacked layers, rows and columns.
+
+    Layers are stacked along axis 0 of three or more if there is a block, or more, for each. Where
+    axis 0 has a single entry, that is so if the whole is one block: else it may as well be the
+    window of a convolution.
 
     Args:
-      codebook: shape of the codebook, as in `QuantState.codebooks`.
-      leaf: shape of the leaf. Where its codebook says that there is an axis, but not which, since
-        there is a single slice, the first axis of one entry will do.
-
-    Raises:
-      ValueError: for a codebook that does not fit.
+      shape: of the weight.
+      numbers: of blocks along each axis.
     """
-    *slices, _ = codebook
-    if not slices:
-        return None
-    if len(slices) != len(leaf) or any(
-        n not in (1, size) for n, size in zip(slices, leaf, strict=True)
-    ):
-        raise ValueError(f"expected a codebook for weights of shape {leaf}, got shape {codebook}")
-    axes = [axis for axis, size in enumerate(leaf) if slices[axis] == size]
-    return min(axes, key=lambda axis: slices[axis] == 1, default=None)
-
-
-def split_shape(
-    shape: tuple[int, ...], axis: int | None
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return the axes of a weight with codebooks along `axis`: stacked layers, rows, columns."""
-    stacked = 1 if axis == 0 and len(shape) > 2 else 0
+    apart = numbers[0] == shape[0] and (shape[0] != 1 or math.prod(numbers) == 1)
+    stacked = 1 if len(shape) > 2 and apart else 0
     columns = 1 if len(shape) > 1 else 0
     end = len(shape) - columns
     return shape[:stacked], shape[stacked:end], shape[end:]
 
 
-def pack_array(weights: jax.Array, codebook: jax.Array) -> PackedArray:
+def stored_tables(
+    shape: tuple[int, ...], codebook: jax.Array, scale: jax.Array | None
+) -> tuple[tuple[int, ...], jax.Array]:
+    """Return the numbers of blocks, and the codebook as a PackedArray has it.
+
+    Raises:
+      ValueError: for codebooks and scales that do not fit, or are of other dtypes.
+    """
+    floating = jnp.issubdtype(codebook.dtype, jnp.floating)
+    if not (floating or (scale is not None and codebook.dtype == jnp.int8)):
+        raise ValueError(
+            f"expected a codebook of floating point, or of int8 with a scale, got {codebook.dtype}"
+        )
+    if scale is None:
+        return numbers_of(codebook.shape, shape), codebook
+    numbers = numbers_of(scale.shape, shape)
+    fits = scale.shape == (*numbers, 1) and codebook.ndim in (1, scale.ndim)
+    own = codebook.shape[:-1] or (1,) * len(shape)
+    if not fits or any(n not in (1, number) for n, number in zip(own, numbers, strict=True)):
+        raise ValueError(
+            f"expected a scale [*numbers, 1] and codebooks of the same blocks or of all of an axis "
+            f"for weights of shape {shape}, got shapes {scale.shape} and {codebook.shape}"
+        )
+    if scale.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"expected a scale of float32 or bfloat16, got {scale.dtype}")
+    layers = split_shape(shape, numbers)[0] or own[:1]
+    codebook = codebook.reshape(*own, codebook.shape[-1])
+    return numbers, jnp.broadcast_to(codebook, (*layers, *codebook.shape[1:]))
+
+
+def pack_array(
+    weights: jax.Array, codebook: jax.Array, scale: jax.Array | None = None
+) -> PackedArray:
     """Pack one weight, each entry as the code of its nearest centroid.
 
     Args:
       weights: [...] floating point, at least one axis.
-      codebook: as in `QuantState.codebooks`: [k], or with slices along one axis. Along axis 0 of
-        three or more they are stacked layers, which stay apart.
+      codebook: as in `QuantState.codebooks`: [k], or [*numbers, k] of blocks. Of three axes or more
+        with a block, or more, for each entry of axis 0, these entries are stacked layers, which
+        stay apart.
+      scale: [*numbers, 1] float32 or bfloat16, as in `QuantState.scales`; or None.
 
     Returns:
-      PackedArray of the codebook's dtype. Pure, under jit too. On a mesh of explicit axes codes
+      PackedArray of the weights' dtype. Pure, under jit too. On a mesh of explicit axes codes
       are sharded as the weight's stacked layers and columns are, not along the rows.
 
     Raises:
-      ValueError: for more than 256 centroids, and a codebook that does not fit.
+      ValueError: for more than 256 centroids, and a codebook or a scale that does not fit.
     """
     symbol(codebook.shape[-1])
-    if not weights.ndim:
-        raise ValueError("expected a weight with at least one axis, got a scalar")
-    stacked, rows, columns = split_shape(weights.shape, slice_axis(codebook.shape, weights.shape))
+    if not weights.ndim or not jnp.issubdtype(weights.dtype, jnp.floating):
+        raise ValueError(
+            "expected a weight with at least one axis, of floating point, got "
+            f"{weights.dtype} {weights.shape}"
+        )
+    numbers, codebook = stored_tables(weights.shape, codebook, scale)
+    stacked, rows, columns = split_shape(weights.shape, numbers)
     spec = jax.typeof(weights).sharding.spec
     by_column = PartitionSpec(*spec[: len(stacked)], None, spec[-1] if columns else None)
     matrix = (*stacked, math.prod(rows), math.prod(columns))
     return PackedArray(
-        codes=compiled(_pack, weights, codebook, like=by_column, shape=matrix),
+        codes=compiled(_pack, weights, codebook, scale, like=by_column, shape=matrix),
         codebook=codebook,
+        scale=scale,
         rows=rows,
         columns=columns,
+        dtype=weights.dtype,
     )
 
 
-def _pack(weights: jax.Array, codebook: jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
-    codes = per_block(assign, (weights,), (codebook,))
+def _pack(
+    weights: jax.Array, codebook: jax.Array, scale: jax.Array | None, *, shape: tuple[int, ...]
+) -> jax.Array:
+    codes = per_block(assign, (weights,), (centroids_of(codebook, scale, weights.dtype),))
     return pack_codes(codes.reshape(shape), codebook.shape[-1])
 
 
@@ -253,7 +333,15 @@ def unpack_array(packed: PackedArray) -> jax.Array:
 
 def _unpack(packed: PackedArray) -> jax.Array:
     codes = unpack_codes(packed.codes, math.prod(packed.rows), packed.k).reshape(packed.shape)
-    return per_block(reconstruct, (codes,), (packed.codebook,))
+    if packed.scale is None:
+        return per_block(reconstruct, (codes,), (packed.centroids,))
+    # As `centroids_of`, bit for bit, without its table: of small blocks that is as large as these.
+    plain = per_block(reconstruct, (codes,), (packed.codebook.astype(jnp.float32),))
+    return per_block(_times, (plain,), (packed.scale.astype(jnp.float32),)).astype(packed.dtype)
+
+
+def _times(weights: jax.Array, scale: jax.Array) -> jax.Array:
+    return weights * scale[0]
 
 
 def pack_product(codes: jax.Array, words: jax.Array) -> ProductArray:
@@ -317,19 +405,29 @@ def pack(params: Any, state: QuantState) -> Any:
     check_state(state)
     check_structure(state.codebooks, params, "params to have the state's structure")
     packed = [
-        _pack_leaf(path, jnp.asarray(leaf), codebook) if codebook.ndim else leaf
-        for (path, leaf), codebook in zip(
-            leaves_with_paths(params), jax.tree.leaves(state.codebooks), strict=True
+        _pack_leaf(path, jnp.asarray(leaf), codebook, scale) if codebook.ndim else leaf
+        for (path, leaf), codebook, scale in zip(
+            leaves_with_paths(params), *state_tables(state), strict=True
         )
     ]
     packed = jax.tree.unflatten(jax.tree.structure(params), packed)
     return replaced(given, packed, only_parameters=True)
 
 
-def _pack_leaf(path: str, weights: jax.Array, codebook: jax.Array) -> PackedArray:
+def state_tables(state: QuantState) -> tuple[list[jax.Array], list[jax.Array | None]]:
+    """Return for each leaf its codebooks, and its scale or None."""
+    codebooks, scales = jax.tree.leaves(state.codebooks), getattr(state, "scales", None)
+    if scales is None:
+        return codebooks, [None] * len(codebooks)
+    return codebooks, [scale if scale.ndim else None for scale in jax.tree.leaves(scales)]
+
+
+def _pack_leaf(
+    path: str, weights: jax.Array, codebook: jax.Array, scale: jax.Array | None
+) -> PackedArray:
     codebook = codebook + jnp.zeros((), codebook.dtype)  # -0.0, which comes and goes, becomes 0.0
     try:
-        packed = pack_array(weights, codebook)
+        packed = pack_array(weights, codebook, scale)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     off = compiled(_count_other, packed, weights)

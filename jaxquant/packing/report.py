@@ -1,6 +1,7 @@
 """What a quantized network weighs, layer by layer, and what was left alone and why."""
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -8,13 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.clustering.blocks import per_block
 from jaxquant.clustering.codebooks import assign
+from jaxquant.meshes import compiled
 from jaxquant.packing.arrays import (
     ProductArray,
+    centroids_of,
     is_product,
     product_codes,
-    slice_axis,
     split_shape,
+    state_tables,
+    stored_tables,
+    table_bytes,
     unpack_product,
 )
 from jaxquant.packing.codes import packed_rows
@@ -34,11 +40,11 @@ class LayerReport:
     float_bytes: int  # of the leaf's own dtype
     k: int | None = None  # centroids, or words of a subspace
     code_bytes: int = 0  # of the packed codes, see `pack`
-    distinct: int | None = None  # distinct weights (words) now; the most of any slice (subspace)
+    distinct: int | None = None  # distinct weights (words) now; the most of any block (subspace)
     frozen: float | None = None  # share of the weights
     error: float | None = None  # squared error / squared norm of the reference; None without one
-    entropy: float | None = None  # of the codes, bits a weight
-    codebook_bytes: int = 0
+    entropy: float | None = None  # of the codes, bits a weight: the mean of the blocks' own
+    codebook_bytes: int = 0  # with those of scales
     lost_zeros: float = 0.0  # share of the weights that pruning made zero, and that are not now
     reason: str | None = None
 
@@ -49,7 +55,10 @@ class LayerReport:
 
     @property
     def entropy_bytes(self) -> int:
-        """Bytes if codes took their entropy: about what `save` leaves of them."""
+        """Bytes if codes took their entropy: about what `save` leaves of them.
+
+        Of blocks of few weights it leaves more: they share the shares that it codes by.
+        """
         if self.entropy is None:
             return self.float_bytes
         return math.ceil(self.entropy * self.size / 8) + self.codebook_bytes
@@ -88,7 +97,7 @@ class Report:
 
     @property
     def codebook_bytes(self) -> int:
-        """Bytes of all codebooks."""
+        """Bytes of all codebooks and scales."""
         return sum(layer.codebook_bytes for layer in self.layers)
 
     @property
@@ -163,16 +172,15 @@ def report(
     structure = jax.tree.structure(params, is_leaf=is_product)
     nothing = jax.tree.unflatten(structure, [jnp.zeros(())] * len(pairs))
     if state is None:
-        trees = [nothing, nothing]
-    else:
-        check_state(state)
-        trees = [state.codebooks, state.frozen]
-    trees += [] if reference is None else [reference]
-    for tree, name in zip(trees, ("state", "state", "reference"), strict=False):
-        check_structure(nothing, tree, f"{name} to have the params' structure")
-    columns = [[leaf for _, leaf in pairs], *map(jax.tree.leaves, trees)]
+        state = QuantState(nothing, nothing, nothing, jnp.int32(0))
+    check_state(state)
+    for tree in (state.codebooks, state.frozen):
+        check_structure(nothing, tree, "state to have the params' structure")
+    columns = [[leaf for _, leaf in pairs], *state_tables(state), jax.tree.leaves(state.frozen)]
     if reference is not None:
+        check_structure(nothing, reference, "reference to have the params' structure")
         check_leaves("reference", reference, [(path, jnp.shape(leaf)) for path, leaf in pairs])
+        columns.append(jax.tree.leaves(reference))
     reasons: dict[str, str | None] = dict(vector_reasons(params))
     if plan is not None:
         reasons = {x.path: x.reason for x in plan.selection.layers}
@@ -191,6 +199,7 @@ def _layer(
     path: str,
     leaf: Any,
     codebook: jax.Array,
+    scale: jax.Array | None,
     frozen: jax.Array,
     reference: jax.Array | None = None,
     *,
@@ -209,30 +218,56 @@ def _layer(
             reason=reason or _usual_reason(leaf),
         )
     k = codebook.shape[-1]
-    axis = slice_axis(codebook.shape, shape)
-    slices = [np.asarray(leaf)] if axis is None else list(np.moveaxis(np.asarray(leaf), axis, 0))
-    tables = np.asarray(codebook).reshape(-1, k)
+    numbers, codebook = stored_tables(shape, codebook, scale)
+    weights = _by_block(np.asarray(leaf), numbers)
+    codes = compiled(_codes, leaf, codebook, scale)
     return LayerReport(
         path=path,
         shape=shape,
         size=size,
         float_bytes=float_bytes,
         k=k,
-        code_bytes=_code_bytes(shape, axis, k),
-        distinct=max(len(np.unique(x.astype(np.float64))) for x in slices),
+        code_bytes=_code_bytes(shape, numbers, k),
+        distinct=_most_distinct(weights),
         frozen=float(np.mean(np.asarray(frozen), dtype=np.float64)),
         error=None if reference is None else _error(leaf, reference),
-        entropy=float(np.mean([_entropy(x, t) for x, t in zip(slices, tables, strict=True)])),
-        codebook_bytes=codebook.size * leaf.dtype.itemsize,
+        entropy=float(np.mean(_entropies(_counts(_by_block(np.asarray(codes), numbers), k)))),
+        codebook_bytes=table_bytes(codebook, scale),
         lost_zeros=_lost_zeros(leaf, reference),
     )
+
+
+def _codes(leaf: jax.Array, codebook: jax.Array, scale: jax.Array | None) -> jax.Array:
+    return per_block(assign, (leaf,), (centroids_of(codebook, scale, leaf.dtype),))
+
+
+def _by_block(x: np.ndarray, numbers: tuple[int, ...]) -> np.ndarray:
+    """Return [blocks, entries of one]."""
+    sizes = [(n, size // n) for n, size in zip(numbers, x.shape, strict=True)]
+    view = x.reshape(*itertools.chain(*sizes))
+    order = (*range(0, view.ndim, 2), *range(1, view.ndim, 2))
+    return view.transpose(order).reshape(math.prod(numbers), -1)
+
+
+def _most_distinct(rows: np.ndarray) -> int:
+    """Return the most distinct numbers of any row; all that are none count as one."""
+    wide = rows.astype(np.promote_types(rows.dtype, np.float32))  # NumPy sorts others slowly
+    ascending = np.sort(wide, axis=1)
+    before, after = ascending[:, :-1], ascending[:, 1:]
+    changes = np.count_nonzero((before != after) & (before == before), axis=1)
+    return int(np.max(changes, initial=0)) + min(rows.shape[1], 1)
+
+
+def _counts(codes: np.ndarray, k: int) -> np.ndarray:
+    """Return how often each row has each code, [rows, k]."""
+    first = k * np.arange(len(codes))[:, None]
+    return np.bincount((first + codes).ravel(), minlength=k * len(codes)).reshape(-1, k)
 
 
 def _product(path: str, array: ProductArray, reference: jax.Array | None) -> LayerReport:
     kernel, codes = unpack_product(array), np.asarray(product_codes(array))
     subspaces, k, length = array.words.shape
-    columns = np.moveaxis(codes, -2, 0).reshape(subspaces, -1)
-    used = [np.bincount(column, minlength=k) for column in columns]
+    used = _counts(np.moveaxis(codes, -2, 0).reshape(subspaces, -1), k)
     return LayerReport(
         path=path,
         shape=array.shape,
@@ -240,16 +275,17 @@ def _product(path: str, array: ProductArray, reference: jax.Array | None) -> Lay
         float_bytes=array.size * array.dtype.itemsize,
         k=k,
         code_bytes=array.codes.codes.size,
-        distinct=max(int(np.count_nonzero(counts)) for counts in used),
+        distinct=int(np.max(np.count_nonzero(used, axis=1))),
         frozen=1.0,
         error=None if reference is None else _error(kernel, reference),
-        entropy=_entropy_of(np.sum(used, axis=0)) / length,  # as `save` codes them: all alike
+        # As `save` codes them: all alike.
+        entropy=float(_entropies(np.sum(used, axis=0)[None])[0]) / length,
         codebook_bytes=array.words.size * array.dtype.itemsize,
     )
 
 
-def _code_bytes(shape: tuple[int, ...], axis: int | None, k: int) -> int:
-    stacked, rows, columns = split_shape(shape, axis)
+def _code_bytes(shape: tuple[int, ...], numbers: tuple[int, ...], k: int) -> int:
+    stacked, rows, columns = split_shape(shape, numbers)
     matrices = math.prod(stacked) * math.prod(columns)
     return matrices * packed_rows(math.prod(rows), k)
 
@@ -278,15 +314,11 @@ def _lost_zeros(leaf: jax.Array, reference: jax.Array | None) -> float:
     return share if share >= 0.75 else 0.0
 
 
-def _entropy(weights: np.ndarray, centroids: np.ndarray) -> float:
-    """Return the entropy of the codes in bits."""
-    codes = np.asarray(assign(jnp.asarray(weights), jnp.asarray(centroids)))
-    return _entropy_of(np.bincount(codes.ravel()))
-
-
-def _entropy_of(counts: np.ndarray) -> float:
-    shares = counts[counts > 0] / counts.sum()
-    return float(max(0.0, -np.sum(shares * np.log2(shares))))
+def _entropies(counts: np.ndarray) -> np.ndarray:
+    """Return the entropy of each row of counts, in bits."""
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    logarithms = np.log2(shares, out=np.zeros_like(shares), where=counts > 0)
+    return np.maximum(0.0, -np.sum(shares * logarithms, axis=1))
 
 
 def _row(layer: LayerReport) -> str:

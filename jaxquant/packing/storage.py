@@ -13,7 +13,7 @@ import os
 import re
 import reprlib
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,8 @@ from jaxquant.rounds.schedules import Plan
 from jaxquant.trees import pure, replaced
 
 _FORMAT = "jaxquant"
-_VERSION = 1
+_VERSION = 2
+_READ_VERSIONS = (1, 2)  # in the first, all weights are of their codebook's dtype, without scales
 _PRECISION = 16  # bits of the frequencies in the file; the coder itself counts in 24
 _CHUNK = 2**22  # codes decoded at once, as int32
 _SMALL_MANIFEST = 2**20  # bytes of JSON that a file of any size may have
@@ -60,6 +61,7 @@ _DTYPES = {
     "complex64": "C64",
 }
 _FLOATING = {name for name in _DTYPES if jnp.issubdtype(jnp.dtype(name), jnp.floating)}
+_SCALES = {"float32", "bfloat16"}
 _NAMES = {code: name for name, code in _DTYPES.items()}
 _Path = tuple[str, ...]
 _PRODUCT_PARTS = ("codes", "words")
@@ -85,6 +87,17 @@ class Limits(NamedTuple):
 
 
 _LIMITS = Limits()
+
+
+class _Part(NamedTuple):
+    """A leaf of a file: its entry of the manifest, and its own part of the tensors."""
+
+    entry: Mapping[str, Any]
+    checksum: int
+    values: np.ndarray  # of a packed leaf its codebook
+    scale: np.ndarray | None
+    words: np.ndarray | None  # of the range coder, of a packed leaf
+    tables: np.ndarray | None  # its frequencies
 
 
 class _InvalidError(ValueError):
@@ -224,9 +237,14 @@ def _encode(
                 "shape": list(array.shape),
                 "dtype": array.dtype.name,
             }
-            checksum = zlib.crc32(array.tobytes())
+            checksum, arrays = zlib.crc32(array.tobytes()), [array]
             if is_packed(leaf):
                 entry |= _sizes(leaf)
+                if leaf.scale is not None:
+                    scale = _as_numpy(leaf.scale)
+                    entry["scale"] = {"shape": list(scale.shape), "dtype": scale.dtype.name}
+                    checksum = zlib.crc32(scale.tobytes(), checksum)
+                    arrays.append(scale)
                 _check_entry(entry, limits)
                 plain = _codes_by_model(leaf)
                 words, tables = _compress(plain, leaf.k)
@@ -235,7 +253,8 @@ def _encode(
                 frequencies.append(tables.ravel())
                 checksum = zlib.crc32(plain.tobytes(), checksum)
             _check_entry(entry, limits)
-        values.setdefault(array.dtype.name, []).append(array.ravel())
+        for array in arrays:
+            values.setdefault(array.dtype.name, []).append(array.ravel())
         entries.append(entry)
         checksums.append(checksum)
     tensors = {f"values.{name}": np.concatenate(arrays) for name, arrays in values.items()}
@@ -260,7 +279,8 @@ def _sizes(packed: PackedArray) -> dict[str, Any]:
     """Return what an entry says of a packed leaf; its codes are not encoded yet."""
     stacked = np.shape(packed.codes)[:-2]
     sizes = {"rows": packed.rows, "columns": packed.columns, "stacked": stacked}
-    return {name: list(size) for name, size in sizes.items()} | {"models": 1, "words": 0}
+    own = {} if packed.dtype == packed.codebook.dtype else {"weights": packed.dtype.name}
+    return {name: list(size) for name, size in sizes.items()} | {"models": 1, "words": 0} | own
 
 
 def _codes_by_model(packed: PackedArray) -> np.ndarray:
@@ -381,9 +401,9 @@ def load(path: str | os.PathLike[str], *, like: Any = None, limits: Limits = _LI
     with _of_file(path):
         description, parts = _examine(read_file(path), limits)
         own = {}
-        for entry, *rest in parts:
-            with _named(_name(entry["path"])):
-                own[tuple(entry["path"])] = _decode(entry, *rest)
+        for part in parts:
+            with _named(_name(part.entry["path"])):
+                own[tuple(part.entry["path"])] = _decode(part)
         for product in _products(description):
             codes, words = (own.pop((*product, name)) for name in _PRODUCT_PARTS)
             own[product] = ProductArray(codes=codes, words=words)
@@ -413,29 +433,27 @@ def _of_file(path: str | os.PathLike[str]) -> Iterator[None]:
         raise ValueError(f"{_printable(str(path))}: {error}") from None
 
 
-def _decode(
-    entry: Mapping[str, Any],
-    checksum: int,
-    values: np.ndarray,
-    words: np.ndarray | None = None,
-    tables: np.ndarray | None = None,
-) -> Any:
+def _decode(part: _Part) -> Any:
+    entry, values, scale = part.entry, part.values, part.scale
     own = zlib.crc32(values.tobytes())
-    if words is None or tables is None:
-        if own != checksum:
+    if part.words is None or part.tables is None:
+        if own != part.checksum:
             raise _InvalidError("expected another checksum, the values are damaged")
         return _as_jax(values)
-    k = values.shape[-1]
-    codes = _decompress(words, tables.reshape(-1, k), math.prod(_leaf_shape(entry)))
-    if zlib.crc32(codes.tobytes(), own) != checksum:
+    codes = _decompress(part.words, part.tables, math.prod(_leaf_shape(entry)))
+    own = own if scale is None else zlib.crc32(scale.tobytes(), own)
+    if zlib.crc32(codes.tobytes(), own) != part.checksum:
         raise _InvalidError("expected another checksum, the codes or the codebook are damaged")
     stacked, rows, columns = (tuple(entry[name]) for name in ("stacked", "rows", "columns"))
     matrix = codes.reshape(*stacked, math.prod(rows), math.prod(columns))
     return PackedArray(
-        codes=jax.device_put(pack_codes(matrix, k)),  # `jnp.asarray` compiles for each shape
+        # `jnp.asarray` compiles for each shape
+        codes=jax.device_put(pack_codes(matrix, values.shape[-1])),
         codebook=_as_jax(values),
+        scale=None if scale is None else _as_jax(scale),
         rows=rows,
         columns=columns,
+        dtype=_weights_dtype(entry),
     )
 
 
@@ -505,12 +523,11 @@ def _arrange(own: Mapping[_Path, Any], like: Any) -> Any:
 # Checks, of files to read and of files to write --------------------------------------------------
 
 
-def _examine(data: bytes, limits: Limits) -> tuple[dict[str, Any], list[Any]]:
+def _examine(data: bytes, limits: Limits) -> tuple[dict[str, Any], list[_Part]]:
     """Check all of a file that can be checked without decoding.
 
     Returns:
-      What the header says, and for each leaf its entry of the manifest, its checksum, and its parts
-      of the tensors: values and, of a packed leaf, code words and frequencies.
+      What the header says, and the leaves.
     """
     description, tensors = _open(data)
     entries = _read_manifest(tensors["manifest"], len(data))
@@ -519,7 +536,7 @@ def _examine(data: bytes, limits: Limits) -> tuple[dict[str, Any], list[Any]]:
     _check_description(description, limits)
     _check_entries(entries, tensors, limits, len(data))
     parts = list(_parts(entries, tensors))
-    _check_products(_products(description), {tuple(part[0]["path"]): part for part in parts})
+    _check_products(_products(description), {tuple(part.entry["path"]): part for part in parts})
     if len(tensors["checksums"]) > len(entries):  # the first files had none of the header
         _check_header(data[: 8 + _header_size(data)], tensors)
     return description, parts
@@ -542,8 +559,8 @@ def _open(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise _InvalidError("expected a file of jaxquant.save, got other safetensors")
     description = _json(described[_FORMAT], dict)
     version = description.get("version")
-    if type(version) is not int or version != _VERSION:
-        raise _InvalidError(f"expected format version {_VERSION}, got {reprlib.repr(version)}")
+    if type(version) is not int or version not in _READ_VERSIONS:
+        raise _InvalidError(f"expected format version 1 or 2, got {reprlib.repr(version)}")
     known = _TENSORS | {f"values.{name}": code for name, code in _DTYPES.items()}
     tensors = {}
     for name, tensor in raw:
@@ -659,10 +676,10 @@ def _check_entries(
                     f"expected at most {most} weights in a file of this size (see `limits`), "
                     f"got {claimed}"
                 )
-            for name, length in _lengths(entry).items():
+            for name, shape in _arrays(entry).values():
                 if name not in lengths:
                     raise _InvalidError(f"expected a tensor {name}, got none")
-                lengths[name] += length
+                lengths[name] += math.prod(shape)
     for name, length in lengths.items():
         if length != tensors[name].size:
             raise _InvalidError(f"{name}: expected {length} entries, got {tensors[name].size}")
@@ -680,21 +697,28 @@ def _check_entry(entry: Any, limits: Limits) -> None:
     packed = _is_packed(entry)
     sizes = ["shape"] + (["rows", "columns", "stacked"] if packed else [])
     counts = ["models", "words"] if packed else []
-    if entry.keys() != {"path", "dtype", *sizes, *counts}:
+    optional = {"weights", "scale"} if packed else set()
+    if entry.keys() - optional != {"path", "dtype", *sizes, *counts}:
         raise _InvalidError(f"expected other fields than {reprlib.repr(list(entry))}")
     _check_path(entry["path"], limits)
-    dtype = entry["dtype"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise _InvalidError(f"expected a dtype of safetensors, got {reprlib.repr(dtype)}")
+    _check_dtype(entry["dtype"], _DTYPES, "a dtype of safetensors")
     for name in sizes:
-        size = entry[name]
-        if not isinstance(size, list) or len(size) > _MOST_AXES or not all(map(_is_count, size)):
-            raise _InvalidError(f"expected {name} to be sizes, got {reprlib.repr(size)}")
+        _check_sizes(entry[name], name)
     for name in counts:
         if not _is_count(entry[name]):
             raise _InvalidError(f"expected {name} to be a count, got {reprlib.repr(entry[name])}")
     if packed:
         _check_packed(entry)
+
+
+def _check_dtype(dtype: Any, known: Collection[str], wanted: str) -> None:
+    if not isinstance(dtype, str) or dtype not in known:
+        raise _InvalidError(f"expected {wanted}, got {reprlib.repr(dtype)}")
+
+
+def _check_sizes(size: Any, name: str) -> None:
+    if not isinstance(size, list) or len(size) > _MOST_AXES or not all(map(_is_count, size)):
+        raise _InvalidError(f"expected {name} to be sizes, got {reprlib.repr(size)}")
 
 
 def _is_packed(entry: Mapping[str, Any]) -> bool:
@@ -728,16 +752,14 @@ def _is_count(value: Any) -> bool:
 
 def _check_packed(entry: Mapping[str, Any]) -> None:
     shape, codebook = _leaf_shape(entry), tuple(entry["shape"])
-    if entry["dtype"] not in _FLOATING:
-        raise _InvalidError(f"expected a codebook of floating point, got {entry['dtype']}")
+    codebooks = _FLOATING | ({"int8"} if "scale" in entry else set())
+    _check_dtype(entry["dtype"], codebooks, "a codebook of floating point, or int8 with a scale")
+    _check_dtype(_weights_dtype(entry), _FLOATING, "weights of floating point")
     if not codebook or not 1 <= codebook[-1] <= MOST_CENTROIDS:
         raise _InvalidError(f"expected a codebook of 1 to 256 centroids, got shape {codebook}")
-    slices = [i for i, size in enumerate(codebook[:-1]) if size != 1]
-    fits = len(codebook) == 1 or (
-        len(codebook) == len(shape) + 1
-        and len(slices) <= 1
-        and all(codebook[i] == shape[i] for i in slices)
-    )
+    if "scale" in entry:
+        _check_scale(entry["scale"], shape, codebook)
+    fits = len(codebook) == 1 or _is_in_blocks(codebook[:-1], shape)
     if not fits or len(entry["columns"]) > 1 or len(entry["stacked"]) > 1:
         raise _InvalidError(
             f"expected a codebook for weights of shape {shape}, got shape {codebook}"
@@ -746,32 +768,60 @@ def _check_packed(entry: Mapping[str, Any]) -> None:
         raise _InvalidError(f"expected a model for all layers or for each, got {entry['models']}")
 
 
+def _check_scale(scale: Any, shape: tuple[int, ...], codebook: tuple[int, ...]) -> None:
+    if not isinstance(scale, dict) or scale.keys() != {"shape", "dtype"}:
+        raise _InvalidError(f"expected a scale of a shape and a dtype, got {reprlib.repr(scale)}")
+    _check_sizes(scale["shape"], "the scale's shape")
+    _check_dtype(scale["dtype"], _SCALES, "a scale of float32 or bfloat16")
+    *numbers, last = scale["shape"] or [0]
+    fits = last == 1 and _is_in_blocks(numbers, shape) and len(codebook) == len(numbers) + 1
+    if not fits or any(n not in (1, all_) for n, all_ in zip(codebook, numbers, strict=False)):
+        raise _InvalidError(
+            f"expected a scale for weights of shape {shape} and codebooks of shape {codebook}, "
+            f"got shape {tuple(scale['shape'])}"
+        )
+
+
+def _is_in_blocks(numbers: Sequence[int], shape: Sequence[int]) -> bool:
+    """Return whether so many blocks cut a weight's axes into equal parts."""
+    return len(numbers) == len(shape) and all(
+        number == size or (0 < number < size and size % number == 0) or number == 1
+        for number, size in zip(numbers, shape, strict=True)
+    )
+
+
+def _weights_dtype(entry: Mapping[str, Any]) -> Any:
+    return entry.get("weights", entry["dtype"])
+
+
 def _leaf_shape(entry: Mapping[str, Any]) -> tuple[int, ...]:
     names = ("stacked", "rows", "columns") if _is_packed(entry) else ("shape",)
     return tuple(size for name in names for size in entry[name])
 
 
-def _lengths(entry: Mapping[str, Any]) -> dict[str, int]:
-    """Return how much of each tensor is a leaf's."""
-    lengths = {f"values.{entry['dtype']}": math.prod(entry["shape"])}
+def _arrays(entry: Mapping[str, Any]) -> dict[str, tuple[str, list[int]]]:
+    """Return the name of the tensor that holds each part of a leaf, and the part's shape."""
+    arrays = {"values": (f"values.{entry['dtype']}", entry["shape"])}
+    if "scale" in entry:
+        arrays["scale"] = f"values.{entry['scale']['dtype']}", entry["scale"]["shape"]
     if _is_packed(entry):
-        lengths["codes"] = entry["words"]
-        lengths["frequencies"] = entry["models"] * entry["shape"][-1]
-    return lengths
+        arrays["words"] = "codes", [entry["words"]]
+        arrays["tables"] = "frequencies", [entry["models"], entry["shape"][-1]]
+    return arrays
 
 
-def _parts(entries: Sequence[Any], tensors: Mapping[str, np.ndarray]) -> Iterator[tuple[Any, ...]]:
-    """Yield each entry with its checksum and its parts of the tensors, which follow each other."""
+def _parts(entries: Sequence[Any], tensors: Mapping[str, np.ndarray]) -> Iterator[_Part]:
+    """Yield each leaf with its parts of the tensors, which follow each other."""
     ends = dict.fromkeys(tensors, 0)
     for entry, checksum in zip(entries, tensors["checksums"], strict=False):
-        parts = []
-        for name, length in _lengths(entry).items():
-            start, ends[name] = ends[name], ends[name] + length
-            parts.append(tensors[name][start : ends[name]])
-        yield entry, int(checksum), parts[0].reshape(entry["shape"]), *parts[1:]
+        parts: dict[str, Any] = dict.fromkeys(("scale", "words", "tables"))
+        for part, (name, shape) in _arrays(entry).items():
+            start, ends[name] = ends[name], ends[name] + math.prod(shape)
+            parts[part] = tensors[name][start : ends[name]].reshape(shape)
+        yield _Part(entry, int(checksum), **parts)
 
 
-def _check_products(products: Sequence[_Path], parts: Mapping[_Path, Any]) -> None:
+def _check_products(products: Sequence[_Path], parts: Mapping[_Path, _Part]) -> None:
     """Refuse products that are not of two leaves of their own, or share a path with others."""
     others = dict(parts)
     for path in products:
@@ -780,15 +830,16 @@ def _check_products(products: Sequence[_Path], parts: Mapping[_Path, Any]) -> No
     _check_paths([*products, *others])
 
 
-def _check_product(codes: Any, words: Any) -> None:
-    if codes is None or words is None or not _is_packed(codes[0]) or _is_packed(words[0]):
+def _check_product(codes: _Part | None, words: _Part | None) -> None:
+    if codes is None or words is None or codes.words is None or words.words is not None:
         raise _InvalidError("expected packed codes and words")
-    shape, size, numbers = _leaf_shape(codes[0]), words[0]["shape"], codes[2]
+    shape, size, numbers = _leaf_shape(codes.entry), words.values.shape, codes.values
     if len(size) != 3 or len(shape) < 2 or shape[-2] != size[0]:
         raise _InvalidError(
-            f"expected codes [..., M, features] and words [M, K, D], got {shape}, {tuple(size)}"
+            f"expected codes [..., M, features] and words [M, K, D], got {shape}, {size}"
         )
-    if numbers.shape != (size[1],) or (numbers.astype(np.float64) != np.arange(size[1])).any():
+    plain = codes.scale is None and numbers.shape == (size[1],)
+    if not plain or (numbers.astype(np.float64) != np.arange(size[1])).any():
         raise _InvalidError(f"expected the numbers of {size[1]} words as the codebook of the codes")
-    if words[0]["dtype"] not in _FLOATING:
-        raise _InvalidError(f"expected words of floating point, got {words[0]['dtype']}")
+    if words.entry["dtype"] not in _FLOATING:
+        raise _InvalidError(f"expected words of floating point, got {words.entry['dtype']}")

@@ -250,7 +250,7 @@ def _supports(name: str, vectors: int, x: jax.Array, packed: PackedArray | Produ
 def _describe(packed: PackedArray | ProductArray) -> str:
     if isinstance(packed, ProductArray):
         return f"words of shape {packed.words.shape} and {packed.dtype}"
-    return f"k={packed.k}, codebooks of shape {packed.codebook.shape} and {packed.dtype}"
+    return f"k={packed.k}, codebooks of shape {packed.codebook.shape} for {packed.dtype}"
 
 
 def _check_implementation(implementation: str | None) -> None:

@@ -7,7 +7,6 @@ the blocks of all loops share their memory.
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -29,9 +28,7 @@ def supports(x: jax.Array, packed: PackedArray | ProductArray) -> bool:
 def matmul(x: jax.Array, packed: PackedArray | ProductArray) -> jax.Array:
     """Return [vectors, columns] from x [vectors, prod(rows)], in float32 or wider."""
     (columns,) = packed.columns
-    # Two blocks at least: a loop of one would not be left a loop.
-    count = min(columns, max(2, -(-math.prod(packed.rows) * columns // _WEIGHTS)))
-    width = -(-columns // max(count, 1))
+    width = _width(math.prod(packed.rows), columns, _block_columns(packed))
     last = columns - width  # where the last block starts, over columns that were there before
 
     def block(number: jax.Array | int) -> PackedArray | ProductArray:
@@ -47,16 +44,46 @@ def matmul(x: jax.Array, packed: PackedArray | ProductArray) -> jax.Array:
     return loops.fori_loop(0, -(-columns // max(width, 1)), add, (y, block(0)))[0]
 
 
+def _width(rows: int, columns: int, own: int) -> int:
+    """Return how many columns are unpacked at a time, where `own` columns make a block of a weight.
+
+    Blocks of a weight are taken whole, or in pieces of a size that divides theirs.
+    """
+    # Two at least: a loop of one would not be left a loop.
+    count = min(columns, max(2, -(-rows * columns // _WEIGHTS)))
+    width = -(-columns // max(count, 1))
+    if own == columns:
+        return width
+    if own <= width:
+        return -(-width // own) * own
+    parts = (part for part in range(1, own + 1) if own % part == 0)
+    return min(parts, key=lambda part: abs(math.log(part / width)))
+
+
+def _block_columns(packed: PackedArray | ProductArray) -> int:
+    """Return how many columns make a block of the weight; of one block along them, all."""
+    (columns,) = packed.columns
+    number = packed.numbers[-1] if isinstance(packed, PackedArray) else 1
+    return columns // number
+
+
 def cut(
     packed: PackedArray | ProductArray, start: jax.Array, width: int
 ) -> PackedArray | ProductArray:
-    """Return some columns of a weight, from the first on."""
+    """Return some columns of a weight, from the first on: whole blocks, or columns of one."""
     if isinstance(packed, ProductArray):
         return dataclasses.replace(packed, codes=cut(packed.codes, start, width))
-    take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=width)
-    codebook = packed.codebook
-    if codebook.ndim > 1 and (codebook.shape[-2],) == packed.columns:  # one for each column
-        codebook = take(codebook, axis=codebook.ndim - 2)
+    own = _block_columns(packed)
+
+    def of_blocks(table: jax.Array | None) -> jax.Array | None:
+        if table is None or table.ndim == 1 or table.shape[-2] == 1:
+            return table
+        return jax.lax.dynamic_slice_in_dim(table, start // own, max(1, width // own), axis=-2)
+
     return dataclasses.replace(
-        packed, codes=take(packed.codes, axis=1), codebook=codebook, columns=(width,)
+        packed,
+        codes=jax.lax.dynamic_slice_in_dim(packed.codes, start, width, axis=1),
+        codebook=of_blocks(packed.codebook),
+        scale=of_blocks(packed.scale),
+        columns=(width,),
     )

@@ -12,6 +12,7 @@ the loops of all layers share theirs.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,12 @@ _READS = 16  # of tables in a step, for each column: fewer take more steps, more
 
 
 def supports(x: jax.Array, packed: PackedArray) -> bool:
-    """Return whether there are tables: of one codebook."""
+    """Return whether there are tables: of one codebook; columns may have scales, if not rounded."""
     del x
-    return packed.k > 1 and packed.codebook.size == packed.k
+    if packed.k == 1 or packed.codebook.size > packed.k:
+        return False
+    wide = packed.dtype in (jnp.float32, jnp.float64)
+    return math.prod(packed.numbers if not wide else packed.numbers[:-1]) == 1
 
 
 def matmul(x: jax.Array, packed: PackedArray) -> jax.Array:
@@ -45,9 +49,14 @@ def matmul(x: jax.Array, packed: PackedArray) -> jax.Array:
     sums, for each row of symbols).
     """
     dtype = accumulator(x, packed)
-    centroids = packed.codebook.reshape(-1).astype(dtype)
+    is_one = math.prod(packed.numbers) == 1
+    centroids = (packed.centroids if is_one else packed.codebook).reshape(-1).astype(dtype)
     product = functools.partial(_vector, packed=packed, centroids=centroids)
-    return jax.lax.map(product, x.astype(dtype))
+    y = jax.lax.map(product, x.astype(dtype))
+    if is_one or packed.scale is None:
+        return y
+    together = y.shape[-1] // packed.numbers[-1]
+    return y * jnp.repeat(packed.scale.reshape(-1).astype(dtype), together)[None]
 
 
 def reads(k: int) -> int:

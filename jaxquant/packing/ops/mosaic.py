@@ -6,6 +6,7 @@ outside of the block at hand. On CPU the kernel is interpreted: exact and slow.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ _MOST_SELECTS = 17  # above, a gather; below about here it has no lead
 
 def supports(x: jax.Array, packed: PackedArray) -> bool:
     """Return whether the kernel does this product: float32, few centroids or common ones."""
-    few = packed.k <= _MOST_SELECTS or packed.codebook.size == packed.k
+    few = packed.k <= _MOST_SELECTS or math.prod(packed.numbers) == 1
     return few and planes.has_codebooks(packed) and accumulator(x, packed) == jnp.float32
 
 

@@ -28,15 +28,15 @@ def count(k: int) -> int:
 
 
 def has_codebooks(packed: PackedArray) -> bool:
-    """Return whether there are `centroids`: one codebook in all, or one for each column."""
-    *slices, k = packed.codebook.shape
-    count = math.prod(slices)
-    return k > 1 and (count == 1 or (count, *slices[-1:]) == packed.columns * 2)
+    """Return whether there are `centroids`: no column in more than one block."""
+    return packed.k > 1 and math.prod(packed.numbers[:-1]) == 1
 
 
 def centroids(packed: PackedArray) -> jax.Array:
     """Return the codebooks as [k, columns], or as [k, 1] if there is one."""
-    return packed.codebook.reshape(-1, packed.k).T
+    table = packed.centroids.reshape(-1, packed.k)
+    together = math.prod(packed.columns) // len(table)
+    return (table if len(table) == 1 else jnp.repeat(table, together, axis=0)).T
 
 
 def operand_dtype(x: jax.Array, packed: PackedArray) -> Any:
