@@ -8,7 +8,7 @@ from jaxquant.clustering.histogram import Histogram, headroom, to_value
 from jaxquant.meshes import compiled
 
 MOST_CENTROIDS = 256  # of a codebook whose codes are packed: a code fits a byte
-_COMPARES = 32  # a longer reduction XLA splits in two on CPU, and writes the compares to memory
+MOST_COMPARES = 32  # a longer reduction XLA splits in two on CPU, and writes the compares to memory
 
 
 def num_centroids(bits: int) -> int:
@@ -58,10 +58,10 @@ def _assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
     dtype = jnp.float64 if jnp.float64 in (x.dtype, centroids.dtype) else jnp.float32
     order = jnp.argsort(centroids)  # stable: of equal centroids the lower index comes first
     ascending = centroids[order].astype(dtype)
-    last = _last_below_middles(ascending)
+    last = last_below_middles(ascending)
     first = jnp.searchsorted(ascending, ascending)  # of a run of equal centroids
     table = order[first].astype(jnp.uint8 if centroids.size <= MOST_CENTROIDS else jnp.int32)
-    if last.size <= _COMPARES:
+    if last.size <= MOST_COMPARES:
         above = x[None].astype(dtype) > jnp.expand_dims(last, range(1, x.ndim + 1))
         rank = jnp.sum(above, axis=0, dtype=jnp.uint8)
     else:
@@ -69,7 +69,7 @@ def _assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
     return table.at[rank].get(mode="promise_in_bounds")
 
 
-def _last_below_middles(ascending: jax.Array) -> jax.Array:
+def last_below_middles(ascending: jax.Array) -> jax.Array:
     """Return the last float that is not above the middle of each two neighbours, [k - 1].
 
     A middle of neighbouring floats is none itself: rounded up, it would be the upper one, and that
