@@ -191,10 +191,12 @@ def _by_rows(
         def row(j: jax.Array, carry: tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]):
             part, changes, found = carry
             change, *new = step(part[j], *(x[j] for x in own_rows))
-            moved = inside[j][:, None] * change[None]
+            # Written and read again, or XLA on CPU fuses the whole step into each row of `moved`.
+            changes = changes.at[j].set(change)
+            moved = inside[j][:, None] * changes[j][None]
             part = part - jnp.where(mask, moved, 0.0)
             found = tuple(x.at[j].set(y) for x, y in zip(found, new, strict=True))
-            return part, changes.at[j].set(change), found
+            return part, changes, found
 
         zeros = jnp.zeros((_BLOCK, outputs), jnp.float32)
         _, changes, found = loops.fori_loop(

@@ -22,6 +22,7 @@ class QuantState(NamedTuple):
     frozen: Any  # bool, like the leaf: True = quantized = frozen
     frozen_centroids: Any  # bool, like the codebook: clusters that weights are frozen in
     round: jax.Array  # int32 scalar, the row of the schedule that comes next
+    scales: Any = None  # [*numbers, 1] of leaves with scaled blocks, else a scalar zero; or no tree
 
 
 def check_state(state: Any) -> None:
