@@ -22,9 +22,9 @@ from jaxquant.rounds.selection import Layer, by_slice
 from jaxquant.rounds.sharing import (
     LEAF_SHAPED,
     Shared,
+    compensated,
     free_loss,
     share_clusters,
-    share_compensated,
     share_weights,
 )
 from jaxquant.rounds.state import QuantState, centroids_of, check_state
@@ -255,11 +255,7 @@ def _share(
     tables += [new_centroids, chosen, active]
     options: dict[str, Any] = {}
     function = share_clusters
-    if moments is not None:
-        function = share_compensated
-        own = moments.astype(jnp.float32).reshape(*layer.all_numbers, *moments.shape[-2:])
-        tables += [_immovable(plan.clustering, work, new_centroids), own]
-    elif plan.shares_of == "weights":
+    if plan.shares_of == "weights":
         function = share_weights
         options = {"partition": plan.partition, "fixed": plan.clustering.iterations == 0}
         noise = None
@@ -268,10 +264,30 @@ def _share(
         arrays += [work.sensitivity, noise]
     of_blocks = [_of_blocks(layer, table) for table in tables]
     shared = per_block(function, arrays, of_blocks, leaf_shaped=LEAF_SHAPED, **options)
+    if moments is not None:
+        *_, new_centroids, chosen, active = of_blocks
+        fixed = _of_blocks(layer, _immovable(plan.clustering, work, new_centroids))
+        whole = active & jnp.all(chosen, axis=-1)
+        of_layer = work.weights, work.frozen, shared.weights, new_centroids, fixed, whole
+        weights, centroids = _compensated(layer, of_layer, moments.astype(jnp.float32))
+        centroids = jnp.where(whole[..., None], centroids, shared.centroids)
+        shared = shared._replace(weights=weights, centroids=centroids)
     return shared._replace(
         frozen_centroids=_of_codebooks(layer, jnp.any, shared.frozen_centroids),
         frozen_share=_of_codebooks(layer, jnp.mean, shared.frozen_share),
     )
+
+
+def _compensated(
+    layer: Layer, of_layer: tuple[jax.Array, ...], moments: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Compensate for a layer, or for each of those that are stacked."""
+
+    def one(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        *others, whole, moments = arrays
+        return compensated(*others, jnp.all(whole), moments)
+
+    return (jax.vmap(one) if layer.stacks else one)(*of_layer, moments)
 
 
 def _of_blocks(layer: Layer, table: jax.Array) -> jax.Array:
@@ -463,12 +479,9 @@ def _check_moments(plan: Plan, moments: dict[str, jax.Array]) -> None:
         layer = layers.get(path)
         if layer is None:
             raise ValueError(f"moments: expected paths of selected leaves, got {path}")
-        if layer.numbers is not None and (not layer.is_stack or layer.codebooks != layer.slices):
-            raise ValueError(
-                f"moments: {path}: expected a codebook for the whole layer, or for each slice of "
-                f"layers stacked along axis 0, got blocks of {layer.block}"
-            )
-        lead = layer.shape[:1] if layer.numbers else ()
+        lead = layer.shape[:1] if layer.stacks else ()
+        if len(layer.shape) < 2 + len(lead):
+            raise ValueError(f"moments: {path}: expected inputs and outputs, got {layer.shape}")
         inputs = math.prod(layer.shape[len(lead) : -1])
         check_shape(f"moments: {path}", own, (*lead, inputs, inputs))
     checks.values({f"moments: {path}": own for path, own in moments.items()})

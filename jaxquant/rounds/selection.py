@@ -153,6 +153,11 @@ class Layer:
         return self.numbers is not None and self.numbers[0] == self.shape[0]
 
     @property
+    def stacks(self) -> bool:
+        """Whether axis 0 stacks layers that have axes of inputs and outputs of their own."""
+        return self.is_stack and len(self.shape) > 2
+
+    @property
     def codebook_numbers(self) -> tuple[int, ...]:
         """Numbers of codebooks along each axis."""
         return self._shared_numbers if self.scaled else self.all_numbers
@@ -179,7 +184,7 @@ class Layer:
     @property
     def _shared_numbers(self) -> tuple[int, ...]:
         """Numbers of what shares a codebook, or a scale: one for each layer that is stacked."""
-        stacked = self.shape[0] if self.is_stack and len(self.shape) > 2 else 1
+        stacked = self.shape[0] if self.stacks else 1
         return (stacked,) + (1,) * (len(self.shape) - 1)
 
     @property

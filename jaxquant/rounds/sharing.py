@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import loops
+from jaxquant.clustering.blocks import per_block
 from jaxquant.clustering.clusters import measure, weight_scale
 from jaxquant.clustering.codebooks import assign, reconstruct
 from jaxquant.clustering.passes import fold, rewrite
@@ -119,42 +120,33 @@ def free_loss(
     return jnp.sum(measure(weights, centroids, importance).losses) * weight_scale(importance)
 
 
-def share_compensated(
+def compensated(
     weights: jax.Array,
     frozen: jax.Array,
+    near: jax.Array,
     centroids: jax.Array,
-    frozen_centroids: jax.Array,
-    new_centroids: jax.Array,
-    chosen: jax.Array,
-    active: jax.Array,
     fixed: jax.Array,
+    whole: jax.Array,
     moments: jax.Array,
-) -> Shared:
-    """As `share_clusters`; a layer that is whole after it, so that its answers change least."""
-    tables = centroids, frozen_centroids, new_centroids, chosen, active
-    near, start, shape = (
-        share_clusters(weights, frozen, *tables),
-        new_centroids,
-        (-1, weights.shape[-1]),
-    )
+) -> tuple[jax.Array, jax.Array]:
+    """Return the weights and the centroids of a layer that is to answer as well as it can.
+
+    Args:
+      weights: [..., N] the layer as it was before the round.
+      frozen: bool, like the weights, as it was.
+      near: like the weights, all that freezes on its nearest centroid.
+      centroids: [*numbers, k] of the layer's blocks.
+      fixed: bool, like the centroids, those that keep their value.
+      whole: bool scalar, whether nothing of the layer is free after the round; else it is `near`.
+      moments: [D, D] float32.
+    """
 
     def close() -> tuple[jax.Array, jax.Array]:
-        found = compensate(
-            weights.reshape(shape).astype(jnp.float32),
-            frozen.reshape(shape),
-            start.astype(jnp.float32),
-            ~fixed,
-            moments,
-        )
-        centroids = jnp.where(fixed, start, found.centroids.astype(start.dtype))
-        shared = reconstruct(found.codes, centroids).reshape(weights.shape)
-        return jnp.where(frozen, weights, shared), centroids
+        found = compensate(weights, frozen, centroids, ~fixed, moments)
+        shared = per_block(reconstruct, (found.codes,), (found.centroids,))
+        return jnp.where(frozen, weights, shared), found.centroids
 
-    def keep() -> tuple[jax.Array, jax.Array]:
-        return near.weights, near.centroids
-
-    weights, centroids = loops.cond(active & jnp.all(chosen), close, keep)
-    return near._replace(weights=weights, centroids=centroids)
+    return loops.cond(whole, close, lambda: (near, centroids))
 
 
 def _with_equals(centroids: jax.Array, chosen: jax.Array) -> jax.Array:
