@@ -265,13 +265,7 @@ def _share(
     of_blocks = [_of_blocks(layer, table) for table in tables]
     shared = per_block(function, arrays, of_blocks, leaf_shaped=LEAF_SHAPED, **options)
     if moments is not None:
-        *_, new_centroids, chosen, active = of_blocks
-        fixed = _of_blocks(layer, _immovable(plan.clustering, work, new_centroids))
-        whole = active & jnp.all(chosen, axis=-1)
-        of_layer = work.weights, work.frozen, shared.weights, new_centroids, fixed, whole
-        weights, centroids = _compensated(layer, of_layer, moments.astype(jnp.float32))
-        centroids = jnp.where(whole[..., None], centroids, shared.centroids)
-        shared = shared._replace(weights=weights, centroids=centroids)
+        shared = _compensated(plan, work, shared, of_blocks[2:], moments.astype(jnp.float32))
     return shared._replace(
         frozen_centroids=_of_codebooks(layer, jnp.any, shared.frozen_centroids),
         frozen_share=_of_codebooks(layer, jnp.mean, shared.frozen_share),
@@ -279,15 +273,29 @@ def _share(
 
 
 def _compensated(
-    layer: Layer, of_layer: tuple[jax.Array, ...], moments: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Compensate for a layer, or for each of those that are stacked."""
+    plan: Plan, work: _Work, near: Shared, tables: list[jax.Array], moments: jax.Array
+) -> Shared:
+    """Compensate for a layer that is whole after a round, or for each of those that are stacked.
 
-    def one(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-        *others, whole, moments = arrays
-        return compensated(*others, jnp.all(whole), moments)
-
-    return (jax.vmap(one) if layer.stacks else one)(*of_layer, moments)
+    Args:
+      plan: of the round.
+      work: the leaf.
+      near: the leaf with all that freezes on its nearest centroid.
+      tables: of its blocks: new centroids, clusters that are frozen then, whether it is active.
+      moments: of the layer's inputs.
+    """
+    layer = work.layer
+    new_centroids, chosen, active = tables
+    if work.scale is None:
+        new_centroids = new_centroids.astype(work.codebook.dtype)  # and back, without a loss
+    fixed = _of_blocks(layer, _immovable(plan.clustering, work, new_centroids))
+    whole = active & jnp.all(chosen, axis=-1)
+    together = jnp.all(whole, axis=tuple(range(int(layer.stacks), whole.ndim)))
+    compensate = jax.vmap(compensated) if layer.stacks else compensated
+    arrays = work.weights, work.frozen, near.weights, new_centroids, fixed, together, moments
+    weights, centroids = compensate(*arrays)
+    centroids = jnp.where(whole[..., None], centroids.astype(near.centroids.dtype), near.centroids)
+    return near._replace(weights=weights, centroids=centroids)
 
 
 def _of_blocks(layer: Layer, table: jax.Array) -> jax.Array:

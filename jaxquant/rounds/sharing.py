@@ -135,7 +135,7 @@ def compensated(
       weights: [..., N] the layer as it was before the round.
       frozen: bool, like the weights, as it was.
       near: like the weights, all that freezes on its nearest centroid.
-      centroids: [*numbers, k] of the layer's blocks.
+      centroids: [*numbers, k] of the layer's blocks; those that move are rounded to their dtype.
       fixed: bool, like the centroids, those that keep their value.
       whole: bool scalar, whether nothing of the layer is free after the round; else it is `near`.
       moments: [D, D] float32.
@@ -143,7 +143,7 @@ def compensated(
 
     def close() -> tuple[jax.Array, jax.Array]:
         found = compensate(weights, frozen, centroids, ~fixed, moments)
-        shared = per_block(reconstruct, (found.codes,), (found.centroids,))
+        shared = per_block(reconstruct, (found.codes,), (found.centroids.astype(weights.dtype),))
         return jnp.where(frozen, weights, shared), found.centroids
 
     return loops.cond(whole, close, lambda: (near, centroids))
