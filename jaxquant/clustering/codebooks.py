@@ -58,7 +58,7 @@ def _assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
     dtype = jnp.float64 if jnp.float64 in (x.dtype, centroids.dtype) else jnp.float32
     order = jnp.argsort(centroids)  # stable: of equal centroids the lower index comes first
     ascending = centroids[order].astype(dtype)
-    # It ascends already. But what XLA can fuse it computes anew for each weight, and this it cannot.
+    # It ascends already; but what XLA fuses it computes anew for each weight, and this it does not.
     last = jax.lax.cummax(last_below_middles(ascending))
     first = jnp.searchsorted(ascending, ascending)  # of a run of equal centroids
     table = order[first].astype(jnp.uint8 if centroids.size <= MOST_CENTROIDS else jnp.int32)
