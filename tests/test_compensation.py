@@ -305,20 +305,46 @@ def test_centroids_end_at_the_least_squares_of_their_codes(numbers):
     assert max(ratios) < (1.001 if numbers[0] == 1 else 1.1)
 
 
-def test_moved_centroids_are_rounded_to_their_dtype():
+def test_moved_centroids_are_rounded_to_their_dtype_and_gain_all_the_same():
+    for seed in range(10):
+        weights, moments = make_layer(20, 6, seed)
+        tables, movable = make_codebooks((4, 3), seed)
+        narrow = jnp.asarray(tables, jnp.float8_e4m3fn)
+        found = quick(weights, np.zeros(weights.shape, bool), narrow, movable, moments)
+        assert found.centroids.dtype == narrow.dtype
+        wide, start = (np.asarray(x.astype(jnp.float32)) for x in (found.centroids, narrow))
+        assert np.any(wide != start)
+        own = for_each((4, 3), wide, weights.shape)
+        np.testing.assert_array_equal(found.weights, nearest_of(np.asarray(found.weights), own))
+        near = nearest_of(weights, for_each((4, 3), start, weights.shape))
+        limit = by_block(errors(near, weights, moments), (4, 3)) * (1 + 1e-3)
+        assert np.all(by_block(errors(found.weights, weights, moments), (4, 3)) <= limit)
+
+
+def test_least_squares_that_lose_by_rounding_are_not_taken():
     weights, moments = make_layer(20, 6)
     tables, movable = make_codebooks((4, 3))
-    narrow = jnp.asarray(tables, jnp.float8_e4m3fn)
-    frozen = np.zeros(weights.shape, bool)
-    found = quick(weights, frozen, narrow, movable, moments)
-    assert found.centroids.dtype == narrow.dtype
-    wide = np.asarray(found.centroids.astype(jnp.float32))
-    assert np.any(wide != np.asarray(narrow.astype(jnp.float32)))
-    own = for_each((4, 3), wide, weights.shape)
-    np.testing.assert_array_equal(found.weights, nearest_of(np.asarray(found.weights), own))
-    near = nearest_of(weights, for_each((4, 3), narrow.astype(np.float32), weights.shape))
-    limit = by_block(errors(near, weights, moments), (4, 3))
-    assert np.all(by_block(errors(found.weights, weights, moments), (4, 3)) <= limit * (1 + 1e-3))
+    layer = compensation._Layer(
+        jnp.asarray(weights),
+        jnp.zeros(weights.shape, bool),
+        jnp.asarray(moments),
+        jnp.zeros(moments.shape),
+        jnp.arange(20, dtype=jnp.int32) // 5,
+        jnp.asarray(movable),
+    )
+    near = nearest_of(weights, for_each((4, 3), tables, weights.shape))
+    start = compensation._Found(jnp.asarray(near), jnp.asarray(tables))
+    solved = compensation._least_squares(layer, start, jnp.float32)
+    before, best, after = (
+        by_block(errors(found.weights, weights, moments), (4, 3))
+        for found in (
+            start,
+            solved,
+            compensation._least_squares(layer, solved, jnp.float8_e5m2),
+        )
+    )
+    assert np.all(best < 0.99 * before)
+    assert np.all(after <= best)
 
 
 def test_codebooks_of_many_centroids_are_searched_alike(monkeypatch):
