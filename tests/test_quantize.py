@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
 from benchmarks.common import collective_sizes
+from jaxquant.clustering.codebooks import bounds
 from jaxquant.clustering.kmeans import kmeans
-from jaxquant.rounds.sharing import share_clusters
+from jaxquant.rounds.sharing import Codebook, share_clusters, with_equals
 
 one_round = jax.jit(jq.quantize_round, static_argnums=0)
 RELEASED = {"init": "power_of_two", "iterations": 10, "zero": True, "partition": "index"}
@@ -519,10 +520,13 @@ def test_sharded_parameters_give_the_same_result():
 def test_members_of_equal_centroids_freeze_together():
     weights = jnp.array([0.9, 1.0, 1.2, 3.0])
     centroids, chosen = jnp.array([1.0, 1.0, 3.0]), jnp.array([False, True, False])
-    nothing = jnp.zeros(4, bool), centroids, jnp.zeros(3, bool)
-    shared = share_clusters(weights, *nothing, centroids, chosen, jnp.bool_(True))
-    assert shared.weights.tolist() == [1.0, 1.0, 1.0, 3.0]
-    assert shared.frozen.tolist() == [True, True, True, False]
+    assert with_equals(centroids, chosen).tolist() == [True, True, False]
+    last, codes = bounds(centroids)
+    codebook, moving = Codebook(last, centroids[codes]), with_equals(centroids, chosen)[codes]
+    free, active = jnp.zeros(4, bool), jnp.bool_(True)
+    weights, frozen, count = share_clusters(weights, free, codebook, moving, active)
+    assert weights.tolist() == [1.0, 1.0, 1.0, 3.0]
+    assert frozen.tolist() == [True, True, True, False] and count == 3
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])

@@ -87,9 +87,10 @@ def _per_block(
 ) -> Any:
     call = functools.partial(function, **dict(options))
     shape = arrays[0].shape
-    if tables[0].ndim == 1:
+    first = jax.tree.leaves(tables)[0]
+    if first.ndim == 1:
         return call(*arrays, *tables)
-    numbers = numbers_of(tables[0].shape, shape)
+    numbers = numbers_of(first.shape, shape)
     cut = [axis for axis, number in enumerate(numbers) if number > 1]
     sizes = [[n, size // n] if n > 1 else [size] for n, size in zip(numbers, shape, strict=True)]
     view = tuple(itertools.chain(*sizes))

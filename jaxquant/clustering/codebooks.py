@@ -56,20 +56,43 @@ def assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
 
 def _assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
     dtype = jnp.float64 if jnp.float64 in (x.dtype, centroids.dtype) else jnp.float32
+    return pick(x, *bounds(centroids.astype(dtype)))
+
+
+def bounds(centroids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return where the clusters of a codebook end, in ascending order, and their codes.
+
+    Args:
+      centroids: [k] float32 or float64.
+
+    Returns:
+      The last float [k - 1] of each cluster but the highest, and the code [k] of each: of equal
+      centroids the lowest. See `pick`.
+    """
     order = jnp.argsort(centroids)  # stable: of equal centroids the lower index comes first
-    ascending = centroids[order].astype(dtype)
+    ascending = centroids[order]
     # It ascends already. But what XLA can fuse it computes anew for each weight; this it cannot.
     last = jax.lax.cummax(last_below_middles(ascending))
     first = jnp.searchsorted(ascending, ascending)  # of a run of equal centroids
-    table = order[first].astype(jnp.uint8 if centroids.size <= MOST_CENTROIDS else jnp.int32)
-    x = x.astype(dtype)
+    return last, order[first].astype(jnp.uint8 if order.size <= MOST_CENTROIDS else jnp.int32)
+
+
+def pick(x: jax.Array, last: jax.Array, table: jax.Array) -> jax.Array:
+    """Return for each entry of x the table's entry of its cluster, elementwise.
+
+    Args:
+      x: [...] floating point.
+      last: [k - 1] ascending, from `bounds`.
+      table: [k], an entry for each cluster in ascending order.
+    """
+    x = x.astype(last.dtype)
     if last.size > MOST_COMPARES:
         rank = jnp.searchsorted(last, x, method="scan_unrolled")
         return table.at[rank].get(mode="promise_in_bounds")
-    codes = jnp.broadcast_to(table[0], x.shape)
+    picked = jnp.broadcast_to(table[0], x.shape)
     for number in range(last.size):
-        codes = jnp.where(x > last[number], table[number + 1], codes)
-    return codes
+        picked = jnp.where(x > last[number], table[number + 1], picked)
+    return picked
 
 
 def last_below_middles(ascending: jax.Array) -> jax.Array:

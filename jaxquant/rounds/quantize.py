@@ -13,19 +13,20 @@ import jax.numpy as jnp
 
 from jaxquant import checks, loops
 from jaxquant.clustering.blocks import per_block
-from jaxquant.clustering.kmeans import Clustering
+from jaxquant.clustering.codebooks import bounds
 from jaxquant.meshes import compiled
 from jaxquant.rounds.cluster import ClusteredLeaf, cluster_leaf
 from jaxquant.rounds.partition import choose, priority
 from jaxquant.rounds.schedules import Plan
 from jaxquant.rounds.selection import Layer, by_slice
 from jaxquant.rounds.sharing import (
-    LEAF_SHAPED,
-    Shared,
+    Codebook,
     compensated,
     free_loss,
     share_clusters,
     share_weights,
+    used_centroids,
+    with_equals,
 )
 from jaxquant.rounds.state import QuantState, centroids_of, check_state
 from jaxquant.trees import check_leaves, check_shape, pure, replaced
@@ -53,20 +54,34 @@ class _Leaf(NamedTuple):
     scale: jax.Array  # a scalar where there is none
 
 
-class _Work(NamedTuple):
-    """A selected leaf on its way through a round.
+class _Alike(NamedTuple):
+    """Selected leaves of one shape and setting on their way through a round.
 
-    Tables are those of its codebooks, `[*numbers, ...]`. Numbers are 1 for a single codebook, and
-    in place of blocks that share one.
+    Tables are those of their codebooks, `[leaves, *numbers, ...]`. Numbers are 1 for a single
+    codebook, and in place of blocks that share one.
     """
 
-    layer: Layer
-    weights: jax.Array
-    sensitivity: Any  # like the weights, or None
-    frozen: jax.Array
-    codebook: jax.Array  # [*numbers, k], as it is stored
+    layer: Layer  # the setting, of the first
+    members: list[int]  # their places among all selected leaves
+    weights: list[jax.Array]
+    sensitivities: list[Any]  # like the weights, or None
+    frozen: list[jax.Array]
+    codebook: jax.Array  # [leaves, *numbers, k], as it is stored
     frozen_centroids: jax.Array  # like the codebook
-    scale: Any  # [*numbers, 1], or None
+    scale: Any  # [leaves, *numbers, 1], or None
+    groups: jax.Array  # [leaves, *numbers] int32
+
+
+class _Shared(NamedTuple):
+    """Leaves that are alike after a round."""
+
+    weights: list[jax.Array]
+    frozen: list[jax.Array]
+    codebook: jax.Array
+    frozen_centroids: jax.Array
+    scale: Any
+    frozen_share: jax.Array  # [leaves, *numbers] float32, of the weights
+    free_loss: jax.Array  # [leaves, *numbers] float32, of the weights that are not frozen
 
 
 def init(plan: Plan, params: Any) -> QuantState:
@@ -208,106 +223,58 @@ def _round(
     *,
     plan: Plan,
 ) -> tuple[list[_Leaf], jax.Array, RoundInfo]:
-    work = _start(plan, leaves, sensitivities)
+    alike = _alike(plan, leaves, sensitivities)
     share, growing = _row(plan, round_)
     # 1. Cluster every block.
-    clustered = _cluster(plan, work)
+    clustered = [_cluster(plan, part) for part in alike]
     # 2. Partition: the only step that may look across layers. Weights need no look.
-    groups = [by_slice(w.layer, jnp.array(w.layer.groups)) for w in work]
     over = round_ >= plan.num_rounds  # what was passed over, or comes from another plan, ends here
     active = [
-        (growing[group] | (over & ~_whole(plan, w))) & c.clusters.finite
-        for w, group, c in zip(work, groups, clustered, strict=True)
+        (growing[part.groups] | (over & ~_whole(plan, part))) & found.clusters.finite
+        for part, found in zip(alike, clustered, strict=True)
     ]
-    chosen = shares = [share[group] for group in groups]
+    chosen = [share[part.groups] for part in alike]
     if plan.shares_of == "clusters":
-        chosen = _partition(plan, work, clustered, shares, active, key)
+        chosen = _partition(plan, alike, clustered, chosen, active, key)
     # 3. Share.
     shared = [
-        _share(plan, number, *one, moments=moments.get(one[0].layer.path), key=key)
-        for number, one in enumerate(zip(work, clustered, chosen, active, strict=True))
+        _share(plan, *one, moments=moments, key=key)
+        for one in zip(alike, clustered, chosen, active, strict=True)
     ]
-    info = _describe(plan, work, clustered, shared)
-    changed = [_finish(*one) for one in zip(work, clustered, shared, active, strict=True)]
-    return changed, jnp.minimum(round_ + 1, plan.num_rounds).astype(jnp.int32), info
+    changed: dict[int, _Leaf] = {}
+    for part, new in zip(alike, shared, strict=True):
+        changed |= dict(zip(part.members, _finish(part, new), strict=True))
+    info = _describe(plan, alike, clustered, shared)
+    next_round = jnp.minimum(round_ + 1, plan.num_rounds).astype(jnp.int32)
+    return [changed[i] for i in range(len(leaves))], next_round, info
 
 
-def _share(
-    plan: Plan,
-    number: int,
-    work: _Work,
-    clustered: ClusteredLeaf,
-    chosen: jax.Array,
-    active: jax.Array,
-    *,
-    moments: jax.Array | None,
-    key: jax.Array | None,
-) -> Shared:
-    """Freeze what a round freezes of leaf `number`; tables are those of its codebooks.
+def _alike(plan: Plan, leaves: list[_Leaf], sensitivities: list[jax.Array] | None) -> list[_Alike]:
+    """Put leaves of one shape and setting together: what is small is one array for all of them."""
+    layers = plan.selection.selected
+    weighed: Sequence[Any] = sensitivities or [None] * len(layers)
+    places: dict[Any, list[int]] = {}
+    for place, (layer, sensitivity) in enumerate(zip(layers, weighed, strict=True)):
+        kind = dataclasses.replace(layer, path="", groups=None, depth=0)
+        dtype = None if sensitivity is None else sensitivity.dtype
+        places.setdefault((kind, dtype), []).append(place)
 
-    `chosen` is what the partition gave: clusters [*numbers, k], or shares of the weights
-    [*numbers].
-    """
-    layer, dtype = work.layer, work.weights.dtype
-    new_centroids = centroids_of(clustered.clusters.centroids, clustered.scale, dtype)
-    arrays: list[Any] = [work.weights, work.frozen]
-    tables: list[Any] = [centroids_of(work.codebook, work.scale, dtype), work.frozen_centroids]
-    tables += [new_centroids, chosen, active]
-    options: dict[str, Any] = {}
-    function = share_clusters
-    if plan.shares_of == "weights":
-        function = share_weights
-        options = {"partition": plan.partition, "fixed": plan.clustering.iterations == 0}
-        noise = None
-        if plan.partition == "random" and key is not None:
-            noise = jax.random.bits(jax.random.fold_in(key, number), work.weights.shape, jnp.uint32)
-        arrays += [work.sensitivity, noise]
-    of_blocks = [_of_blocks(layer, table) for table in tables]
-    shared = per_block(function, arrays, of_blocks, leaf_shaped=LEAF_SHAPED, **options)
-    if moments is not None:
-        shared = _compensated(plan, work, shared, of_blocks[2:], moments.astype(jnp.float32))
-    return shared._replace(
-        frozen_centroids=_of_codebooks(layer, jnp.any, shared.frozen_centroids),
-        frozen_share=_of_codebooks(layer, jnp.mean, shared.frozen_share),
-    )
+    def together(members: list[int]) -> _Alike:
+        layer, own = layers[members[0]], [leaves[i] for i in members]
+        shape = (len(members), *layer.codebook_numbers, layer.k)
+        return _Alike(
+            layer,
+            members,
+            [leaf.weights for leaf in own],
+            [weighed[i] for i in members],
+            [leaf.frozen for leaf in own],
+            jnp.stack([leaf.codebook for leaf in own]).reshape(shape),
+            jnp.stack([leaf.frozen_centroids for leaf in own]).reshape(shape),
+            None if layer.scale_dtype is None else jnp.stack([leaf.scale for leaf in own]),
+            jnp.stack([by_slice(layers[i], jnp.array(layers[i].groups)) for i in members]),
+        )
 
-
-def _compensated(
-    plan: Plan, work: _Work, near: Shared, tables: list[jax.Array], moments: jax.Array
-) -> Shared:
-    """Compensate for a layer that is whole after a round, or for each of those that are stacked.
-
-    Args:
-      plan: of the round.
-      work: the leaf.
-      near: the leaf with all that freezes on its nearest centroid.
-      tables: of its blocks: new centroids, clusters that are frozen then, whether it is active.
-      moments: of the layer's inputs.
-    """
-    layer = work.layer
-    new_centroids, chosen, active = tables
-    if work.scale is None:
-        new_centroids = new_centroids.astype(work.codebook.dtype)  # and back, without a loss
-    fixed = _of_blocks(layer, _immovable(plan.clustering, work, new_centroids))
-    whole = active & jnp.all(chosen, axis=-1)
-    together = jnp.all(whole, axis=tuple(range(int(layer.stacks), whole.ndim)))
-    compensate = jax.vmap(compensated) if layer.stacks else compensated
-    arrays = work.weights, work.frozen, near.weights, new_centroids, fixed, together, moments
-    weights, centroids = compensate(*arrays)
-    centroids = jnp.where(whole[..., None], centroids.astype(near.centroids.dtype), near.centroids)
-    return near._replace(weights=weights, centroids=centroids)
-
-
-def _of_blocks(layer: Layer, table: jax.Array) -> jax.Array:
-    """Return a table of a leaf's codebooks as one of its blocks, some of which may share one."""
-    return jnp.broadcast_to(table, (*layer.all_numbers, *table.shape[len(layer.shape) :]))
-
-
-def _of_codebooks(layer: Layer, reduce: Callable[..., jax.Array], table: jax.Array) -> jax.Array:
-    """Return a table of a leaf's blocks as one of its codebooks, each of which some may share."""
-    pairs = zip(layer.codebook_numbers, layer.all_numbers, strict=True)
-    shared = tuple(axis for axis, (own, blocks) in enumerate(pairs) if own != blocks)
-    return reduce(table, axis=shared, keepdims=True) if shared else table
+    return [together(members) for members in places.values()]
 
 
 def _row(plan: Plan, round_: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -317,47 +284,30 @@ def _row(plan: Plan, round_: jax.Array) -> tuple[jax.Array, jax.Array]:
     return schedule[last], (schedule[last] > schedule[last - 1]) & (round_ < plan.num_rounds)
 
 
-def _whole(plan: Plan, work: _Work) -> jax.Array:
-    """Return whether nothing is left to freeze, bool [*numbers] of the codebooks."""
+def _whole(plan: Plan, alike: _Alike) -> jax.Array:
+    """Return whether nothing is left to freeze, bool [leaves, *numbers]."""
     if plan.shares_of == "clusters":
-        return jnp.all(work.frozen_centroids, axis=-1)
-    tables = [_of_blocks(work.layer, work.frozen_centroids)]
-    whole = per_block(_all, [work.frozen], tables, leaf_shaped=False)
-    return _of_codebooks(work.layer, jnp.all, whole)
+        return jnp.all(alike.frozen_centroids, axis=-1)
+    pairs = zip(alike.frozen, _of_blocks(alike.layer, alike.frozen_centroids), strict=True)
+    whole = [per_block(_all, [frozen], [table], leaf_shaped=False) for frozen, table in pairs]
+    return _of_codebooks(alike.layer, jnp.all, jnp.stack(whole))
 
 
 def _all(frozen: jax.Array, _: jax.Array) -> jax.Array:
     return jnp.all(frozen)
 
 
-def _cluster(plan: Plan, work: list[_Work]) -> list[ClusteredLeaf]:
-    """Return the clusters of every leaf; leaves that are alike are one program."""
-    alike: dict[Any, list[int]] = {}
-    for number, w in enumerate(work):
-        kind = dataclasses.replace(w.layer, path="", groups=None, depth=0)
-        weighed = None if w.sensitivity is None else w.sensitivity.dtype
-        alike.setdefault((kind, weighed), []).append(number)
-    found: dict[int, ClusteredLeaf] = {}
-    for members in alike.values():
-        rows = [(work[i].weights, work[i].sensitivity) for i in members]
-        tables = [(work[i].codebook, work[i].frozen_centroids, work[i].scale) for i in members]
-        function = functools.partial(
-            cluster_leaf, layer=work[members[0]].layer, clustering=plan.clustering
-        )
-        found |= dict(zip(members, _one_by_one(function, rows, tables), strict=True))
-    return [found[i] for i in range(len(work))]
+def _cluster(plan: Plan, alike: _Alike) -> ClusteredLeaf:
+    """Return the clusters of leaves that are alike, by a single program.
 
-
-def _one_by_one(
-    function: Callable[..., Any], arrays: Sequence[Any], tables: Sequence[Any]
-) -> list[Any]:
-    """Call a function on the arrays and the tables of each leaf, in a single program.
-
-    Results are tables. One leaf at a time is copied to where the program reads it.
+    One leaf at a time is copied to where the program reads it.
     """
+    function = functools.partial(cluster_leaf, layer=alike.layer, clustering=plan.clustering)
+    arrays = list(zip(alike.weights, alike.sensitivities, strict=True))
+    tables = alike.codebook, alike.frozen_centroids, alike.scale
     if len(arrays) == 1:
-        return [function(*arrays[0], *tables[0])]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *tables)
+        found = function(*arrays[0], *jax.tree.map(lambda x: x[0], tables))
+        return jax.tree.map(lambda x: x[None], found)
     choices = [lambda own=own: own for own in arrays]
 
     def step(_: None, inputs: tuple[jax.Array, Any]) -> tuple[None, Any]:
@@ -365,84 +315,235 @@ def _one_by_one(
         return None, function(*loops.switch(number, choices), *own)
 
     numbers = jnp.arange(len(arrays), dtype=jnp.int32)
-    _, results = loops.scan(step, None, (numbers, stacked))
-    return [jax.tree.map(lambda x, i=i: x[i], results) for i in range(len(arrays))]
-
-
-def _immovable(clustering: Clustering, work: _Work, centroids: jax.Array) -> jax.Array:
-    """Return which of the new centroids must keep their value to the last bit."""
-    if clustering.iterations == 0 or clustering.powers_of_two or work.scale is not None:
-        return jnp.ones_like(work.frozen_centroids)
-    return work.frozen_centroids | ((centroids == 0) & clustering.zero)
+    return loops.scan(step, None, (numbers, tables))[1]
 
 
 def _partition(
     plan: Plan,
-    work: list[_Work],
+    alike: list[_Alike],
     clustered: list[ClusteredLeaf],
     shares: list[jax.Array],
     active: list[jax.Array],
     key: jax.Array | None,
 ) -> list[jax.Array]:
-    """Return the clusters [*numbers, k] that are frozen after this round."""
+    """Return the clusters [leaves, *numbers, k] that are frozen after this round."""
     priorities = []
-    for i, c in enumerate(clustered):
-        own_key = None if key is None else jax.random.fold_in(key, i)
-        own = c.clusters
-        cluster_priority = priority(plan.partition, own.losses, own.centroids, key=own_key)
+    for part, found, is_active in zip(alike, clustered, active, strict=True):
+        own = found.clusters
+        if key is None:
+            ranked = priority(plan.partition, own.losses, own.centroids)
+        else:
+            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.array(part.members))
+            ranked = jax.vmap(functools.partial(priority, plan.partition))(
+                own.losses, own.centroids, key=keys
+            )
         # A layer that stays as it is takes no other layer's place in the ranking.
-        priorities.append(jnp.where(active[i][..., None], cluster_priority, -jnp.inf))
-    frozen = [w.frozen_centroids for w in work]
+        priorities.append(jnp.where(is_active[..., None], ranked, -jnp.inf))
+    frozen = [part.frozen_centroids for part in alike]
     if not plan.network:
-        return [_choose(*x) for x in zip(priorities, frozen, shares, strict=True)]
-    everything = jnp.concatenate([x.reshape(-1) for x in priorities])
-    all_frozen = jnp.concatenate([x.reshape(-1) for x in frozen])
+        rows = zip(priorities, frozen, shares, strict=True)
+        return [_over_tables(choose, own.ndim)(ranked, mask, own) for ranked, mask, own in rows]
+    order = [(place, i, j) for i, part in enumerate(alike) for j, place in enumerate(part.members)]
+    order = [(i, j) for _, i, j in sorted(order)]  # ties go to the leaf that comes first
+    everything = jnp.concatenate([priorities[i][j].reshape(-1) for i, j in order])
+    all_frozen = jnp.concatenate([frozen[i][j].reshape(-1) for i, j in order])
     chosen = choose(everything, all_frozen, shares[0].reshape(-1)[0])
-    ends = list(itertools.accumulate(x.size for x in frozen))[:-1]
-    parts = jnp.split(chosen, ends)
-    return [part.reshape(x.shape) for part, x in zip(parts, frozen, strict=True)]
+    ends = list(itertools.accumulate(frozen[i][j].size for i, j in order))[:-1]
+    parts = dict(zip(order, jnp.split(chosen, ends), strict=True))
+    return [
+        jnp.stack([parts[i, j] for j in range(len(mask))]).reshape(mask.shape)
+        for i, mask in enumerate(frozen)
+    ]
 
 
-def _choose(priorities: jax.Array, frozen: jax.Array, shares: jax.Array) -> jax.Array:
-    """Return the clusters [*numbers, k] of a leaf that are frozen after this round."""
-    function = choose
-    for _ in range(shares.ndim):
+def _over_tables(function: Callable[..., Any], axes: int) -> Callable[..., Any]:
+    """Return a function of one codebook for tables with so many axes before."""
+    for _ in range(axes):
         function = jax.vmap(function)
-    return function(priorities, frozen, shares)
+    return function
+
+
+def _share(
+    plan: Plan,
+    alike: _Alike,
+    clustered: ClusteredLeaf,
+    chosen: jax.Array,
+    active: jax.Array,
+    *,
+    moments: Mapping[str, jax.Array],
+    key: jax.Array | None,
+) -> _Shared:
+    """Freeze what a round freezes of leaves that are alike.
+
+    `chosen` is what the partition gave: clusters [leaves, *numbers, k], or shares of the weights
+    [leaves, *numbers].
+    """
+    layer, dtype = alike.layer, alike.weights[0].dtype
+    centroids = centroids_of(clustered.clusters.centroids, clustered.scale, dtype)
+    tables = [_of_blocks(layer, table) for table in (centroids, chosen, active)]
+    codebooks, codes = _in_order(tables[0])
+    wanted = tables[1]
+    if plan.shares_of == "clusters":
+        wanted = jnp.take_along_axis(with_equals(tables[0], wanted), codes, axis=-1)
+    rows = []
+    for j, place in enumerate(alike.members):
+        arrays: list[Any] = [alike.weights[j], alike.frozen[j]]
+        function, options = share_clusters, {}
+        if plan.shares_of == "weights":
+            function, options = share_weights, {"partition": plan.partition}
+            noise = None
+            if plan.partition == "random" and key is not None:
+                own_key = jax.random.fold_in(key, place)
+                noise = jax.random.bits(own_key, alike.weights[j].shape, jnp.uint32)
+            arrays += [alike.sensitivities[j], noise]
+        own = jax.tree.map(lambda table, j=j: table[j], (codebooks, wanted, tables[2]))
+        rows.append(per_block(function, arrays, own, leaf_shaped=(True, True, False), **options))
+    weights, frozen, counts = map(list, zip(*rows, strict=True))
+    new_codebook = clustered.clusters.centroids
+    paths = [plan.selection.selected[place].path for place in alike.members]
+    for j, path in enumerate(paths):
+        if path in moments:
+            own_moments = moments[path].astype(jnp.float32)
+            own = [table[j] for table in tables]
+            weights[j], moved = _compensated(plan, alike, j, weights[j], own, own_moments)
+            if alike.scale is None:
+                new_codebook = new_codebook.at[j].set(moved.astype(new_codebook.dtype))
+    frozen_share = jnp.stack(counts).astype(jnp.float32) / math.prod(layer.block)
+    by_weights = plan.shares_of == "weights"
+    joined = _used(plan, alike, weights, frozen, tables[0]) if by_weights else chosen
+    frozen_centroids = jnp.where(active[..., None], joined, alike.frozen_centroids)
+    if by_weights:
+        free = _free_loss(alike, weights, frozen, tables[0])
+    else:
+        losses = jnp.where(frozen_centroids, 0.0, clustered.clusters.losses)
+        free = jnp.sum(losses, axis=-1)
+    codebook = jnp.where(active[..., None], new_codebook, alike.codebook)
+    scale = alike.scale
+    if scale is not None and clustered.scale is not None:
+        several = tuple(axis for axis, number in enumerate(scale.shape) if axis and number == 1)
+        taken = jnp.any(active[..., None], axis=several, keepdims=True)
+        scale = jnp.where(taken, clustered.scale, scale)
+    return _Shared(
+        weights=weights,
+        frozen=frozen,
+        codebook=codebook,
+        frozen_centroids=frozen_centroids,
+        scale=scale,
+        frozen_share=_of_codebooks(layer, jnp.mean, frozen_share),
+        free_loss=free,
+    )
+
+
+def _in_order(centroids: jax.Array) -> tuple[Codebook, jax.Array]:
+    """Return codebooks [..., k] in ascending order, and the codes of their clusters."""
+    wide = jnp.float64 if centroids.dtype == jnp.float64 else jnp.float32
+    last, codes = _over_tables(bounds, centroids.ndim - 1)(centroids.astype(wide))
+    codes = codes.astype(jnp.int32)
+    return Codebook(last, jnp.take_along_axis(centroids, codes, axis=-1)), codes
+
+
+def _used(
+    plan: Plan,
+    alike: _Alike,
+    weights: list[jax.Array],
+    frozen: list[jax.Array],
+    centroids: jax.Array,
+) -> jax.Array:
+    """Return the centroids [leaves, *numbers, k] that weights are frozen on.
+
+    With a codebook that stays as it starts every centroid is, from a leaf's first round on.
+    """
+    if plan.clustering.iterations == 0:
+        return jnp.ones_like(alike.frozen_centroids)
+    used = [
+        per_block(used_centroids, arrays, [centroids[j]], leaf_shaped=False)
+        for j, arrays in enumerate(zip(weights, frozen, strict=True))
+    ]
+    return _of_codebooks(alike.layer, jnp.any, jnp.stack(used))
+
+
+def _free_loss(
+    alike: _Alike, weights: list[jax.Array], frozen: list[jax.Array], centroids: jax.Array
+) -> jax.Array:
+    """Return the loss [leaves, *numbers] of what is still free under each codebook."""
+    losses = [
+        per_block(free_loss, arrays, [centroids[j]], leaf_shaped=False)
+        for j, arrays in enumerate(zip(weights, frozen, alike.sensitivities, strict=True))
+    ]
+    return _of_codebooks(alike.layer, jnp.sum, jnp.stack(losses))
+
+
+def _compensated(
+    plan: Plan,
+    alike: _Alike,
+    number: int,
+    near: jax.Array,
+    tables: list[jax.Array],
+    moments: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Return weights and centroids of a layer, or of stacked ones, where it is whole now.
+
+    Args:
+      plan: of the round.
+      alike: the leaf, and those that are alike.
+      number: which of them.
+      near: the leaf with all that freezes on its nearest centroid.
+      tables: of its blocks: centroids, clusters that are frozen then, whether it is active.
+      moments: of the layer's inputs.
+    """
+    layer = alike.layer
+    centroids, chosen, active = tables
+    if alike.scale is None:
+        centroids = centroids.astype(alike.codebook.dtype)  # and back, without a loss
+    clustering = plan.clustering
+    if clustering.iterations == 0 or clustering.powers_of_two or alike.scale is not None:
+        fixed = jnp.ones(centroids.shape, bool)
+    else:
+        frozen = _of_blocks(layer, alike.frozen_centroids)[number]
+        fixed = frozen | ((centroids == 0) & clustering.zero)
+    whole = active & jnp.all(chosen, axis=-1)
+    whole = jnp.all(whole, axis=tuple(range(int(layer.stacks), whole.ndim)))
+    compensate = jax.vmap(compensated) if layer.stacks else compensated
+    arrays = alike.weights[number], alike.frozen[number], near, centroids, fixed, whole, moments
+    return compensate(*arrays)
+
+
+def _of_blocks(layer: Layer, table: jax.Array) -> jax.Array:
+    """Return a table [leaves, *numbers, ...] of codebooks as one of blocks: some may share one."""
+    axes = len(layer.shape)
+    return jnp.broadcast_to(table, (len(table), *layer.all_numbers, *table.shape[1 + axes :]))
+
+
+def _of_codebooks(layer: Layer, reduce: Callable[..., jax.Array], table: jax.Array) -> jax.Array:
+    """Return a table [leaves, *numbers, ...] of blocks as one of codebooks."""
+    pairs = zip(layer.codebook_numbers, layer.all_numbers, strict=True)
+    shared = tuple(1 + axis for axis, (own, blocks) in enumerate(pairs) if own != blocks)
+    return reduce(table, axis=shared, keepdims=True) if shared else table
 
 
 def _describe(
-    plan: Plan, work: list[_Work], clustered: list[ClusteredLeaf], shared: list[Shared]
+    plan: Plan, alike: list[_Alike], clustered: list[ClusteredLeaf], shared: list[_Shared]
 ) -> RoundInfo:
     rows: dict[str, dict[str, jax.Array]] = {name: {} for name in RoundInfo._fields}
-    for w, c, s in zip(work, clustered, shared, strict=True):
-        layer, own = w.layer, c.clusters
+    for part, found, new in zip(alike, clustered, shared, strict=True):
+        layer, own = part.layer, found.clusters
         norm = jnp.where(own.norm > 0, own.norm, 1.0)
         row = {
             "loss": own.losses,
             "counts": own.counts,
-            "clusters_frozen": jnp.mean(s.frozen_centroids, axis=-1, dtype=jnp.float32),
-            "weights_frozen": s.frozen_share,
+            "clusters_frozen": jnp.mean(new.frozen_centroids, axis=-1, dtype=jnp.float32),
+            "weights_frozen": new.frozen_share,
             "error_before": jnp.sum(own.losses, axis=-1) / norm,
-            "error_after": _free_loss(plan, w, c, s) / norm,
+            "error_after": new.free_loss / norm,
             "finite": own.finite,
         }
         first = () if layer.numbers is None else (layer.codebooks,)
         for name, value in row.items():
-            rows[name][layer.path] = value.reshape(*first, *value.shape[len(layer.shape) :])
-    return RoundInfo(**rows)
-
-
-def _free_loss(plan: Plan, work: _Work, clustered: ClusteredLeaf, shared: Shared) -> jax.Array:
-    """Return the loss [*numbers] of what is still free under each codebook."""
-    if plan.shares_of == "clusters":
-        still = jnp.where(shared.frozen_centroids, 0.0, clustered.clusters.losses)
-        return jnp.sum(still, axis=-1)
-    centroids = centroids_of(clustered.clusters.centroids, clustered.scale, work.weights.dtype)
-    arrays = shared.weights, shared.frozen, work.sensitivity
-    tables = [_of_blocks(work.layer, centroids)]
-    losses = per_block(free_loss, arrays, tables, leaf_shaped=False)
-    return _of_codebooks(work.layer, jnp.sum, losses)
+            shape = (len(part.members), *first, *value.shape[1 + len(layer.shape) :])
+            for place, one in zip(part.members, value.reshape(shape), strict=True):
+                rows[name][plan.selection.selected[place].path] = one
+    paths = [layer.path for layer in plan.selection.selected]
+    return RoundInfo(**{name: {path: row[path] for path in paths} for name, row in rows.items()})
 
 
 def check_key(plan: Plan, key: Any) -> None:
@@ -506,45 +607,13 @@ def _gather(plan: Plan, *trees: Any) -> list[Any]:
     return [leaves for layer, *leaves in rows if layer.reason is None]
 
 
-def _start(plan: Plan, leaves: list[_Leaf], sensitivities: list[jax.Array] | None) -> list[_Work]:
-    layers = plan.selection.selected
-    rows = zip(layers, leaves, sensitivities or [None] * len(layers), strict=True)
-
-    def table(layer: Layer, x: jax.Array) -> jax.Array:
-        return x.reshape(*layer.codebook_numbers, layer.k)
-
-    return [
-        _Work(
-            layer,
-            leaf.weights,
-            sensitivity,
-            leaf.frozen,
-            table(layer, leaf.codebook),
-            table(layer, leaf.frozen_centroids),
-            None if layer.scale_dtype is None else leaf.scale,
-        )
-        for layer, leaf, sensitivity in rows
-    ]
-
-
-def _finish(work: _Work, clustered: ClusteredLeaf, shared: Shared, active: jax.Array) -> _Leaf:
-    """Return the arrays of a leaf as they are outside of a round."""
-    layer, scale = work.layer, jnp.zeros(())
-    if clustered.scale is None:
-        codebook = shared.centroids.astype(work.codebook.dtype)  # which rounding has been to
-    else:
-        new = clustered.clusters.centroids
-        codebook = jnp.where(active[..., None], new, work.codebook)
-        shared_by = tuple(axis for axis, number in enumerate(work.scale.shape) if number == 1)
-        taken = jnp.any(active[..., None], axis=shared_by, keepdims=True)
-        scale = jnp.where(taken, clustered.scale, work.scale)
-    return _Leaf(
-        shared.weights,
-        shared.frozen,
-        codebook.reshape(layer.codebook_shape),
-        shared.frozen_centroids.reshape(layer.codebook_shape),
-        scale,
-    )
+def _finish(alike: _Alike, shared: _Shared) -> list[_Leaf]:
+    """Return the arrays of leaves as they are outside of a round."""
+    shape = (len(alike.members), *alike.layer.codebook_shape)
+    scales = [jnp.zeros(())] * len(alike.members) if shared.scale is None else list(shared.scale)
+    tables = list(shared.codebook.reshape(shape)), list(shared.frozen_centroids.reshape(shape))
+    rows = zip(shared.weights, shared.frozen, *tables, scales, strict=True)
+    return [_Leaf(*row) for row in rows]
 
 
 def _scatter(plan: Plan, tree: Any, new: Sequence[jax.Array]) -> Any:

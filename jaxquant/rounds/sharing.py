@@ -9,59 +9,40 @@ import jax.numpy as jnp
 from jaxquant import loops
 from jaxquant.clustering.blocks import per_block
 from jaxquant.clustering.clusters import measure, weight_scale
-from jaxquant.clustering.codebooks import assign, reconstruct
+from jaxquant.clustering.codebooks import pick, reconstruct
 from jaxquant.clustering.passes import fold, rewrite
 from jaxquant.rounds.compensation import compensate
 from jaxquant.rounds.partition import threshold, weight_priority
 
 
-class Shared(NamedTuple):
-    """A block after a round."""
+class Codebook(NamedTuple):
+    """The clusters of a block in ascending order, see `codebooks.bounds`."""
 
-    weights: jax.Array
-    frozen: jax.Array  # bool, like the weights
-    centroids: jax.Array  # [k]
-    frozen_centroids: jax.Array  # [k] bool
-    frozen_share: jax.Array  # float32 scalar, of the weights
-
-
-LEAF_SHAPED = Shared._make([True, True, False, False, False])  # the others are tables
+    last: jax.Array  # [k - 1] float32 or float64, where a cluster ends
+    centroids: jax.Array  # [k] of the weights' dtype
 
 
 def share_clusters(
-    weights: jax.Array,
-    frozen: jax.Array,
-    centroids: jax.Array,
-    frozen_centroids: jax.Array,
-    new_centroids: jax.Array,
-    chosen: jax.Array,
-    active: jax.Array,
-) -> Shared:
-    """Freeze the chosen clusters if the layer is active: all their weights onto the centroids.
+    weights: jax.Array, frozen: jax.Array, codebook: Codebook, moving: jax.Array, active: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Freeze clusters of a block: all their weights onto the centroids.
 
     Args:
       weights: [...] one block.
       frozen: bool, like the weights.
-      centroids: [k], of the weights' dtype, as they were before the round.
-      frozen_centroids: [k] bool, as they were.
-      new_centroids: [k], of the weights' dtype.
-      chosen: [k] bool, clusters that are frozen after the round.
-      active: bool scalar.
+      codebook: of the block.
+      moving: [k] bool, clusters in ascending order that are frozen after the round.
+      active: bool scalar, whether anything may change.
+
+    Returns:
+      Weights and mask, new, and how many are frozen.
     """
-    moving = _with_equals(new_centroids, chosen & active)
+    moving = moving & active
 
     def joins(weights: jax.Array) -> jax.Array:
-        return _flags_of(assign(weights, new_centroids), moving)
+        return pick(weights, codebook.last, moving)
 
-    weights, frozen = _freeze(joins, active, new_centroids, frozen, weights)
-    still = jnp.where(active, chosen, frozen_centroids)
-    return Shared(
-        weights,
-        frozen,
-        jnp.where(active, new_centroids, centroids),
-        still,
-        count_frozen(frozen).astype(jnp.float32) / frozen.size,
-    )
+    return _freeze(joins, active, codebook, frozen, weights)
 
 
 def share_weights(
@@ -69,47 +50,50 @@ def share_weights(
     frozen: jax.Array,
     sensitivity: jax.Array | None,
     noise: jax.Array | None,
-    centroids: jax.Array,
-    frozen_centroids: jax.Array,
-    new_centroids: jax.Array,
+    codebook: Codebook,
     share: jax.Array,
     active: jax.Array,
     *,
     partition: str,
-    fixed: bool,
-) -> Shared:
-    """Freeze weights, up to a share of the layer's, if it is active: those onto their centroids.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Freeze weights, up to a share of the block's, if it is active: those onto their centroids.
 
-    Of equal priorities all freeze. A centroid of frozen weights is frozen too; with a `fixed`
-    codebook every centroid is, from the layer's first round on.
+    Of equal priorities all freeze.
+
+    Args:
+      weights: [...] one block.
+      frozen: bool, like the weights.
+      sensitivity: like the weights, or None.
+      noise: random bits, uint32 like the weights, for `partition="random"`.
+      codebook: of the block.
+      share: scalar in [0, 1].
+      active: bool scalar.
+      partition: one of `partition.WEIGHT_PARTITIONS`.
+
+    Returns:
+      Weights and mask, new, and how many are frozen.
     """
     extra = {"random": noise, "loss": sensitivity}.get(partition)
     extras = () if extra is None else (extra,)
     number = jnp.floor(share * frozen.size + 0.5).astype(jnp.int32)
-    number = jnp.where(share < 1, number, frozen.size) - count_frozen(frozen)
+    number = jnp.where(share < 1, number, frozen.size) - _count_frozen(frozen)
 
     def rank(weights: jax.Array, *extras: jax.Array) -> jax.Array:
-        return weight_priority(partition, weights, new_centroids, *extras)
+        return weight_priority(partition, weights, codebook.centroids, *extras)
 
     least = threshold(rank, (weights, *extras), frozen, number)
 
     def joins(weights: jax.Array, *extras: jax.Array) -> jax.Array:
         return (rank(weights, *extras) >= least) & (number > 0)
 
-    weights, frozen = _freeze(joins, active, new_centroids, frozen, weights, *extras)
-    count = count_frozen(frozen)
-    if fixed:
-        used = jnp.ones_like(frozen_centroids)
-    else:  # sample weights of zero everywhere would count alike
-        members = measure(weights, new_centroids, frozen.astype(jnp.float32))
-        used = (members.lows < jnp.inf) & (count > 0)
-    return Shared(
-        weights,
-        frozen,
-        jnp.where(active, new_centroids, centroids),
-        jnp.where(active, used, frozen_centroids),
-        count.astype(jnp.float32) / frozen.size,
-    )
+    return _freeze(joins, active, codebook, frozen, weights, *extras)
+
+
+def used_centroids(weights: jax.Array, frozen: jax.Array, centroids: jax.Array) -> jax.Array:
+    """Return which centroids of a block frozen weights are on, [k] bool."""
+    # Sample weights of zero everywhere would count alike.
+    members = measure(weights, centroids, frozen.astype(jnp.float32))
+    return (members.lows < jnp.inf) & jnp.any(frozen)
 
 
 def free_loss(
@@ -149,46 +133,40 @@ def compensated(
     return loops.cond(whole, close, lambda: (near, centroids))
 
 
-def _with_equals(centroids: jax.Array, chosen: jax.Array) -> jax.Array:
-    """Return the chosen clusters, and those with the same centroid.
+def with_equals(centroids: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Return the chosen clusters [..., k], and those with the same centroid.
 
     Centroids that are equal (of bfloat16 weights, say) share their members' fate: which of them a
     weight gets depends on where it comes from.
     """
-    equal = centroids[:, None] == centroids[None, :]
-    return jnp.any(equal & chosen[None, :], axis=-1)
+    equal = centroids[..., :, None] == centroids[..., None, :]
+    return jnp.any(equal & chosen[..., None, :], axis=-1)
 
 
 def _freeze(
     joins: Callable[..., jax.Array],
     active: jax.Array,
-    centroids: jax.Array,
+    codebook: Codebook,
     frozen: jax.Array,
     weights: jax.Array,
     *extras: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Freeze the weights that join, in an active layer, and put what is frozen on its centroid."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Freeze the weights that join, in an active block, and put what is frozen on its centroid."""
 
     def freeze(frozen: jax.Array, weights: jax.Array, *extras: jax.Array) -> jax.Array:
         return frozen | (joins(weights, *extras) & active)
 
     def move(frozen: jax.Array, weights: jax.Array, *_: jax.Array) -> jax.Array:
-        nearest = reconstruct(assign(weights, centroids), centroids)
-        return jnp.where(frozen & active, nearest, weights)
+        return jnp.where(frozen & active, pick(weights, *codebook), weights)
 
     frozen, weights, *_ = rewrite((freeze, move), frozen, weights, *extras)
-    return weights, frozen
+    return weights, frozen, _count_frozen(frozen)
 
 
-def count_frozen(frozen: jax.Array) -> jax.Array:
+def _count_frozen(frozen: jax.Array) -> jax.Array:
     """Return the number of frozen weights, int32."""
 
     def count(number: jax.Array, frozen: jax.Array) -> jax.Array:
         return number + jnp.sum(frozen, dtype=jnp.int32)
 
     return fold(count, jnp.int32(0), frozen)  # of a whole mask XLA would write floats to memory
-
-
-def _flags_of(codes: jax.Array, flags: jax.Array) -> jax.Array:
-    """Return the flag of each code's cluster."""
-    return flags.at[codes].get(mode="promise_in_bounds")
