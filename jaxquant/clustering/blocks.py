@@ -19,7 +19,7 @@ from jaxquant import loops
 from jaxquant.clustering.codebooks import assign, reconstruct
 from jaxquant.meshes import compiled
 
-_BATCH_WEIGHTS = 2**18  # that are worked on side by side: what they need besides is in the cache
+_BATCH_WEIGHTS = 2**16  # that are worked on side by side: what they need besides is in the cache
 _RUN = 16  # blocks along the last axis that stay together: they share lines of the cache
 
 
@@ -148,17 +148,25 @@ def _by_batch(
     pieces, runs = _pieces(numbers, shape)
     # The blocks along an axis as [major, pieces, run]: a batch is one of the pieces of each.
     parts = [(n // (p * run), p, run) for n, p, run in zip(numbers, pieces, runs, strict=True)]
-    batch_shape = [size for major, _, run in parts for size in (major, run)]
+    batch_shape = [major * run for major, _, run in parts if major * run > 1]
 
     def split(x: jax.Array, axis_parts: Sequence[tuple[int, ...]]) -> jax.Array:
-        """Return [*pieces, *batch, *inside, ...] of an array whose axes are split into parts."""
-        view = x.reshape(*itertools.chain(*axis_parts), *x.shape[len(axes) :])
-        each = len(axis_parts[0])
-        which = [each * axis + 1 for axis in axes]
-        where = [each * axis + offset for axis in axes for offset in (0, 2)]
+        return x.reshape(*itertools.chain(*axis_parts), *x.shape[len(axes) :])
+
+    def cut(view: jax.Array, which: Sequence[jax.Array], each: int) -> jax.Array:
+        """Return [*batch, *inside, ...]: only what is cut out is moved in memory."""
+        sizes = list(view.shape)
+        starts = [jnp.int32(0)] * view.ndim
+        for axis in axes:
+            sizes[each * axis + 1], starts[each * axis + 1] = 1, which[axis]
+        piece = jax.lax.dynamic_slice(view, starts, sizes)
+        where = [each * axis + offset for axis in axes for offset in (0, 1, 2)]
         within = [each * axis + 3 for axis in axes if each > 3]
-        rest = range(each * len(axes), view.ndim)
-        return view.transpose(*which, *where, *within, *rest)
+        rest = list(range(each * len(axes), view.ndim))
+        piece = piece.transpose(*where, *within, *rest)
+        return piece.reshape(
+            *batch_shape, *(piece.shape[i] for i in range(3 * len(axes), view.ndim))
+        )
 
     views = [
         split(x, [(*part, size) for part, size in zip(parts, inside, strict=True)]) for x in arrays
@@ -166,22 +174,22 @@ def _by_batch(
     rows = jax.tree.map(lambda x: split(x, parts), list(tables))
 
     def batch(number: jax.Array) -> Any:
-        index = jnp.unravel_index(number, pieces)
-        own = [view[index].reshape(*batch_shape, math.prod(inside)) for view in views]
+        index = [i.astype(jnp.int32) for i in jnp.unravel_index(number, pieces)]
+        own = [cut(view, index, 4).reshape(*batch_shape, math.prod(inside)) for view in views]
         call = function
         for _ in batch_shape:
             call = jax.vmap(call)
-        return call(*own, *jax.tree.map(lambda row: row[index], rows))
+        return call(*own, *jax.tree.map(lambda row: cut(row, index, 3), rows))
 
     _, results = loops.scan(lambda _, i: (None, batch(i)), None, jnp.arange(math.prod(pieces)))
 
     def joined(x: jax.Array) -> jax.Array:
         """Return [*numbers, ...] of results [pieces, *batch, ...]."""
-        x = x.reshape(*pieces, *x.shape[1:])
+        rest = x.shape[1 + len(batch_shape) :]
+        x = x.reshape(*pieces, *(size for major, _, run in parts for size in (major, run)), *rest)
         first = len(numbers)
         order = [i for a in axes for i in (first + 2 * a, a, first + 2 * a + 1)]
-        rest = range(3 * first, x.ndim)
-        return x.transpose(*order, *rest).reshape(*numbers, *x.shape[3 * first :])
+        return x.transpose(*order, *range(3 * first, x.ndim)).reshape(*numbers, *rest)
 
     return jax.tree.map(joined, results)
 
