@@ -150,36 +150,44 @@ def _by_batch(
     parts = [(n // (p * run), p, run) for n, p, run in zip(numbers, pieces, runs, strict=True)]
     batch_shape = [major * run for major, _, run in parts if major * run > 1]
 
-    def split(x: jax.Array, axis_parts: Sequence[tuple[int, ...]]) -> jax.Array:
-        return x.reshape(*itertools.chain(*axis_parts), *x.shape[len(axes) :])
+    def view(x: jax.Array, each: int) -> tuple[jax.Array, list[tuple[int, int]]]:
+        """Return an array with its axes split in parts, and the axis and part of each it has now.
 
-    def cut(view: jax.Array, which: Sequence[jax.Array], each: int) -> jax.Array:
-        """Return [*batch, *inside, ...]: only what is cut out is moved in memory."""
-        sizes = list(view.shape)
-        starts = [jnp.int32(0)] * view.ndim
-        for axis in axes:
-            sizes[each * axis + 1], starts[each * axis + 1] = 1, which[axis]
-        piece = jax.lax.dynamic_slice(view, starts, sizes)
-        where = [each * axis + offset for axis in axes for offset in (0, 1, 2)]
-        within = [each * axis + 3 for axis in axes if each > 3]
-        rest = list(range(each * len(axes), view.ndim))
-        piece = piece.transpose(*where, *within, *rest)
-        return piece.reshape(
-            *batch_shape, *(piece.shape[i] for i in range(3 * len(axes), view.ndim))
-        )
+        Without those of one entry, for which XLA would copy the whole of it.
+        """
+        sizes = [(*part, size) for part, size in zip(parts, inside, strict=True)]
+        kept = [(a, i) for a in axes for i in range(each) if sizes[a][i] > 1]
+        return x.reshape(*(sizes[a][i] for a, i in kept), *x.shape[len(axes) :]), kept
 
-    views = [
-        split(x, [(*part, size) for part, size in zip(parts, inside, strict=True)]) for x in arrays
-    ]
-    rows = jax.tree.map(lambda x: split(x, parts), list(tables))
+    def cut(
+        x: jax.Array,
+        kept: list[tuple[int, int]],
+        which: Sequence[jax.Array],
+        inner: tuple[int, ...],
+    ) -> jax.Array:
+        """Return [*batch, ...]: only what is cut out is moved in memory."""
+        for place, (axis, part) in enumerate(kept):
+            if part == 1:
+                x = jax.lax.dynamic_slice_in_dim(x, which[axis], 1, place)
+        where = [place for place, (_, part) in enumerate(kept) if part < 3]
+        within = [place for place, (_, part) in enumerate(kept) if part == 3]
+        rest = x.shape[len(kept) :]
+        x = x.transpose(*where, *within, *range(len(kept), x.ndim))
+        return x.reshape(*batch_shape, *inner, *rest)
+
+    views = [view(x, 4) for x in arrays]
+    entries, structure = jax.tree.flatten(list(tables))
+    rows = [view(x, 3) for x in entries]
+    weights = (math.prod(inside),)
 
     def batch(number: jax.Array) -> Any:
         index = [i.astype(jnp.int32) for i in jnp.unravel_index(number, pieces)]
-        own = [cut(view, index, 4).reshape(*batch_shape, math.prod(inside)) for view in views]
+        own = [cut(x, kept, index, weights) for x, kept in views]
         call = function
         for _ in batch_shape:
             call = jax.vmap(call)
-        return call(*own, *jax.tree.map(lambda row: cut(row, index, 3), rows))
+        entries = [cut(x, kept, index, ()) for x, kept in rows]
+        return call(*own, *jax.tree.unflatten(structure, entries))
 
     _, results = loops.scan(lambda _, i: (None, batch(i)), None, jnp.arange(math.prod(pieces)))
 
