@@ -62,7 +62,8 @@ def measure(
         square = jnp.square(piece * scale)
         if weight:
             relative = relative_weight(weight[0], largest[0])
-            loss, square = (jnp.where(relative > 0, x * relative, 0.0) for x in (loss, square))
+            loss = jnp.where(relative > 0, loss * relative, 0.0)
+            square = jnp.where(relative > 0, square * relative, piece * 0.0)  # NaN stays NaN
             low = jnp.where(relative > 0, piece, jnp.inf)
             high = jnp.where(relative > 0, piece, -jnp.inf)
         slot = codes.astype(jnp.int32) * parts + spread(piece.shape, parts)

@@ -157,6 +157,7 @@ def solve(
     else:
         centroids, clusters = settle(x, centroids, fixed, width, sample_weight, scale=points.scale)
     weight = weight_scale(sample_weight)
+    usable &= jnp.isfinite(clusters.norm)  # XLA's extremes on CPU pass over NaN in long arrays
     return Solved(centroids, clusters, best.loss, best.moved, points.scale, weight, usable)
 
 
@@ -175,7 +176,7 @@ def _find(
     cells = clustering.cells
     size = points.value.shape[0]
     if cells is None and not certify and is_small(size):
-        cells = max(2 * k, min(_CELLS, size // 8))
+        cells = max(2 * k, min(_CELLS, size // 4))
 
     def best() -> Optimum:
         return optimum(points, sums, k, zero=clustering.zero, cells=cells)
