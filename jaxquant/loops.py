@@ -60,6 +60,18 @@ def _alike(
     return [alike(branch) for branch in branches]
 
 
+def if_needed(flag: jax.Array, make: Callable[[], Any], otherwise: Any) -> Any:
+    """Return what `make` returns where a flag is set, else arrays that are there.
+
+    Under vmap `make` runs if any of the batch needs it, which of `cond` both branches do always.
+    """
+
+    def step(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        return carry[0] & False, make()
+
+    return while_loop(lambda carry: carry[0], step, (flag, otherwise))[1]
+
+
 def varying_like(tree: Any, arrays: Any) -> Any:
     """Return a tree of arrays that vary along all the axes along which some of `arrays` does."""
     axes = frozenset().union(*_axes(arrays))

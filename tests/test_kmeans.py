@@ -251,9 +251,11 @@ def test_the_certificate_allows_for_positions_that_are_rounded():
 
 def test_the_certificate_allows_for_weights_that_share_a_bin():
     # Three bins of width 1; the best boundary lies inside of the second.
-    x = np.repeat(np.float32([0, 0.9, 1.1, 1.9, 2.1, 3]), [1, 100, 100, 100, 100, 1])
+    values = np.float32([0, 0.9, 1.1, 1.9, 2.1, 3])
+    counts = np.array([1, 20_000, 20_000, 20_000, 20_000, 1])
+    x = np.repeat(values, counts)
     result = cluster(x, 2, bins=3, cells=3)
-    true_gap = loss_of(x, result.centroids) / exact_optimum(x, 2) - 1
+    true_gap = loss_of(x, result.centroids) / exact_optimum(values, 2, weight=counts) - 1
     assert 1 < true_gap <= result.gap + 1e-4
 
 
@@ -669,7 +671,7 @@ def test_a_sharded_array_is_never_gathered():
         functools.partial(kmeans, k=17, **SMALL),
         in_shardings=sharding,
     )
-    for shape in [(64, 32), (4096, 4096)]:  # in one piece, and in several
+    for shape in [(512, 256), (4096, 4096)]:  # in one piece, and in several
         text = f.lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile().as_text()
         assert "all-reduce" in text
         assert not re.findall(r"all-gather|all-to-all|collective-permute", text)

@@ -20,7 +20,7 @@ from jaxquant import loops
 from jaxquant.clustering.codebooks import assign, reconstruct
 from jaxquant.meshes import compiled
 
-_BATCH_WEIGHTS = 2**18  # that are worked on side by side: what they need besides is in the cache
+_BATCH_WEIGHTS = 2**16  # that are worked on side by side: what they need besides is in the cache
 _RUN = 16  # blocks along the last axis that stay together: they share lines of the cache
 
 
@@ -160,37 +160,55 @@ def _by_batch(
     pieces, runs = _pieces(numbers, shape)
     # The blocks along an axis as [major, pieces, run]: a batch is one of the pieces of each.
     parts = [(n // (p * run), p, run) for n, p, run in zip(numbers, pieces, runs, strict=True)]
-    with_inside = [(*part, size) for part, size in zip(parts, inside, strict=True)]
+    batch_shape = [major * run for major, _, run in parts if major * run > 1]
 
-    def taken(x: jax.Array, index: Sequence[jax.Array], split: Sequence[tuple[int, ...]]) -> Any:
-        """Return a batch, [major, run of each axis, inside of each axis, ...]."""
-        x, each = x.reshape(*itertools.chain(*split), *x.shape[len(axes) :]), len(split[0])
-        for axis in reversed(axes):
-            x = jax.lax.dynamic_index_in_dim(x, index[axis], each * axis + 1, keepdims=False)
-        each -= 1
-        order = [each * axis + offset for axis in axes for offset in (0, 1)]
-        order += [each * axis + 2 for axis in axes if each > 2]
-        return x.transpose(*order, *range(each * len(axes), x.ndim))
+    def view(x: jax.Array, each: int) -> tuple[jax.Array, list[tuple[int, int]]]:
+        """Return an array with its axes split in parts, and the axis and part of each it has now.
+
+        Without those of one entry, for which XLA would copy the whole of it.
+        """
+        sizes = [(*part, size) for part, size in zip(parts, inside, strict=True)]
+        kept = [(a, i) for a in axes for i in range(each) if sizes[a][i] > 1]
+        return x.reshape(*(sizes[a][i] for a, i in kept), *x.shape[len(axes) :]), kept
+
+    def cut(
+        x: jax.Array,
+        kept: list[tuple[int, int]],
+        which: Sequence[jax.Array],
+        inner: Sequence[int],
+    ) -> jax.Array:
+        """Return [*batch, *inner, ...]: only what is cut out is moved in memory."""
+        for place, (axis, part) in enumerate(kept):
+            if part == 1:
+                x = jax.lax.dynamic_slice_in_dim(x, which[axis], 1, place)
+        where = [place for place, (_, part) in enumerate(kept) if part < 3]
+        within = [place for place, (_, part) in enumerate(kept) if part == 3]
+        rest = x.shape[len(kept) :]
+        x = x.transpose(*where, *within, *range(len(kept), x.ndim))
+        return x.reshape(*batch_shape, *inner, *rest)
+
+    own_arrays, of_arrays = jax.tree.flatten(list(arrays))
+    own_tables, of_tables = jax.tree.flatten(list(tables))
+    views, rows = [view(x, 4) for x in own_arrays], [view(x, 3) for x in own_tables]
 
     def batch(number: jax.Array) -> Any:
-        index = jnp.unravel_index(number, pieces)
-        own = jax.tree.map(lambda x: taken(x, index, with_inside), list(arrays))
-        rows = jax.tree.map(lambda x: taken(x, index, parts), list(tables))
+        index = [i.astype(jnp.int32) for i in jnp.unravel_index(number, pieces)]
         call = function
-        for _ in range(2 * len(axes)):
+        for _ in batch_shape:
             call = jax.vmap(call)
-        return call(*own, *rows)
+        own = of_arrays.unflatten([cut(x, kept, index, inside) for x, kept in views])
+        return call(*own, *of_tables.unflatten([cut(x, kept, index, ()) for x, kept in rows]))
 
     count = jnp.arange(math.prod(pieces), dtype=jnp.int32)
     _, results = loops.scan(lambda _, number: (None, batch(number)), None, count)
 
     def joined(x: jax.Array) -> jax.Array:
         """Return [*numbers, ...] of results [pieces, *batch, ...]."""
-        x = x.reshape(*pieces, *x.shape[1:])
+        rest = x.shape[1 + len(batch_shape) :]
+        x = x.reshape(*pieces, *(size for major, _, run in parts for size in (major, run)), *rest)
         first = len(numbers)
         order = [i for a in axes for i in (first + 2 * a, a, first + 2 * a + 1)]
-        rest = range(3 * first, x.ndim)
-        return x.transpose(*order, *rest).reshape(*numbers, *x.shape[3 * first :])
+        return x.transpose(*order, *range(3 * first, x.ndim)).reshape(*numbers, *rest)
 
     return jax.tree.map(joined, results)
 

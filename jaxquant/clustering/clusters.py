@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from jaxquant import loops
 from jaxquant.clustering.codebooks import assign, reconstruct, rounded
-from jaxquant.clustering.histogram import relative_weight
 from jaxquant.clustering.passes import fold
+from jaxquant.clustering.points import relative_weight
 
 _MAX_SETTLES = 3
 SPREAD = 256  # partial sums a cluster: float32 keeps its digits over 1e8 weights
@@ -37,32 +37,36 @@ def measure(
     centroids: jax.Array,
     sample_weight: jax.Array | None = None,
     *,
-    unit: jax.Array | float = 1.0,
+    scale: jax.Array | float = 1.0,
 ) -> Clusters:
     """Return counts, losses and extremes of the clusters of `x` under `centroids`; one pass.
 
-    Losses and the norm are in squares of `unit`, and relative to `weight_scale(sample_weight)`.
+    Losses and the norm are in squares of 1 / `scale`, and relative to
+    `weight_scale(sample_weight)`.
     """
     k = centroids.shape[0]
     centroids = centroids.astype(jnp.float32)
     weights = () if sample_weight is None else (sample_weight,)
     largest = [jnp.max(weight).astype(jnp.float32) for weight in weights]
-    slots = jnp.zeros(k * SPREAD, jnp.float32)
+    parts = min(SPREAD, 1 << max(x.size // SPREAD, 1).bit_length() - 1)
+    slots = jnp.zeros(k * parts, jnp.float32)
+    scaled = centroids * scale
     infinity = jnp.full(k, jnp.inf, jnp.float32)  # which narrow floats lack
     none = Clusters(slots.astype(jnp.int32), slots, infinity, -infinity, jnp.float32(0.0))
 
     def step(sums: Clusters, piece: jax.Array, *weight: jax.Array) -> Clusters:
         codes = assign(piece, centroids)
         piece = piece.astype(jnp.float32)
-        distance = piece - reconstruct(codes, centroids)
-        loss, square = jnp.square(distance / unit), jnp.square(piece / unit)
         low = high = piece
+        loss = jnp.square(piece * scale - reconstruct(codes, scaled))
+        square = jnp.square(piece * scale)
         if weight:
             relative = relative_weight(weight[0], largest[0])
-            loss, square = loss * relative, square * relative
+            loss = jnp.where(relative > 0, loss * relative, 0.0)
+            square = jnp.where(relative > 0, square * relative, piece * 0.0)  # NaN stays NaN
             low = jnp.where(relative > 0, piece, jnp.inf)
             high = jnp.where(relative > 0, piece, -jnp.inf)
-        slot = codes.astype(jnp.int32) * SPREAD + spread(piece.shape)
+        slot = codes.astype(jnp.int32) * parts + spread(piece.shape, parts)
         mode = "promise_in_bounds"
         return Clusters(
             sums.counts.at[slot].add(1, mode=mode),
@@ -74,19 +78,19 @@ def measure(
 
     sums = fold(step, none, x, *weights)
     return sums._replace(
-        counts=jnp.sum(sums.counts.reshape(k, SPREAD), axis=1, dtype=jnp.int32),
-        losses=jnp.sum(sums.losses.reshape(k, SPREAD), axis=1),
+        counts=jnp.sum(sums.counts.reshape(k, parts), axis=1, dtype=jnp.int32),
+        losses=jnp.sum(sums.losses.reshape(k, parts), axis=1),
     )
 
 
-def spread(shape: tuple[int, ...]) -> jax.Array:
-    """Number the entries round-robin below `SPREAD`, without a ravel."""
+def spread(shape: tuple[int, ...], parts: int = SPREAD) -> jax.Array:
+    """Number the entries round-robin below a power of two, without a ravel."""
     number = jnp.zeros(shape, jnp.int32)
     stride = 1
     for axis in reversed(range(len(shape))):
-        number += jax.lax.broadcasted_iota(jnp.int32, shape, axis) * (stride % SPREAD)
+        number += jax.lax.broadcasted_iota(jnp.int32, shape, axis) * (stride % parts)
         stride *= shape[axis]
-    return number % SPREAD
+    return number % parts
 
 
 def settle(
@@ -96,7 +100,7 @@ def settle(
     width: jax.Array,
     sample_weight: jax.Array | None = None,
     *,
-    unit: jax.Array | float = 1.0,
+    scale: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, Clusters]:
     """Put the centroid of a cluster of equal weights exactly onto them, and measure the clusters.
 
@@ -108,15 +112,26 @@ def settle(
 
     def step(carry: tuple[jax.Array, Clusters, jax.Array, jax.Array]):
         centroids, _, passes, _ = carry
-        clusters = measure(x, centroids, sample_weight, unit=unit)
-        values = rounded(clusters.lows, centroids.dtype)
-        onto = (clusters.lows == clusters.highs) & (values != centroids)
-        near = jnp.abs(values.astype(jnp.float32) - centroids.astype(jnp.float32)) <= width
-        onto = onto & near & ~fixed & (passes < _MAX_SETTLES)
-        return jnp.where(onto, values, centroids), clusters, passes + 1, jnp.any(onto)
+        clusters = measure(x, centroids, sample_weight, scale=scale)
+        moved, any_moved = onto_equals(centroids, clusters.lows, clusters.highs, fixed, width)
+        more = any_moved & (passes < _MAX_SETTLES)
+        return jnp.where(more, moved, centroids), clusters, passes + 1, more
 
     empty = jax.tree.map(
         lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(measure, x, centroids, sample_weight)
     )
     start = (centroids, empty, jnp.int32(0), jnp.bool_(True))
     return loops.while_loop(lambda carry: carry[3], step, start)[:2]
+
+
+def onto_equals(
+    centroids: jax.Array, lows: jax.Array, highs: jax.Array, fixed: jax.Array, width: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Put centroids [k] onto the weights of their clusters where these are all equal.
+
+    By the `width` at most, and none that is fixed. Also returns whether any has moved.
+    """
+    values = rounded(lows, centroids.dtype)
+    near = jnp.abs(values.astype(jnp.float32) - centroids.astype(jnp.float32)) <= width
+    onto = (lows == highs) & (values != centroids) & near & ~fixed
+    return jnp.where(onto, values, centroids), jnp.any(onto)

@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import checks
-from jaxquant.clustering.histogram import Histogram, headroom, to_value
+from jaxquant.clustering.points import (
+    Points,
+    from_units,
+    last_below_middles,
+    masses,
+    placed,
+    ranks,
+)
 from jaxquant.meshes import compiled
 
 MOST_CENTROIDS = 256  # of a codebook whose codes are packed: a code fits a byte
@@ -69,12 +76,10 @@ def bounds(centroids: jax.Array) -> tuple[jax.Array, jax.Array]:
       The last float [k - 1] of each cluster but the highest, and the code [k] of each: of equal
       centroids the lowest. See `pick`.
     """
-    order = jnp.argsort(centroids)  # stable: of equal centroids the lower index comes first
-    ascending = centroids[order]
+    ascending, codes = _in_order(centroids)
     # It ascends already. But what XLA can fuse it computes anew for each weight; this it cannot.
     last = jax.lax.cummax(last_below_middles(ascending))
-    first = jnp.searchsorted(ascending, ascending)  # of a run of equal centroids
-    return last, order[first].astype(jnp.uint8 if order.size <= MOST_CENTROIDS else jnp.int32)
+    return last, codes.astype(jnp.uint8 if codes.size <= MOST_CENTROIDS else jnp.int32)
 
 
 def pick(x: jax.Array, last: jax.Array, table: jax.Array) -> jax.Array:
@@ -95,22 +100,17 @@ def pick(x: jax.Array, last: jax.Array, table: jax.Array) -> jax.Array:
     return picked
 
 
-def last_below_middles(ascending: jax.Array) -> jax.Array:
-    """Return the last float that is not above the middle of each two neighbours, [k - 1].
-
-    A middle of neighbouring floats is none itself: rounded up, it would be the upper one, and that
-    one nearer to the lower. The error of the sum is exact (Knuth, TAOCP 2, 4.2.2, theorem B).
-    """
-    scale = headroom(jnp.max(jnp.abs(ascending)))
-    lower, upper = ascending[:-1] * scale, ascending[1:] * scale
-    total = lower + upper
-    rest = total - lower
-    error = (lower - (total - rest)) + (upper - rest)
-    total = jnp.where(error < 0, jnp.nextafter(total, -jnp.inf), total)
-    last = total * (0.5 / scale)
-    # Where that rounds, next to zero, a centroid is still nearest to itself.
-    lower, upper = ascending[:-1], ascending[1:]
-    return jnp.clip(last, lower, jnp.maximum(lower, jnp.nextafter(upper, -jnp.inf)))
+def _in_order(centroids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the centroids in ascending order, and the lowest index of those equal to each."""
+    index = jnp.arange(centroids.size, dtype=jnp.int32)
+    if centroids.size > MOST_COMPARES:
+        order = jnp.argsort(centroids)  # stable: of equal centroids the lower index comes first
+        ascending = centroids[order]
+        return ascending, order[jnp.searchsorted(ascending, ascending)]
+    rank = ranks(centroids)  # no sort: there may be a codebook for few weights
+    equal = centroids[:, None] == centroids[None]
+    lowest = jnp.min(jnp.where(equal, index[None], centroids.size), axis=1)
+    return placed(centroids, rank), placed(lowest, rank)
 
 
 def reconstruct(codes: jax.Array, centroids: jax.Array) -> jax.Array:
@@ -149,41 +149,44 @@ def rounded(centroids: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     return jnp.clip(centroids, float(limits.min), float(limits.max)).astype(dtype)
 
 
-def start_linear(histogram: Histogram, k: int) -> jax.Array:
+def start_linear(points: Points, k: int) -> jax.Array:
     """Return `k` centroids equally spaced between the extreme weights (Han et al., 2016)."""
-    return to_value(histogram, jnp.linspace(0.0, histogram.mass.shape[0], k, dtype=jnp.float32))
+    low, high = points.low * points.scale, points.high * points.scale
+    return from_units(points, jnp.linspace(low, high, k, dtype=jnp.float32))
 
 
-def start_quantile(histogram: Histogram, k: int) -> jax.Array:
+def start_quantile(points: Points, k: int) -> jax.Array:
     """Return `k` centroids at the quantiles (j + 1/2) / k of the weights."""
-    cumulative = jnp.cumsum(histogram.mass).astype(jnp.float32)
+    cumulative = jnp.cumsum(masses(points) if points.mass is None else points.mass).astype(
+        jnp.float32
+    )
     targets = (jnp.arange(k, dtype=jnp.float32) + 0.5) / k * cumulative[-1]
-    return to_value(histogram, histogram.position[jnp.searchsorted(cumulative, targets)])
+    return from_units(points, points.value[jnp.searchsorted(cumulative, targets)])
 
 
-def start_power_of_two(histogram: Histogram, k: int) -> jax.Array:
+def start_power_of_two(points: Points, k: int) -> jax.Array:
     """Return the centroids 0, m, -m, m/2, -m/2, ... with `m = 2**floor(log2 max|w|)`.
 
     In index order, not ascending: the start of the SLQ authors' released code.
     """
-    largest = _largest(histogram)
+    largest = _largest(points)
     _, exponent = jnp.frexp(largest)  # exact: largest = f * 2**exponent with f in [1/2, 1)
     return _powers(exponent - 1, k, largest > 0)
 
 
-def start_inq(histogram: Histogram, k: int) -> jax.Array:
+def start_inq(points: Points, k: int) -> jax.Array:
     """Return INQ's codebook 0, m, -m, m/2, -m/2, ... with `m = 2**floor(log2(4/3 max|w|))`.
 
     So `max|w| < 1.5 m`: the largest weight is nearest to m. With `k = num_centroids(bits)` these
     are the powers from n1 down to `n2 = n1 + 1 - 2**(bits-1) / 2` of Zhou et al., ICLR 2017,
     section 2.1.
     """
-    largest = _largest(histogram)
+    largest = _largest(points)
     fraction, exponent = jnp.frexp(largest)
     return _powers(jnp.where(fraction >= 0.75, exponent, exponent - 1), k, largest > 0)
 
 
-def start_ternary(histogram: Histogram, k: int) -> jax.Array:
+def start_ternary(points: Points, k: int) -> jax.Array:
     """Return the symmetric ternary codebook -a, 0, a of least squared error.
 
     With the weights sorted by magnitude and S(n) the sum of the n largest, that is a = S(n) / n
@@ -191,20 +194,18 @@ def start_ternary(histogram: Histogram, k: int) -> jax.Array:
     by a threshold of 0.7 mean|w|. Exact up to the bins, each of which counts as its mean.
     """
     del k  # three, as `kmeans.check_start` makes sure
-    values = to_value(histogram, histogram.position)
-    magnitudes = jnp.where(histogram.mass > 0, jnp.abs(values), 0.0)
+    mass = masses(points)
+    magnitudes = jnp.where(mass > 0, jnp.abs(points.value), 0.0)
     order = jnp.argsort(magnitudes, descending=True)
-    largest = jnp.maximum(_largest(histogram), jnp.finfo(jnp.float32).tiny)
-    mass = histogram.mass.astype(jnp.float32)[order]
-    number, total = jnp.cumsum(mass), jnp.cumsum(mass * (magnitudes[order] / largest))
+    mass = mass[order]
+    number, total = jnp.cumsum(mass), jnp.cumsum(mass * magnitudes[order])
     means = total / jnp.where(number > 0, number, 1.0)
-    best = jnp.argmax(total * means)
-    mean = means[best] * largest
+    mean = from_units(points, means[jnp.argmax(total * means)])
     return jnp.stack([-mean, jnp.zeros_like(mean), mean])
 
 
-def _largest(histogram: Histogram) -> jax.Array:
-    return jnp.maximum(jnp.abs(histogram.low), jnp.abs(histogram.high))
+def _largest(points: Points) -> jax.Array:
+    return jnp.maximum(jnp.abs(points.low), jnp.abs(points.high))
 
 
 def _powers(exponent: jax.Array, k: int, nonzero: jax.Array) -> jax.Array:

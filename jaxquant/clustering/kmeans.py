@@ -1,75 +1,29 @@
 """One-dimensional k-means on a histogram: optimal start, Lloyd passes, certificate."""
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxquant import checks, loops
-from jaxquant.clustering import codebooks
-from jaxquant.clustering.clusters import settle, weight_scale
-from jaxquant.clustering.histogram import (
-    BINS,
-    Histogram,
-    bin_width,
-    histogram,
-    to_position,
-    to_value,
-)
-from jaxquant.clustering.optimum import Optimum, optimum
+from jaxquant import checks
+from jaxquant.clustering.histogram import BINS
+from jaxquant.clustering.lloyd import lloyd, pin
+from jaxquant.clustering.options import STARTS, Clustering, check_iterations, check_start
+from jaxquant.clustering.solver import Solved, is_usable, named_start, solve
 from jaxquant.meshes import compiled
 
-STARTS = ("optimal", "quantile", "linear", "power_of_two", "inq", "ternary")
-_IN_INDEX_ORDER = ("power_of_two", "inq")
-_MAX_PASSES = 200
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Clustering:
-    """How weights are clustered: the options of `kmeans` and of plans, under the same names.
-
-    Raises:
-      ValueError: for options that do not fit.
-
-    >>> Clustering(zero=True, iterations=10).iterations
-    10
-    """
-
-    init: str = "optimal"
-    """Where the centroids start, if none is given or frozen; one of `STARTS`, see `kmeans`."""
-    iterations: int | None = None
-    """Exactly this many Lloyd passes, 0 to keep the start; None for as many as needed."""
-    zero: bool = False
-    """Whether one centroid is exactly zero: the one that starts nearest to it."""
-    powers_of_two: bool = False
-    """Whether each centroid is moved to the nearest of 0 and +-2**n in the end."""
-    bins: int = BINS
-    """Bins of the histogram of a large array."""
-    cells: int | None = None
-    """Cells of the dynamic program of the optimal start; None for as many as the array needs."""
-
-    def __post_init__(self) -> None:
-        """Check the options, and make them Python's."""
-        check_start(self.init)
-        cells = None if self.cells is None else checks.integer("cells", self.cells, least=1)
-        checked = {
-            "iterations": check_iterations(self.iterations),
-            "zero": bool(self.zero),
-            "powers_of_two": bool(self.powers_of_two),
-            "bins": checks.integer("bins", self.bins, least=1),
-            "cells": cells,
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-    def check(self, k: int) -> None:
-        """Raise a ValueError if `k` centroids cannot be clustered so."""
-        check_start(self.init, k)
-        checks.integer("bins", self.bins, least=k)
-        if self.cells is not None:
-            checks.integer("cells", self.cells, least=k)
+__all__ = [
+    "STARTS",
+    "Clustering",
+    "KMeansResult",
+    "check_iterations",
+    "check_start",
+    "is_usable",
+    "kmeans",
+    "lloyd",
+    "named_start",
+    "pin",
+]
 
 
 class KMeansResult(NamedTuple):
@@ -139,19 +93,21 @@ def kmeans(
     frozen = None if frozen is None else jnp.asarray(frozen)
     k = checks.integer("k", k, least=1)
     _check_entries(x, k, sample_weight)
-    named = "optimal" if init is None else init if isinstance(init, str) else None
-    if named:
-        check_start(named, k)
-    _check_centroids(k, init, frozen)
+    start = None if init is None or isinstance(init, str) else init
+    _check_centroids(k, start, frozen)
+    clustering = Clustering(
+        init=init if isinstance(init, str) else "optimal",
+        iterations=iterations,
+        zero=zero,
+        bins=bins,
+        cells=cells,
+    )
+    clustering.check(k)
     return compiled(
         _cluster,
-        *(x, None if named else jnp.asarray(init), frozen, sample_weight),
+        *(x, None if start is None else jnp.asarray(start), frozen, sample_weight),
         k=k,
-        named=named,
-        zero=bool(zero),
-        iterations=check_iterations(iterations),
-        bins=checks.integer("bins", bins, least=k),
-        cells=None if cells is None else checks.integer("cells", cells, least=k),
+        clustering=clustering,
     )
 
 
@@ -162,178 +118,25 @@ def _cluster(
     sample_weight: jax.Array | None,
     *,
     k: int,
-    named: str | None,
-    zero: bool,
-    iterations: int | None,
-    bins: int,
-    cells: int | None,
+    clustering: Clustering,
 ) -> KMeansResult:
-    """Cluster from the centroids in `start`, or from those that are `named`."""
-    statistic = histogram(x, sample_weight, bins=bins)
-    solution = optimum(statistic, k, zero=zero, cells=cells)
-    if start is not None:
-        start = start.astype(jnp.float32)
-    elif named == "optimal":
-        start = solution.centroids
-    else:
-        start = named_start(statistic, k, str(named))
-    start, fixed = pin(start, frozen, zero=zero)
-    centroids = lloyd(statistic, start, fixed, iterations)
-    if named is not None and named not in _IN_INDEX_ORDER:
-        order = jnp.argsort(centroids)
-        centroids, fixed = centroids[order], fixed[order]
-    if iterations == 0:
-        fixed = jnp.ones_like(fixed)
-    width = bin_width(statistic)
-    centroids, clusters = settle(x, centroids, fixed, width, sample_weight, unit=width)
-    loss = jnp.sum(clusters.losses)  # in squares of bins: no overflow whatever the scale of x
-    total = loss * weight_scale(sample_weight) * width * width
-    finite = is_usable(statistic, sample_weight)
+    """Cluster from the centroids in `start`, or as the options say."""
+    solved = solve(x, sample_weight, k, start, frozen, clustering=clustering, certify=True)
+    loss = jnp.sum(solved.clusters.losses)
+    finite = solved.finite
     return KMeansResult(
-        centroids=jnp.where(finite, centroids, jnp.nan),
-        counts=clusters.counts,
-        loss=jnp.where(finite, total, jnp.nan),
-        gap=jnp.where(finite, _gap(loss, solution), jnp.nan),
+        centroids=jnp.where(finite, solved.centroids, jnp.nan),
+        counts=solved.clusters.counts,
+        loss=jnp.where(finite, solved.in_squares(loss), jnp.nan),
+        gap=jnp.where(finite, _gap(loss, solved), jnp.nan),
     )
 
 
-def is_usable(statistic: Histogram, sample_weight: jax.Array | None) -> jax.Array:
-    """Return whether all entries are finite, and their weights, if any, finite and not negative."""
-    finite = jnp.isfinite(statistic.low) & jnp.isfinite(statistic.high)
-    if sample_weight is None:
-        return finite
-    return finite & jnp.isfinite(jnp.max(sample_weight)) & (jnp.min(sample_weight) >= 0)
-
-
-def _gap(loss: jax.Array, solution: "Optimum") -> jax.Array:
-    root = jnp.sqrt(solution.loss) - jnp.sqrt(solution.moved)
+def _gap(loss: jax.Array, solved: Solved) -> jax.Array:
+    root = jnp.sqrt(solved.best) - jnp.sqrt(solved.moved)
     bound = jnp.square(jnp.maximum(root, 0.0))
     gap = jnp.where(bound > 0, loss / jnp.where(bound > 0, bound, 1.0) - 1.0, jnp.inf)
     return jnp.where(loss == 0, 0.0, jnp.maximum(gap, 0.0))
-
-
-# Starts ------------------------------------------------------------------------------------------
-
-
-def named_start(
-    statistic: Histogram, k: int, name: str, *, zero: bool = False, cells: int | None = None
-) -> jax.Array:
-    """Return the [k] starting centroids that `name`, one of `STARTS`, stands for."""
-    if name == "optimal":
-        return optimum(statistic, k, zero=zero, cells=cells).centroids
-    start = {
-        "quantile": codebooks.start_quantile,
-        "linear": codebooks.start_linear,
-        "power_of_two": codebooks.start_power_of_two,
-        "inq": codebooks.start_inq,
-        "ternary": codebooks.start_ternary,
-    }[name]
-    return start(statistic, k)
-
-
-def pin(
-    centroids: jax.Array, frozen: jax.Array | None, *, zero: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Return the centroids with one of them exactly zero if asked, and which must not move."""
-    fixed = jnp.zeros(centroids.shape, bool) if frozen is None else jnp.asarray(frozen)
-    if zero:
-        distance = jnp.where(fixed & (centroids != 0), jnp.inf, jnp.abs(centroids))
-        nearest = jnp.arange(centroids.shape[0]) == jnp.argmin(distance)
-        nearest &= jnp.isfinite(distance)  # all frozen elsewhere: there they stay
-        centroids, fixed = jnp.where(nearest, 0.0, centroids), fixed | nearest
-    return centroids, fixed
-
-
-# Lloyd -------------------------------------------------------------------------------------------
-
-
-def lloyd(
-    statistic: Histogram, start: jax.Array, fixed: jax.Array, iterations: int | None = None
-) -> jax.Array:
-    """Return the centroids after Lloyd passes over the histogram; index order is kept.
-
-    Args:
-      statistic: of the weights.
-      start: [k] float32 centroids.
-      fixed: [k] bool, centroids that must not move.
-      iterations: exact number of passes, or None to pass until no bin changes its cluster.
-    """
-    if iterations == 0:
-        return start
-    order = jnp.argsort(start)  # Lloyd passes never change the order
-    positions, still = to_position(statistic, start[order]), fixed[order]
-    prefix = _prefix_sums(statistic)
-
-    def update(positions: jax.Array) -> jax.Array:
-        return jnp.where(still, positions, _means(statistic, prefix, positions))
-
-    if iterations is None:
-        positions = _until_stable(statistic, update, positions)
-    else:
-        positions = loops.fori_loop(0, iterations - 1, lambda _, p: update(p), positions)
-    means = _precise_means(statistic, positions)
-    moved = jnp.where(still, start[order], to_value(statistic, means))
-    return jnp.zeros_like(start).at[order].set(moved)
-
-
-class _Prefix(NamedTuple):
-    mass: jax.Array  # [bins + 1], exact where counts are
-    moment: jax.Array  # [bins + 1], about the reference
-    reference: jax.Array  # mean position
-
-
-def _prefix_sums(statistic: Histogram) -> _Prefix:
-    mass = statistic.mass.astype(jnp.float32)
-    reference = jnp.sum(mass / jnp.sum(mass) * statistic.position)
-    moment = jnp.cumsum(mass * (statistic.position - reference))
-    return _Prefix(jnp.pad(jnp.cumsum(statistic.mass), (1, 0)), jnp.pad(moment, (1, 0)), reference)
-
-
-def _edges(statistic: Histogram, positions: jax.Array) -> jax.Array:
-    """Return the [k + 1] first bins of each of the clusters of ascending centroids."""
-    bins = statistic.mass.shape[0]
-    middle = positions[1:] * 0.5 + positions[:-1] * 0.5
-    bin_of_middle = jnp.clip(jnp.floor(middle), 0, bins - 1).astype(jnp.int32)
-    below = statistic.position[bin_of_middle] <= middle
-    return jnp.pad(bin_of_middle + below.astype(jnp.int32), (1, 1), constant_values=(0, bins))
-
-
-def _means(statistic: Histogram, prefix: _Prefix, positions: jax.Array) -> jax.Array:
-    edges = _edges(statistic, positions)
-    mass = jnp.diff(prefix.mass[edges]).astype(jnp.float32)
-    moment = jnp.diff(prefix.moment[edges])
-    means = prefix.reference + moment / jnp.where(mass > 0, mass, 1.0)
-    return jnp.where(mass > 0, means, positions)
-
-
-def _precise_means(statistic: Histogram, positions: jax.Array) -> jax.Array:
-    """Return the clusters' means, summed about the centroids: no digits lost to cancellation."""
-    edges = _edges(statistic, positions)
-    bins = jnp.arange(statistic.mass.shape[0])
-
-    def one(cluster: tuple[jax.Array, ...]) -> jax.Array:
-        first, last, centroid = cluster
-        mass = jnp.where((bins >= first) & (bins < last), statistic.mass, 0).astype(jnp.float32)
-        total = jnp.sum(mass)
-        shift = jnp.sum(mass * (statistic.position - centroid))
-        return jnp.where(total > 0, centroid + shift / jnp.where(total > 0, total, 1.0), centroid)
-
-    return jax.lax.map(one, (edges[:-1], edges[1:], positions))
-
-
-def _until_stable(
-    statistic: Histogram, update: Callable[[jax.Array], jax.Array], positions: jax.Array
-) -> jax.Array:
-    def unstable(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return carry[2] & (carry[1] < _MAX_PASSES)
-
-    def step(carry: tuple[jax.Array, jax.Array, jax.Array]):
-        positions, passes, _ = carry
-        new = update(positions)
-        changed = jnp.any(_edges(statistic, new) != _edges(statistic, positions))
-        return new, passes + 1, changed
-
-    return loops.while_loop(unstable, step, (positions, jnp.int32(0), jnp.bool_(True)))[0]
 
 
 # Checks ------------------------------------------------------------------------------------------
@@ -355,21 +158,6 @@ def _check_entries(x: jax.Array, k: int, sample_weight: jax.Array | None) -> Non
         )
     named = {"x": x, "sample_weight": sample_weight}
     checks.values(named, nonnegative=("sample_weight",))
-
-
-def check_start(name: object, k: int | None = None) -> None:
-    """Raise a ValueError for a name of no start, or of one that `k` centroids cannot have."""
-    if name not in STARTS:
-        raise ValueError(f"expected init to be one of {', '.join(STARTS)}, got {name!r}")
-    if k is not None and name in _IN_INDEX_ORDER and k % 2 == 0:
-        raise ValueError(f"expected an odd k for init={name!r}, got {k}")
-    if k not in (None, 3) and name == "ternary":
-        raise ValueError(f"expected k = 3 for init='ternary', got {k}")
-
-
-def check_iterations(iterations: Any) -> int | None:
-    """Return the number of Lloyd passes, or None, or raise a ValueError."""
-    return None if iterations is None else checks.integer("iterations", iterations, least=0)
 
 
 def _check_centroids(k: int, init: Any, frozen: Any) -> None:

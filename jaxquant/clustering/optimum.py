@@ -1,169 +1,213 @@
-"""Optimal one-dimensional clusters of a histogram, by dynamic programming over coarse cells."""
+"""Optimal one-dimensional clusters of points, by dynamic programming over coarse cells."""
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant import loops
-from jaxquant.clustering.histogram import Histogram, position_error, to_position, to_value
+from jaxquant.clustering.points import (
+    Points,
+    Prefix,
+    between,
+    count_up_to,
+    masses,
+    means,
+    placed,
+    prefix_sums,
+    ranks,
+)
+
+_CAPPINGS = 6
+_CHUNK = 32  # ends of clusters that are compared in one loop over memory
 
 
 class Optimum(NamedTuple):
-    """Exact optimum over contiguous cells, in units of bins; loss and moved are squares of them."""
+    """Exact optimum over contiguous cells, in the units of the points, losses in their squares."""
 
-    centroids: jax.Array  # [k] ascending, as weights
+    centroids: jax.Array  # [k] ascending
     loss: jax.Array  # of the cells' means
     moved: jax.Array  # upper bound of the squared distance from the entries to their cells' means
 
 
 class _Cells(NamedTuple):
+    edges: jax.Array  # [cells + 1] first points
     mass: jax.Array  # [cells]
-    mean: jax.Array  # [cells] positions
-    spread: jax.Array  # scalar, squared distance from the entries to these means, at most
+    mean: jax.Array  # [cells]
+    moved: jax.Array  # scalar, squared distance from the entries to these means, at most
 
 
 def optimum(
-    statistic: Histogram, k: int, *, zero: bool = False, cells: int | None = None
+    points: Points, sums: Prefix, k: int, *, zero: bool = False, cells: int | None = None
 ) -> Optimum:
     """Return the best k clusters whose boundaries lie between coarse cells.
 
-    Dynamic program `D[m, e] = min_s D[m-1, s] + cost[s, e]` with m clusters over the first e
-    cells; O(cells**2 k). With `zero`, one cluster costs its squares about zero instead.
+    Dynamic program `D[m, s] = min_e cost[s, e] + D[m-1, e]` with m clusters over the cells from s
+    on; O(cells**2 k). With `zero`, one cluster costs its squares about zero instead.
+
+    Args:
+      points: of an array.
+      sums: their `prefix`.
+      k: number of clusters.
+      zero: whether one centroid is zero.
+      cells: number of them, at most; None for max(512, 4 k).
     """
-    cells = max(512, 4 * k) if cells is None else cells
-    groups = _coarsen(statistic, min(cells, statistic.mass.shape[0]))
-    origin = to_position(statistic, jnp.float32(0.0))
-    cost, cost_about_zero = _interval_costs(groups, origin)
-    costs = jnp.stack([cost, cost_about_zero]) if zero else cost[None]
+    groups = _coarsen(points, sums, _cells(points.value.shape[0], k, cells))
+    costs = _interval_costs(groups, zero=zero)
     tables = _fill_tables(costs, k)
-    starts, ends, about_zero = _trace_back(costs, tables)
-    positions = _interval_means(groups, starts, ends)
-    centroids = jnp.where(about_zero, 0.0, to_value(statistic, positions))
-    return Optimum(jnp.sort(centroids), tables[-1, -1, -1], groups.spread)
+    ends, about_zero, loss = _trace_back(costs, tables)
+    inner = groups.edges.at[ends].get(mode="promise_in_bounds")
+    edges = jnp.pad(inner, (1, 0))
+    centroids = means(sums, edges, jnp.float32(-jnp.inf))
+    filled = jax.lax.cummax(centroids)  # an empty cluster takes the centroid below
+    centroids = jnp.where(jnp.isfinite(filled), filled, points.value[0])
+    centroids = jnp.where(about_zero, 0.0, centroids)
+    if zero:
+        centroids = placed(centroids, ranks(centroids))
+    return Optimum(centroids, loss, groups.moved)
 
 
-def _coarsen(statistic: Histogram, cells: int) -> _Cells:
-    """Merge bins into cells, equal in a mix of mass and range.
+def _cells(size: int, k: int, cells: int | None) -> int:
+    """Return the number of cells for some points."""
+    return min(max(512, 4 * k) if cells is None else cells, size)
+
+
+def _coarsen(points: Points, sums: Prefix, cells: int) -> _Cells:
+    """Merge points into cells, equal in a mix of mass and range.
 
     Cell density goes with the cube root of the weights' density, which makes the squared distance
-    moved least (Panter & Dite, 1951). Few occupied bins get a cell each.
+    moved least (Panter & Dite, 1951); no gap, however wide, counts for more than a cell. Few
+    distinct points get a cell each.
     """
-    occupied = statistic.mass > 0
-    mass = statistic.mass.astype(jnp.float32)
-    bins = jnp.arange(mass.shape[0], dtype=jnp.float32)
-    rank = jnp.cumsum(occupied) - 1
-    last_occupied = jax.lax.cummax(jnp.where(occupied, bins, -1.0))
-    stretch = bins - jnp.pad(last_occupied, (1, 0), constant_values=-1.0)[:-1]
-    stretch = jnp.where(rank == 0, 1.0, stretch)  # a bin's weights stand for the gap below it too
-    effort = jnp.cumsum(jnp.where(occupied, jnp.cbrt(mass * jnp.square(stretch)), 0.0))
-    share = effort / jnp.maximum(effort[-1], jnp.finfo(jnp.float32).tiny)
-    shared = jnp.clip(jnp.ceil(share * cells) - 1, 0, cells - 1).astype(jnp.int32)
-    cell = jnp.where(rank[-1] < cells, jnp.clip(rank, 0, cells - 1), shared)
-    sums = functools.partial(jax.ops.segment_sum, segment_ids=cell, num_segments=cells)
-    # Relative to the first bin of the cell: sums of positions themselves would lose digits.
-    anchor = jax.ops.segment_min(jnp.where(occupied, bins, jnp.inf), cell, num_segments=cells)
-    anchor = jnp.where(jnp.isfinite(anchor), anchor, 0.0)
-    total = sums(mass)
-    divisor = jnp.where(total > 0, total, 1.0)
-    offset = jnp.where(occupied, statistic.position - anchor[cell], 0.0)
-    mean = sums(mass * offset) / divisor
-    # Bhatia-Davis: entries of a unit interval with mean f have a variance of at most f (1 - f). The
-    # mean itself is only known to within `error`.
-    fraction, error = statistic.position - bins, position_error(statistic)
-    single = statistic.mass == 1 if statistic.mass.dtype == jnp.int32 else jnp.zeros_like(occupied)
-    within = jnp.where(single, 0.0, fraction * (1.0 - fraction) + error) + jnp.square(error)
-    spread = jnp.sum(jnp.where(occupied, mass * (jnp.square(offset - mean[cell]) + within), 0.0))
-    return _Cells(total, anchor + mean, spread)
+    gap = jnp.diff(points.value, prepend=points.value[:1])
+    mass = masses(points)
+    effort = _cube_root(mass * jnp.square(gap))
+    cap = jnp.sum(effort) / cells
+    effort = jnp.concatenate([jnp.maximum(effort[:1], jnp.inf), effort[1:]])  # begins a cell
+    for _ in range(_CAPPINGS):
+        cap = jnp.sum(jnp.minimum(effort, cap)) / cells
+    distinct = jnp.sum(gap > 0, dtype=jnp.int32) + 1
+    few = distinct <= cells
+    share = jnp.minimum(effort, cap) / jnp.where(cap > 0, cap, 1.0)
+    level = prefix_sums(jnp.where(few, (gap > 0).astype(jnp.float32), share)).high[1:]
+    cell = jnp.where(few, level, jnp.ceil(level) - 1.0).astype(jnp.int32)
+    cell = jnp.clip(cell, 0, cells - 1)
+    inner = count_up_to(cell, jnp.arange(cells - 1, dtype=jnp.int32))
+    edges = jnp.pad(inner, (1, 1), constant_values=(0, cell.shape[0]))
+    mean = means(sums, edges, points.value.at[jnp.minimum(edges[:-1], cell.shape[0] - 1)].get())
+    distance = points.value - mean.at[cell].get(mode="promise_in_bounds")
+    # An error of a point's value, and the rounding of means, move it to whatever other: with
+    # (a + e)**2 <= a**2 (1 + h) + e**2 (1 + 1 / h).
+    rounding = jnp.square(points.value * 2.0**-24)
+    moved = jnp.sum(mass * (jnp.square(distance) * (1.0 + 2.0**-10) + points.within + rounding))
+    return _Cells(edges, between(sums.mass, edges), mean, moved)
 
 
-def _interval_costs(groups: _Cells, origin: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the costs [start, end] of a cluster of cells start..end-1, about its mean and zero.
+def _cube_root(x: jax.Array) -> jax.Array:
+    """Return the cube root to a few percent, of positive numbers, cheaply; 0 of 0."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    root = jax.lax.bitcast_convert_type(bits // 3 + 709921077, jnp.float32)
+    return jnp.where(x > 0, root, 0.0)
+
+
+def _interval_costs(groups: _Cells, *, zero: bool) -> jax.Array:
+    """Return the costs [last, 1 or 2, first] of a cluster of cells, about its mean and zero.
 
     Grows all intervals by one cell at a time (Welford), since differences of prefix sums of
     squares would drown two modes that lie far apart.
     """
     cells = groups.mass.shape[0]
-    starts = jnp.arange(cells + 1)
+    starts = jnp.arange(cells, dtype=jnp.int32)
 
     def grow(carry: tuple[jax.Array, ...], cell: tuple[jax.Array, ...]):
-        mass, mean, cost, about_zero = carry
+        mass, mean, about_mean, about_zero = carry
         index, cell_mass, cell_mean = cell
-        added = jnp.where(starts <= index, cell_mass, 0.0)
-        total = mass + added
+        inside, before = starts <= index, starts < index
+        total = jnp.where(inside, mass + cell_mass, 0.0)
         delta = cell_mean - mean
-        fraction = added / jnp.where(total > 0, total, 1.0)
-        cost = cost + mass * fraction * jnp.square(delta)
-        about_zero = about_zero + added * jnp.square(cell_mean - origin)
-        carry = (total, mean + delta * fraction, cost, about_zero)
-        return carry, (cost, about_zero)
+        fraction = cell_mass / jnp.where(total > 0, total, 1.0)
+        cost = about_mean + mass * fraction * jnp.square(delta)
+        about_mean = jnp.where(before, cost, jnp.where(inside, 0.0, jnp.inf))
+        mean = jnp.where(before, mean + delta * fraction, cell_mean)
+        if not zero:
+            return (total, mean, about_mean, about_zero), about_mean[None]
+        cost = jnp.where(before, about_zero, 0.0) + cell_mass * jnp.square(cell_mean)
+        about_zero = jnp.where(inside, cost, jnp.inf)
+        return (total, mean, about_mean, about_zero), jnp.stack([about_mean, about_zero])
 
-    zeros = jnp.zeros(cells + 1, jnp.float32)
-    rows = (jnp.arange(cells), groups.mass, groups.mean)
-    _, columns = loops.scan(grow, (zeros,) * 4, rows)
-    possible = starts[:, None] <= starts[None, :]
-
-    def finish(column: jax.Array) -> jax.Array:
-        full = jnp.concatenate([zeros[None], column]).T
-        return jnp.where(possible, full, jnp.inf)
-
-    return finish(columns[0]), finish(columns[1])
-
-
-def _advance(table: jax.Array, costs: jax.Array) -> jax.Array:
-    """Add one cluster: table [used zero, end] from tables of one cluster less."""
-    free = jnp.min(table[:, :, None] + costs[:1], axis=1)
-    if costs.shape[0] == 1:
-        return free
-    pinned = jnp.min(table[0][:, None] + costs[1], axis=0)
-    return free.at[1].min(pinned)
+    zeros = jnp.zeros(cells, jnp.float32)
+    start = (zeros, zeros, zeros, zeros if zero else jnp.float32(0.0))
+    _, rows = loops.scan(grow, start, (starts, groups.mass, groups.mean))
+    return rows
 
 
 def _fill_tables(costs: jax.Array, k: int) -> jax.Array:
-    """Return tables [k + 1, 1 or 2, cells + 1]: least cost of m clusters, without and with zero."""
-    cells = costs.shape[-1]
-    start = jnp.full((costs.shape[0], cells), jnp.inf, jnp.float32).at[0, 0].set(0.0)
+    """Return the least costs [k, 1 or 2, cells] of 0 to k - 1 clusters of the cells from each on.
 
-    def step(table: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        table = _advance(table, costs)
-        return table, table
+    The second is that with a cluster about zero among them. Of 0 cells it is infinite: no cluster
+    is empty, unless all cells are used up.
+    """
+    cells, layers = costs.shape[:2]
+    chunk = min(_CHUNK, cells)
+    rows = jnp.pad(costs, ((0, -cells % chunk), (0, 0), (0, 0)), constant_values=jnp.inf)
 
-    _, tables = loops.scan(step, start, None, length=k)
-    return jnp.concatenate([start[None], tables])
+    def add(table: jax.Array, rest: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Put a first cluster before those of a table, of which `rest` costs no cells."""
+        after = jnp.concatenate([table[:, 1:], rest[:, None]], axis=1)
+        after = jnp.pad(after, ((0, 0), (0, -cells % chunk)), constant_values=jnp.inf)
+
+        def ends(number: jax.Array, best: list[jax.Array]) -> list[jax.Array]:
+            first = number * chunk
+            own = jax.lax.dynamic_slice_in_dim(rows, first, chunk)
+            then = jax.lax.dynamic_slice_in_dim(after, first, chunk, axis=1)
+            for i in range(chunk):  # in one piece of code, without a table in between
+                best = [jnp.minimum(old, own[i, 0] + then[j, i]) for j, old in enumerate(best)]
+                if layers == 2:
+                    best[1] = jnp.minimum(best[1], own[i, 1] + then[0, i])
+            return best
+
+        best = [jnp.full(cells, jnp.inf, jnp.float32)] * layers
+        number = rows.shape[0] // chunk
+        best = ends(jnp.int32(0), best) if number == 1 else loops.fori_loop(0, number, ends, best)
+        return jnp.stack(best), table
+
+    none = jnp.full((layers, cells), jnp.inf, jnp.float32)
+    return loops.scan(add, none, _after_all(layers, k))[1]
+
+
+def _after_all(layers: int, k: int) -> jax.Array:
+    """Return the cost [k, 1 or 2] of 0 to k - 1 clusters of no cells."""
+    cost = jnp.zeros((k, layers), jnp.float32)
+    return cost if layers == 1 else cost.at[0, 1].set(jnp.inf)
 
 
 def _trace_back(costs: jax.Array, tables: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return start, end and whether pinned to zero of the k clusters of the optimum."""
-    layers, cells = tables.shape[1:]
+    """Return the end [k] of each cluster of the optimum, in cells, which is about zero, the cost.
 
-    def step(carry: tuple[jax.Array, jax.Array], table: jax.Array):
-        end, layer = carry
-        totals = table[layer] + costs[0, :, end]
-        start, pinned = _argmin(totals), jnp.bool_(False)
+    A cluster that starts after the last cell ends there, too.
+    """
+    cells, layers = costs.shape[:2]
+    ends = jnp.arange(cells, dtype=jnp.int32)  # the last cell of a cluster
+    after = jnp.concatenate([tables[:, :, 1:], _after_all(layers, tables.shape[0])[:, :, None]], 2)
+
+    def first(totals: jax.Array) -> tuple[jax.Array, jax.Array]:
+        least = jnp.min(totals)
+        return least, jnp.min(jnp.where(totals == least, ends, cells - 1))
+
+    def step(carry: tuple[jax.Array, jax.Array], rest: jax.Array):
+        start, layer = carry
+        own = costs.at[:, :, jnp.minimum(start, cells - 1)].get(mode="promise_in_bounds")
+        least, end = first(own[:, 0] + rest[layer])
+        pinned = jnp.bool_(False)
         if layers == 2:
-            about_zero = jnp.where(layer == 1, table[0] + costs[1, :, end], jnp.inf)
-            pinned = jnp.min(about_zero) < jnp.min(totals)
-            start = jnp.where(pinned, _argmin(about_zero), start)
-        return (start, jnp.where(pinned, 0, layer)), (start, end, pinned)
+            about_zero, end_pinned = first(own[:, 1] + rest[0])
+            pinned = (layer == 1) & (about_zero < least)
+            end, least = jnp.where(pinned, end_pinned, end), jnp.where(pinned, about_zero, least)
+        done = start == cells  # what zero is left, it is the centroid of no cell
+        pinned = jnp.where(done, layer == 1, pinned)
+        start = jnp.where(done, cells, end + 1)
+        return (start, jnp.where(pinned, 0, layer)), (start, pinned, least)
 
-    last = (jnp.int32(cells - 1), jnp.int32(layers - 1))
-    _, (starts, ends, pinned) = loops.scan(step, last, tables[:-1], reverse=True)
-    return starts, ends, pinned
-
-
-def _argmin(x: jax.Array) -> jax.Array:
-    return jnp.argmin(x).astype(jnp.int32)  # int64 under jax_enable_x64
-
-
-def _interval_means(groups: _Cells, starts: jax.Array, ends: jax.Array) -> jax.Array:
-    """Return the mean position of each interval; an empty one takes that of the one below."""
-    cells = jnp.arange(groups.mass.shape[0])
-    inside = (cells[None] >= starts[:, None]) & (cells[None] < ends[:, None])
-    mass = jnp.where(inside, groups.mass[None], 0.0)
-    total = jnp.sum(mass, axis=1)
-    anchor = groups.mean[jnp.clip(starts, 0, cells.shape[0] - 1)]
-    offset = jnp.sum(mass * (groups.mean[None] - anchor[:, None]), axis=1)
-    means = anchor + offset / jnp.where(total > 0, total, 1.0)
-    filled = jax.lax.cummax(jnp.where(total > 0, means, -jnp.inf))
-    return jnp.where(jnp.isfinite(filled), filled, groups.mean[0])
+    start = (jnp.int32(0), jnp.int32(layers - 1))
+    _, (found, pinned, least) = loops.scan(step, start, after, reverse=True)
+    return found[::-1], pinned[::-1], least[-1]

@@ -1,17 +1,59 @@
-"""What a round asks of clustering: the codebook of one block, and what its clusters are then."""
+"""Cluster one block: of small ones the sorted entries, of large ones bins, in one way.
 
-from typing import NamedTuple
+What a round asks of clustering is `cluster_block`: the codebook of one block, and what its clusters
+are under it.
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant import loops
-from jaxquant.clustering.clusters import settle, weight_scale
+from jaxquant.clustering import codebooks
+from jaxquant.clustering.clusters import Clusters, onto_equals, settle, weight_scale
 from jaxquant.clustering.codebooks import rounded, to_powers_of_two
-from jaxquant.clustering.histogram import bin_width, histogram
-from jaxquant.clustering.kmeans import Clustering, is_usable, lloyd, named_start, pin
+from jaxquant.clustering.histogram import BINS, histogram, refined
+from jaxquant.clustering.lloyd import MOST_PASSES, lloyd, pin
+from jaxquant.clustering.optimum import Optimum, optimum
+from jaxquant.clustering.options import IN_INDEX_ORDER, Clustering
+from jaxquant.clustering.points import (
+    Points,
+    count_up_to,
+    last_below_middles,
+    masses,
+    placed,
+    prefix,
+    prefix_sums,
+    ranks,
+    resolution,
+    sorted_points,
+    to_units,
+)
 
-_SMALL = 0  # weights
+_SMALL = 65535  # entries
+_CELLS = 64  # of small blocks at most, for a start from which Lloyd's passes go on
+_COMPARES = 32
+_UNRESOLVED = 2.0**-10  # of the loss, within bins, is too much
+_MAX_SETTLES = 3
+_PASSES = 16  # in a round on small blocks: more of them gain nothing from an optimal start
+
+
+class Solved(NamedTuple):
+    """One block under its new codebook; squares are in units of the points."""
+
+    centroids: jax.Array  # [k] of the dtype asked for
+    clusters: Clusters
+    best: jax.Array  # float32 scalar, exact optimum of entries that are moved to their cells' means
+    moved: jax.Array  # float32 scalar, the squared distance moved, at most
+    scale: jax.Array  # float32 scalar: one unit is 1 / scale
+    weight: jax.Array  # float32 scalar that sample weights are divided by
+    finite: jax.Array  # bool scalar, whether the entries and sample weights can be clustered
+
+    def in_squares(self, x: jax.Array) -> jax.Array:
+        """Return losses in squares of the block's own units; beyond float32 they are inf."""
+        unit = 1.0 / self.scale
+        return x * self.weight * unit * unit
 
 
 class ClusteredBlock(NamedTuple):
@@ -55,27 +97,248 @@ def cluster_block(
       dtype: of the new codebook.
     """
     k = codebook.shape[0]
-    statistic = histogram(x, sample_weight, bins=clustering.bins)
-    start = loops.cond(
-        jnp.any(frozen),
-        lambda: codebook.astype(jnp.float32),
-        lambda: named_start(
-            statistic, k, clustering.init, zero=clustering.zero, cells=clustering.cells
-        ),
+    solved = solve(x, sample_weight, k, codebook, frozen, clustering=clustering, dtype=dtype)
+    return ClusteredBlock(
+        solved.centroids,
+        solved.clusters.counts,
+        solved.in_squares(solved.clusters.losses),
+        solved.in_squares(solved.clusters.norm),
+        solved.finite,
     )
-    start, fixed = pin(start, frozen, zero=clustering.zero)
-    centroids = lloyd(statistic, start, fixed, clustering.iterations)
+
+
+def solve(
+    x: jax.Array,
+    sample_weight: jax.Array | None,
+    k: int,
+    start: jax.Array | None,
+    frozen: jax.Array | None,
+    *,
+    clustering: Clustering,
+    dtype: jax.typing.DTypeLike | None = None,
+    certify: bool = False,
+) -> Solved:
+    """Cluster one block.
+
+    Args:
+      x: [...] floating point.
+      sample_weight: non-negative, like `x`, or None.
+      k: number of centroids.
+      start: [k] where they start, or None for the named start.
+      frozen: [k] bool, centroids that keep their value, or None.
+      clustering: options.
+      dtype: of the codebook, in a round: then the named start is taken where nothing is frozen, and
+        the order of the centroids is left. None to cluster as `kmeans` does.
+      certify: whether the optimum is computed though it is not the start.
+    """
+
+    def find(points: Points) -> tuple[jax.Array, jax.Array, Optimum]:
+        return _find(points, k, start, frozen, clustering, dtype is None, certify)
+
+    entries = None
+    if is_small(x.size):
+        points, entries = sorted_points(x, sample_weight)
+        centroids, fixed, best = find(points)
+    else:
+        points, centroids, fixed, best = _find_in_bins(x, sample_weight, find, clustering.bins)
+    usable = is_usable(points, sample_weight)
     if clustering.powers_of_two:
-        centroids = jnp.where(frozen, centroids, to_powers_of_two(centroids))
+        moved = to_powers_of_two(centroids)
+        centroids = moved if frozen is None else jnp.where(frozen, centroids, moved)
     if clustering.powers_of_two or clustering.iterations == 0:
         fixed = jnp.ones_like(fixed)
-    centroids = jnp.where(frozen, codebook.astype(dtype), rounded(centroids, dtype))
-    centroids, clusters = settle(x, centroids, fixed, bin_width(statistic), sample_weight)
-    scale = weight_scale(sample_weight)
-    return ClusteredBlock(
-        centroids,
-        clusters.counts,
-        clusters.losses * scale,
-        clusters.norm * scale,
-        is_usable(statistic, sample_weight),
-    )
+    if dtype is not None:
+        centroids = rounded(centroids, dtype)
+        if frozen is not None and start is not None:
+            centroids = jnp.where(frozen, start.astype(dtype), centroids)
+    width = resolution(points)
+    if is_small(x.size):
+        centroids, clusters = _settle_sorted(points, entries, centroids, fixed, width)
+    else:
+        centroids, clusters = settle(x, centroids, fixed, width, sample_weight, scale=points.scale)
+    weight = weight_scale(sample_weight)
+    usable &= jnp.isfinite(clusters.norm)  # XLA's extremes on CPU pass over NaN in long arrays
+    return Solved(centroids, clusters, best.loss, best.moved, points.scale, weight, usable)
+
+
+def _find(
+    points: Points,
+    k: int,
+    start: jax.Array | None,
+    frozen: jax.Array | None,
+    clustering: Clustering,
+    ordered: bool,
+    certify: bool,
+) -> tuple[jax.Array, jax.Array, Optimum]:
+    """Return centroids as float32, which of them are fixed, and the optimum, if it is asked for."""
+    sums = prefix(points)
+
+    cells = clustering.cells
+    size = points.value.shape[0]
+    if cells is None and not certify and is_small(size):
+        cells = max(2 * k, min(_CELLS, size // 4))
+
+    def best() -> Optimum:
+        return optimum(points, sums, k, zero=clustering.zero, cells=cells)
+
+    unknown = jnp.float32(jnp.inf)
+    solution = best() if certify else Optimum(jnp.zeros(k, jnp.float32), unknown, unknown)
+
+    def named() -> jax.Array:
+        if clustering.init == "optimal":
+            found = solution if certify else best()
+            return found.centroids * (1.0 / points.scale)
+        return named_start(points, k, clustering.init)
+
+    if start is None:
+        begin = named()
+    elif ordered:
+        begin = start.astype(jnp.float32)
+    else:
+        anew = jnp.bool_(True) if frozen is None else ~jnp.any(frozen)
+        begin = loops.if_needed(anew, named, start.astype(jnp.float32))
+    begin, fixed = pin(begin, frozen, zero=clustering.zero)
+    many = ordered or not is_small(points.value.shape[0])
+    most = MOST_PASSES if many else _PASSES
+    centroids = lloyd(points, begin, fixed, clustering.iterations, sums, most=most)
+    if ordered and start is None and clustering.init not in IN_INDEX_ORDER:
+        rank = ranks(centroids)
+        centroids, fixed = placed(centroids, rank), placed(fixed, rank)
+    return centroids, fixed, solution
+
+
+def named_start(
+    points: Points, k: int, name: str, *, zero: bool = False, cells: int | None = None
+) -> jax.Array:
+    """Return the [k] starting centroids that `name`, one of `STARTS`, stands for."""
+    if name == "optimal":
+        solution = optimum(points, prefix(points), k, zero=zero, cells=cells)
+        return solution.centroids * (1.0 / points.scale)
+    start = {
+        "quantile": codebooks.start_quantile,
+        "linear": codebooks.start_linear,
+        "power_of_two": codebooks.start_power_of_two,
+        "inq": codebooks.start_inq,
+        "ternary": codebooks.start_ternary,
+    }[name]
+    return start(points, k)
+
+
+def is_usable(points: Points, sample_weight: jax.Array | None) -> jax.Array:
+    """Return whether all entries are finite, and their weights, if any, finite and not negative."""
+    finite = jnp.isfinite(points.low) & jnp.isfinite(points.high)
+    if sample_weight is None:
+        return finite
+    return finite & jnp.isfinite(jnp.max(sample_weight)) & (jnp.min(sample_weight) >= 0)
+
+
+# Large blocks ------------------------------------------------------------------------------------
+
+
+def _find_in_bins(
+    x: jax.Array, sample_weight: jax.Array | None, find: Any, bins: int
+) -> tuple[Points, jax.Array, jax.Array, Optimum]:
+    """Cluster on equal bins, and where these blur the entries once more on bins that do not."""
+    if bins < BINS:
+        points = histogram(x, sample_weight, bins=bins)
+        return points, *find(points)
+
+    def attempt(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        points, again = carry[0], carry[-1] > 0
+        points = loops.if_needed(
+            again, lambda: refined(x, sample_weight, points, bins=bins), points
+        )
+        found = find(points)
+        more = ~again & _is_blurred(points, found[0])
+        return points, *found, jnp.where(more, 1, -1).astype(jnp.int32)
+
+    points = histogram(x, sample_weight, bins=bins)
+    shapes = jax.eval_shape(find, points)
+    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    carry = (points, *empty, jnp.int32(0))
+    *result, _ = loops.while_loop(lambda carry: carry[-1] >= 0, attempt, carry)
+    return tuple(result)
+
+
+def _is_blurred(points: Points, centroids: jax.Array) -> jax.Array:
+    """Return whether what the bins hide is not small against the loss."""
+    mass = masses(points)
+    ascending = placed(to_units(points, centroids), ranks(centroids))
+    last = last_below_middles(ascending)
+    loss = jnp.sum(mass * jnp.square(points.value - _nearest(points.value, ascending, last)))
+    return jnp.sum(mass * points.within) > _UNRESOLVED * loss
+
+
+def _nearest(values: jax.Array, ascending: jax.Array, last: jax.Array) -> jax.Array:
+    """Return the centroid of each of some values, of those in ascending order."""
+    if ascending.shape[0] > _COMPARES:
+        place = jnp.searchsorted(last, values)
+        return ascending.at[place].get(mode="promise_in_bounds")
+    found = jnp.broadcast_to(ascending[0], values.shape)
+    for limit, centroid in zip(last, ascending[1:], strict=True):
+        found = jnp.where(values > limit, centroid, found)
+    return found
+
+
+# Small blocks ------------------------------------------------------------------------------------
+
+
+def _settle_sorted(
+    points: Points,
+    entries: jax.Array | None,
+    centroids: jax.Array,
+    fixed: jax.Array,
+    width: jax.Array,
+) -> tuple[jax.Array, Clusters]:
+    """Do what `clusters.settle` does, on sorted entries."""
+
+    def at(centroids: jax.Array) -> tuple[Any, ...]:
+        runs = _runs(points.value, to_units(points, centroids))
+        return runs, *onto_equals(centroids, *_extremes(points, runs[2]), fixed, width)
+
+    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        _, _, moved, _, passes = carry
+        return moved, *at(moved), passes + 1
+
+    carry = (centroids, *at(centroids), jnp.int32(1))
+    carry = loops.while_loop(lambda carry: carry[3] & (carry[4] < _MAX_SETTLES), step, carry)
+    centroids, (ascending, last, (begin, end)) = carry[:2]
+    distance = points.value - _nearest(points.value, ascending, last)
+    mass = masses(points)
+    sums = prefix_sums(mass * jnp.square(distance))
+    high, low = (part.at[end].get() - part.at[begin].get() for part in sums)
+    counts = end - begin
+    if entries is not None:
+        _, _, (first, stop) = _runs(entries, to_units(points, centroids))
+        counts = stop - first
+    norm = jnp.sum(mass * jnp.square(points.value))
+    return centroids, Clusters(counts, high + low, *_extremes(points, (begin, end)), norm)
+
+
+def _runs(
+    values: jax.Array, centroids: jax.Array
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+    """Return which of some ascending values are nearest to each centroid, from where to where.
+
+    As `assign` has it: of equal centroids the lowest index gets all. Also the centroids in
+    ascending order, and the last values of all but the last of them.
+    """
+    rank = ranks(centroids)
+    ascending = placed(centroids, rank)
+    last = last_below_middles(ascending)
+    edges = jnp.pad(count_up_to(values, last), (1, 1), constant_values=(0, values.shape[0]))
+    first = jnp.searchsorted(ascending, ascending)
+    stop = jnp.searchsorted(ascending, ascending, side="right")
+    end = edges.at[stop].get()
+    begin = jnp.where(first == jnp.arange(rank.shape[0]), edges[:-1], end)
+    return ascending, last, (begin.at[rank].get(), end.at[rank].get())
+
+
+def _extremes(points: Points, runs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Return the smallest and largest entry of each run, as they are; inf and -inf of none."""
+    begin, end = runs
+    unit, size = 1.0 / points.scale, points.value.shape[0]
+    low = points.value.at[jnp.minimum(begin, size - 1)].get() * unit
+    high = points.value.at[jnp.maximum(end - 1, 0)].get() * unit
+    some = end > begin
+    return jnp.where(some, low, jnp.inf), jnp.where(some, high, -jnp.inf)
