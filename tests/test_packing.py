@@ -109,6 +109,14 @@ def test_blocks_come_back_bit_for_bit(name):
     np.testing.assert_array_equal(np.asarray(unpack(expected)).view(np.uint8), bits_of(weights))
 
 
+def test_what_has_one_codebook_is_a_stack_only_if_that_is_of_layers():
+    weights, codebook = jnp.ones((1, 1, 4, 6)), jnp.arange(3.0)  # the kernel of a convolution
+    for own, layers in (((), 0), ((1, 1, 1, 1), 1), ((1, 1, 1, 6), 0), ((1, 1, 2, 3), 0)):
+        packed = pack_array(weights, jnp.broadcast_to(codebook, (*own, 3)))
+        assert packed.codes.ndim == 2 + layers and packed.shape == weights.shape
+        assert packed.numbers == (own or (1, 1, 1, 1))
+
+
 def bits_of(x):
     return np.asarray(x).view(np.uint8)
 

@@ -227,32 +227,31 @@ with contextlib.suppress(ValueError):  # where this module is loaded again
 
 
 def split_shape(
-    shape: tuple[int, ...], numbers: tuple[int, ...]
+    shape: tuple[int, ...], table: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Return the axes of a weight that are stacked layers, rows and columns.
 
     Layers are stacked along axis 0 of three or more if there is a block, or more, for each. Where
-    axis 0 has a single entry, that is so if the whole is one block: else it may as well be the
+    axis 0 has a single entry, that is so if there are no other blocks: else it may as well be the
     window of a convolution.
 
     Args:
       shape: of the weight.
-      numbers: of blocks along each axis.
+      table: shape of its scale, [*numbers, 1], or of its codebooks, [*numbers, k] or [k].
     """
-    apart = numbers[0] == shape[0] and (shape[0] != 1 or math.prod(numbers) == 1)
+    *numbers, _ = table
+    apart = numbers[:1] == [shape[0]] and (shape[0] != 1 or math.prod(numbers) == 1)
     stacked = 1 if len(shape) > 2 and apart else 0
     columns = 1 if len(shape) > 1 else 0
     end = len(shape) - columns
     return shape[:stacked], shape[stacked:end], shape[end:]
 
 
-def stored_tables(
-    shape: tuple[int, ...], codebook: jax.Array, scale: jax.Array | None
-) -> tuple[tuple[int, ...], jax.Array]:
-    """Return the numbers of blocks, and the codebook as a PackedArray has it.
+def check_tables(shape: tuple[int, ...], codebook: jax.Array, scale: jax.Array | None) -> None:
+    """Refuse codebooks and scales that do not fit a weight, or are of other dtypes.
 
     Raises:
-      ValueError: for codebooks and scales that do not fit, or are of other dtypes.
+      ValueError: says what it expected.
     """
     floating = jnp.issubdtype(codebook.dtype, jnp.floating)
     if not (floating or (scale is not None and codebook.dtype == jnp.int8)):
@@ -260,20 +259,24 @@ def stored_tables(
             f"expected a codebook of floating point, or of int8 with a scale, got {codebook.dtype}"
         )
     if scale is None:
-        return numbers_of(codebook.shape, shape), codebook
+        numbers_of(codebook.shape, shape)
+        return
     numbers = numbers_of(scale.shape, shape)
-    fits = scale.shape == (*numbers, 1) and codebook.ndim in (1, scale.ndim)
-    own = codebook.shape[:-1] or (1,) * len(shape)
-    if not fits or any(n not in (1, number) for n, number in zip(own, numbers, strict=True)):
+    allowed = [(1, number) for number in numbers]
+    fits = scale.shape == (*numbers, 1) and codebook.ndim == scale.ndim
+    if not fits or any(n not in either for n, either in zip(codebook.shape, allowed, strict=False)):
         raise ValueError(
             f"expected a scale [*numbers, 1] and codebooks of the same blocks or of all of an axis "
             f"for weights of shape {shape}, got shapes {scale.shape} and {codebook.shape}"
         )
     if scale.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"expected a scale of float32 or bfloat16, got {scale.dtype}")
-    layers = split_shape(shape, numbers)[0] or own[:1]
-    codebook = codebook.reshape(*own, codebook.shape[-1])
-    return numbers, jnp.broadcast_to(codebook, (*layers, *codebook.shape[1:]))
+
+
+def each_layers(shape: tuple[int, ...], codebook: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """Return the codebook once for each of stacked layers, where one serves all their scales."""
+    layers = () if scale is None else split_shape(shape, scale.shape)[0]
+    return jnp.broadcast_to(codebook, (*layers, *codebook.shape[len(layers) :]))
 
 
 def pack_array(
@@ -301,8 +304,10 @@ def pack_array(
             "expected a weight with at least one axis, of floating point, got "
             f"{weights.dtype} {weights.shape}"
         )
-    numbers, codebook = stored_tables(weights.shape, codebook, scale)
-    stacked, rows, columns = split_shape(weights.shape, numbers)
+    check_tables(weights.shape, codebook, scale)
+    codebook = each_layers(weights.shape, codebook, scale)
+    table = codebook if scale is None else scale
+    stacked, rows, columns = split_shape(weights.shape, table.shape)
     spec = jax.typeof(weights).sharding.spec
     by_column = PartitionSpec(*spec[: len(stacked)], None, spec[-1] if columns else None)
     matrix = (*stacked, math.prod(rows), math.prod(columns))

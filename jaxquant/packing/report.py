@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.clustering.blocks import per_block
+from jaxquant.clustering.blocks import numbers_of, per_block
 from jaxquant.clustering.codebooks import assign
 from jaxquant.meshes import compiled
 from jaxquant.packing.arrays import (
     ProductArray,
     centroids_of,
+    each_layers,
     is_product,
     product_codes,
     split_shape,
     state_tables,
-    stored_tables,
     table_bytes,
     unpack_product,
 )
@@ -222,7 +222,9 @@ def _layer(
             reason=reason or _usual_reason(leaf),
         )
     k = codebook.shape[-1]
-    numbers, codebook = stored_tables(shape, codebook, scale)
+    codebook = each_layers(shape, codebook, scale)
+    table = codebook if scale is None else scale
+    numbers = numbers_of(table.shape, shape)
     weights = _by_block(np.asarray(leaf), numbers)
     codes = compiled(_codes, leaf, codebook, scale)
     return LayerReport(
@@ -231,7 +233,7 @@ def _layer(
         size=size,
         float_bytes=float_bytes,
         k=k,
-        code_bytes=_code_bytes(shape, numbers, k),
+        code_bytes=_code_bytes(shape, table.shape, k),
         distinct=_most_distinct(weights),
         frozen=float(np.mean(np.asarray(frozen), dtype=np.float64)),
         error=None if reference is None else _error(leaf, reference),
@@ -288,8 +290,8 @@ def _product(path: str, array: ProductArray, reference: jax.Array | None) -> Lay
     )
 
 
-def _code_bytes(shape: tuple[int, ...], numbers: tuple[int, ...], k: int) -> int:
-    stacked, rows, columns = split_shape(shape, numbers)
+def _code_bytes(shape: tuple[int, ...], table: tuple[int, ...], k: int) -> int:
+    stacked, rows, columns = split_shape(shape, table)
     matrices = math.prod(stacked) * math.prod(columns)
     return matrices * packed_rows(math.prod(rows), k)
 
