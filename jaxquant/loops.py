@@ -6,7 +6,7 @@ do not. Here what a loop starts from, and what branches return, is marked as dif
 to be. Outside of `jax.shard_map` these are the functions of `jax.lax` of the same names.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,14 +38,26 @@ def cond(
     flag: jax.Array, then: Callable[..., Any], other: Callable[..., Any], *operands: Any
 ) -> Any:
     """Return what `jax.lax.cond` does."""
+    return jax.lax.cond(flag, *_alike((then, other), operands), *operands)
+
+
+def switch(index: jax.Array, branches: Sequence[Callable[..., Any]], *operands: Any) -> Any:
+    """Return what `jax.lax.switch` does."""
+    return jax.lax.switch(index, _alike(branches, operands), *operands)
+
+
+def _alike(
+    branches: Sequence[Callable[..., Any]], operands: tuple[Any, ...]
+) -> Sequence[Callable[..., Any]]:
+    """Return branches whose results are of the same types."""
     if not _is_manual():
-        return jax.lax.cond(flag, then, other, *operands)
-    shapes = [jax.eval_shape(branch, *operands) for branch in (then, other)]
+        return branches
+    shapes = [jax.eval_shape(branch, *operands) for branch in branches]
 
     def alike(branch: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *operands: _varying(branch(*operands), *shapes)
 
-    return jax.lax.cond(flag, alike(then), alike(other), *operands)
+    return [alike(branch) for branch in branches]
 
 
 def varying_like(tree: Any, arrays: Any) -> Any:

@@ -204,7 +204,7 @@ def observe(
 
     Args:
       inputs: [batch, *space, channels], what the layer gets: from the front of the network as it
-        is already quantized. A dense layer has no space.
+        is already quantized. A dense layer takes any axes before the channels.
       wanted: [batch, *space, features], what it should answer, before the bias: what the float
         network's layer does with the float network's inputs.
       window: of a convolution; () for a dense layer.
@@ -219,12 +219,7 @@ def observe(
     >>> observe(jnp.ones((5, 4)), jnp.ones((5, 3))).gram.shape
     (4, 4)
     """
-    inputs, wanted, space = jnp.asarray(inputs), jnp.asarray(wanted), len(window)
-    if inputs.ndim != space + 2 or wanted.ndim != space + 2:
-        raise ValueError(
-            f"expected inputs and wanted responses of {space + 2} axes, "
-            f"got {inputs.shape} and {wanted.shape}"
-        )
+    inputs, wanted = jnp.asarray(inputs), jnp.asarray(wanted)
     options = window_options(window, window_strides, padding, kernel_dilation)
     return compiled(_observe, inputs, wanted, options=options)
 

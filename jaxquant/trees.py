@@ -7,10 +7,11 @@ imported: whoever holds a module has imported it.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def pure(tree: Any, *, only_parameters: bool = False) -> Any:
@@ -105,6 +106,32 @@ def check_structure(tree: Any, other: Any, wanted: str) -> None:
     if surplus is not None:
         raise ValueError(f"expected {wanted}, got a leaf {surplus!r}")
     raise ValueError(f"expected {wanted} {expected}, got {got}")
+
+
+def check_leaves(
+    name: str, tree: Any, expected: Sequence[tuple[str, tuple[int, ...] | None]]
+) -> list[Any]:
+    """Return the leaves, or raise a ValueError that names the first that is not as expected.
+
+    Args:
+      name: of the tree.
+      tree: any pytree.
+      expected: path and shape of each leaf; None for any shape.
+    """
+    pairs = leaves_with_paths(tree)
+    for (path, leaf), (wanted, shape) in zip(pairs, expected, strict=False):
+        if path != wanted:
+            raise ValueError(f"{name}: expected the leaf {wanted}, got {path}")
+        check_shape(f"{name}: {path}", leaf, shape)
+    if len(pairs) != len(expected):
+        raise ValueError(f"{name}: expected {len(expected)} leaves, got {len(pairs)}")
+    return [leaf for _, leaf in pairs]
+
+
+def check_shape(name: str, leaf: Any, shape: tuple[int, ...] | None) -> None:
+    """Raise a ValueError for a leaf of another shape; None stands for any."""
+    if shape is not None and jnp.shape(leaf) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {jnp.shape(leaf)}")
 
 
 def _nnx() -> Any:

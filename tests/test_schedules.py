@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxquant as jq
+from jaxquant.clustering.kmeans import Clustering
 from jaxquant.rounds.schedules import EQUALS, ORDERS
 
 DEEP = {f"layer_{i}": jax.ShapeDtypeStruct((8, 8), jnp.float32) for i in range(12)}
@@ -143,8 +144,8 @@ def test_equal_plans_are_equal_and_hash_alike():
 def test_options_of_the_clustering_are_kept():
     for make in (jq.slq, jq.mlq):
         plan = make(DEEP, init="power_of_two", iterations=10, zero=True, partition="index")
-        got = (plan.init, plan.iterations, plan.zero, plan.partition)
-        assert got == ("power_of_two", 10, True, "index")
+        assert plan.clustering == Clustering(init="power_of_two", iterations=10, zero=True)
+        assert plan.partition == "index"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_a_plan_of_ones_own_is_checked():
     plan = jq.slq(DEEP)
     with pytest.raises(
         ValueError,
-        match=r"layer_0: expected groups below 1, one for each of 1 codebooks, got \(3,\)",
+        match=r"layer_0: expected groups below 1, one for each of 1 slices, got \(3,\)",
     ):
         layers = (dataclasses.replace(plan.selection.layers[0], groups=(3,)),)
         dataclasses.replace(plan, selection=jq.Selection(layers))
@@ -211,8 +212,9 @@ def test_a_plan_of_ones_own_is_checked():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"init": "ternry"}, "expected init to be one of optimal, .* got 'ternry'"),
-        ({"init": "power_of_two", "bits": 1}, "layer_0: expected an odd k"),
+        ({"clustering": {"init": "linear"}}, "expected clustering to be a Clustering, got {"),
+        ({"clustering": Clustering(init="inq"), "bits": 1}, "layer_0: expected an odd k"),
+        ({"clustering": Clustering(cells=16)}, "layer_0: expected cells to be .* at least 17"),
         ({"partition": "size"}, "expected partition to be one of"),
         ({"shares_of": "layers"}, "expected shares_of clusters or weights, got 'layers'"),
         ({"table": ((0.5,), (0.4,), (1.0,))}, "expected shares that never fall"),
@@ -220,7 +222,6 @@ def test_a_plan_of_ones_own_is_checked():
         ({"table": "abc"}, "expected a schedule .rounds, groups., got 'abc'"),
         ({"table": ((float("nan"),), (1.0,))}, "expected shares in .0, 1."),
         ({"table": ((1.0, 1.0),), "network": True}, "expected one group where all layers"),
-        ({"iterations": 1.5}, "expected iterations to be an integer of at least 0, got 1.5"),
         ({"selection": jq.Selection(())}, "expected at least one leaf to quantize"),
     ],
 )
@@ -230,10 +231,25 @@ def test_a_plan_changed_by_hand_is_checked_at_once(changes, message):
         dataclasses.replace(plan, **changes)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init": "ternry"}, "expected init to be one of optimal, .* got 'ternry'"),
+        ({"iterations": 1.5}, "expected iterations to be an integer of at least 0, got 1.5"),
+        ({"bins": 0}, "expected bins to be an integer of at least 1, got 0"),
+    ],
+)
+def test_options_of_the_clustering_are_checked(options, message):
+    for make in (jq.slq, jq.mlq, jq.inq, lambda _, **options: Clustering(**options)):
+        with pytest.raises(ValueError, match=message):
+            make(DEEP, **options)
+
+
 def test_a_table_by_hand_may_be_an_array():
-    plan = dataclasses.replace(jq.slq(DEEP), table=np.array([[0.5], [1.0]]), iterations=np.int64(3))
+    clustering = Clustering(iterations=np.int64(3))
+    plan = dataclasses.replace(jq.slq(DEEP), table=np.array([[0.5], [1.0]]), clustering=clustering)
     assert plan == dataclasses.replace(plan) and hash(plan) == hash(dataclasses.replace(plan))
-    assert plan.table == ((0.5,), (1.0,)) and type(plan.iterations) is int
+    assert plan.table == ((0.5,), (1.0,)) and type(plan.clustering.iterations) is int
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def test_a_rule_that_another_shadows_is_an_error_naming_it():
 def test_an_axis_gives_every_slice_a_codebook():
     rules = [jq.LayerRule("conv_2/kernel", axis=-1, bits=3, group=range(8))]
     layer = by_path(jq.select(TREE, rules))["conv_2/kernel"]
-    assert (layer.axis, layer.slices, layer.slice_shape) == (3, 8, (3, 3, 4))
+    assert (layer.numbers, layer.slices, layer.block) == ((1, 1, 1, 8), 8, (3, 3, 4, 1))
     assert layer.groups == tuple(range(8))
     small = by_path(jq.select(TREE, [jq.LayerRule("head/kernel", axis=0, bits=5)]))
     assert small["head/kernel"].reason == "10 weights, no more than 17 centroids"

@@ -122,10 +122,10 @@ def _find_inputs(
     model: nn.Module, shapes: Any, image: Any, plan: jq.Plan
 ) -> dict[passes.Path, dict[str, Any]]:
     for layer in plan.selection.selected:
-        if layer.axis is not None:
+        if layer.numbers is not None:
             raise ValueError(
                 f"{layer.path}: expected one codebook for the whole layer where "
-                f"quantize.moment_batches is above 0, got one along axis {layer.axis}"
+                f"quantize.moment_batches is above 0, got blocks of {layer.block}"
             )
     return passes.find(model, shapes, image, [layer.path for layer in plan.selection.selected])
 

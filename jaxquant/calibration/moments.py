@@ -30,7 +30,9 @@ def input_moments(
     batches of equal size average to the mean over all.
 
     Args:
-      inputs: [batch, *space, channels] floating point; a dense layer has no space.
+      inputs: [..., channels] floating point of a dense layer, whatever axes are before the
+        channels (batch, time); [batch, *space, channels] of a convolution, an axis of space for
+        each of its window.
       window: of a convolution; () for a dense layer.
       window_strides, padding, kernel_dilation: of the convolution, see `jaxquant.conv`.
 
@@ -78,11 +80,17 @@ def _parts(shape: tuple[int, ...]) -> int:
 
 
 def windows(inputs: jax.Array, options: Windows) -> jax.Array:
-    """Return what the kernel is multiplied with, [batch, *places, positions channels] float32."""
-    if inputs.ndim != len(options.window) + 2:
-        raise ValueError(f"expected inputs of {len(options.window) + 2} axes, got {inputs.shape}")
+    """Return what the kernel is multiplied with, [batch, *places, positions channels] float32.
+
+    Raises:
+      ValueError: if the axes do not fit the window. A dense layer takes any before the channels.
+    """
+    space = len(options.window)
+    if inputs.ndim != space + 2 if space else inputs.ndim < 2:
+        wanted = space + 2 if space else "at least 2"
+        raise ValueError(f"expected inputs of {wanted} axes, got {inputs.shape}")
     rows = inputs.astype(jnp.float32)
-    if not options.window:
+    if not space:
         return rows
     # Slices, one for each position: `conv_general_dilated_patches` multiplies by ones and zeros.
     return jnp.concatenate(positions(padded(rows, options), options), axis=-1)

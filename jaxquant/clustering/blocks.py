@@ -7,6 +7,7 @@ the blocks, codebooks above all, are arrays `[*numbers of blocks, ...]`. An axis
 the axes of blocks does the rest, so a function of one block knows nothing about others.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -48,63 +49,69 @@ def numbers_of(codebook: tuple[int, ...], leaf: tuple[int, ...]) -> tuple[int, .
 
 def per_block(
     function: Callable[..., Any],
-    arrays: Sequence[jax.Array],
-    tables: Sequence[jax.Array],
+    arrays: Sequence[Any],
+    tables: Sequence[Any],
     *,
-    leaf_shaped: bool = True,
+    leaf_shaped: Any = True,
+    **options: Any,
 ) -> Any:
     """Call a function of one block on every block of a leaf.
 
     Args:
       function: of arrays of a block's shape, and of the block's entries of the tables; see
         `compiled` for what it has to be.
-      arrays: shaped like the leaf.
-      tables: `[*numbers, ...]` all, or `[...]` for a whole leaf; the first is the codebooks.
+      arrays: shaped like the leaf, or None.
+      tables: trees of `[*numbers, ...]`, or of `[...]` for a whole leaf; first the codebooks.
       leaf_shaped: whether results are shaped like the block, and become like the leaf; else they
-        become tables, `[*numbers, ...]`, without numbers if the tables have none.
+        become tables, `[*numbers, ...]`, without numbers if the tables have none. A bool for all
+        results, or a tree of them that is a prefix of the results.
+      options: more arguments of the function, hashable.
     """
     return compiled(
         _per_block,
         *(tuple(arrays), tuple(tables)),
-        like=arrays[0] if leaf_shaped else None,
+        like=jax.tree.map(lambda flag: arrays[0] if flag else None, leaf_shaped),
         function=function,
         leaf_shaped=leaf_shaped,
+        options=tuple(sorted(options.items())),
     )
 
 
 def _per_block(
-    arrays: tuple[jax.Array, ...],
-    tables: tuple[jax.Array, ...],
+    arrays: tuple[Any, ...],
+    tables: tuple[Any, ...],
     *,
     function: Callable[..., Any],
-    leaf_shaped: bool,
+    leaf_shaped: Any,
+    options: tuple[tuple[str, Any], ...],
 ) -> Any:
+    call = functools.partial(function, **dict(options))
     shape = arrays[0].shape
     if tables[0].ndim == 1:
-        return function(*arrays, *tables)
+        return call(*arrays, *tables)
     numbers = numbers_of(tables[0].shape, shape)
     cut = [axis for axis, number in enumerate(numbers) if number > 1]
     sizes = [[n, size // n] if n > 1 else [size] for n, size in zip(numbers, shape, strict=True)]
-    views = [array.reshape(*itertools.chain(*sizes)) for array in arrays]
-    rows = [
-        table.reshape(*(numbers[a] for a in cut), *table.shape[len(shape) :]) for table in tables
-    ]
+    view = tuple(itertools.chain(*sizes))
+    counts = [numbers[axis] for axis in cut]
+    views = jax.tree.map(lambda x: x.reshape(view), arrays)
+    rows = jax.tree.map(lambda x: x.reshape(*counts, *x.shape[len(shape) :]), tables)
     for axis in reversed(cut):  # the loops around have taken the axes of blocks before this one
-        function = jax.vmap(
-            function,
-            in_axes=(axis,) * len(views) + (0,) * len(rows),
-            out_axes=axis if leaf_shaped else 0,
-        )
-    results = function(*views, *rows)
-    if leaf_shaped:
-        return jax.tree.map(lambda x: x.reshape(shape), results)
-    return jax.tree.map(lambda x: x.reshape(*numbers, *x.shape[len(cut) :]), results)
+        out_axes = jax.tree.map(lambda flag, axis=axis: axis if flag else 0, leaf_shaped)
+        call = jax.vmap(call, in_axes=(axis,) * len(views) + (0,) * len(rows), out_axes=out_axes)
+
+    def whole(flag: bool, results: Any) -> Any:
+        if flag:
+            return jax.tree.map(lambda x: x.reshape(shape), results)
+        return jax.tree.map(lambda x: x.reshape(*numbers, *x.shape[len(cut) :]), results)
+
+    return jax.tree.map(whole, leaf_shaped, call(*views, *rows))
 
 
 def by_batch(
     function: Callable[..., Any],
-    arrays: Sequence[jax.Array],
-    tables: Sequence[jax.Array],
+    arrays: Sequence[Any],
+    tables: Sequence[Any],
     numbers: tuple[int, ...],
 ) -> Any:
     """Call a function of one block on every block, a batch of them after the other.
@@ -114,12 +121,15 @@ def by_batch(
     leaf that does not cut blocks is one of the batch: each device works on blocks of its own.
 
     Args:
-      function: of arrays of a block, raveled, and of the block's entries of the tables.
-      arrays: shaped like the leaf.
+      function: of arrays of a block's shape, and of the block's entries of the tables.
+      arrays: shaped like the leaf, or None.
       tables: trees of `[*numbers, ...]`.
       numbers: of blocks along each axis.
     """
     shape = arrays[0].shape
+    if math.prod(numbers) == 1:
+        own = jax.tree.map(lambda x: x.reshape(x.shape[len(shape) :]), list(tables))
+        return jax.tree.map(lambda x: x.reshape(*numbers, *x.shape), function(*arrays, *own))
     tail = _tail(numbers, math.prod(shape))
     if tail is None:
         return _by_batch(function, arrays, tables, numbers)
@@ -132,15 +142,16 @@ def by_batch(
             return jax.lax.slice_in_dim(x, start * unit, end * unit, axis=axis)
 
         own = tuple(end - start if a == axis else number for a, number in enumerate(numbers))
-        pieces = [cut(x, size) for x in arrays]
-        parts.append(by_batch(function, pieces, jax.tree.map(lambda x: cut(x, 1), tables), own))
+        pieces = jax.tree.map(lambda x: cut(x, size), list(arrays))
+        rows = jax.tree.map(lambda x: cut(x, 1), list(tables))
+        parts.append(by_batch(function, pieces, rows, own))
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=axis), *parts)
 
 
 def _by_batch(
     function: Callable[..., Any],
-    arrays: Sequence[jax.Array],
-    tables: Sequence[jax.Array],
+    arrays: Sequence[Any],
+    tables: Sequence[Any],
     numbers: tuple[int, ...],
 ) -> Any:
     shape, axes = arrays[0].shape, range(len(numbers))
@@ -148,32 +159,29 @@ def _by_batch(
     pieces, runs = _pieces(numbers, shape)
     # The blocks along an axis as [major, pieces, run]: a batch is one of the pieces of each.
     parts = [(n // (p * run), p, run) for n, p, run in zip(numbers, pieces, runs, strict=True)]
-    batch_shape = [size for major, _, run in parts for size in (major, run)]
+    with_inside = [(*part, size) for part, size in zip(parts, inside, strict=True)]
 
-    def split(x: jax.Array, axis_parts: Sequence[tuple[int, ...]]) -> jax.Array:
-        """Return [*pieces, *batch, *inside, ...] of an array whose axes are split into parts."""
-        view = x.reshape(*itertools.chain(*axis_parts), *x.shape[len(axes) :])
-        each = len(axis_parts[0])
-        which = [each * axis + 1 for axis in axes]
-        where = [each * axis + offset for axis in axes for offset in (0, 2)]
-        within = [each * axis + 3 for axis in axes if each > 3]
-        rest = range(each * len(axes), view.ndim)
-        return view.transpose(*which, *where, *within, *rest)
-
-    views = [
-        split(x, [(*part, size) for part, size in zip(parts, inside, strict=True)]) for x in arrays
-    ]
-    rows = jax.tree.map(lambda x: split(x, parts), list(tables))
+    def taken(x: jax.Array, index: Sequence[jax.Array], split: Sequence[tuple[int, ...]]) -> Any:
+        """Return a batch, [major, run of each axis, inside of each axis, ...]."""
+        x, each = x.reshape(*itertools.chain(*split), *x.shape[len(axes) :]), len(split[0])
+        for axis in reversed(axes):
+            x = jax.lax.dynamic_index_in_dim(x, index[axis], each * axis + 1, keepdims=False)
+        each -= 1
+        order = [each * axis + offset for axis in axes for offset in (0, 1)]
+        order += [each * axis + 2 for axis in axes if each > 2]
+        return x.transpose(*order, *range(each * len(axes), x.ndim))
 
     def batch(number: jax.Array) -> Any:
         index = jnp.unravel_index(number, pieces)
-        own = [view[index].reshape(*batch_shape, math.prod(inside)) for view in views]
+        own = jax.tree.map(lambda x: taken(x, index, with_inside), list(arrays))
+        rows = jax.tree.map(lambda x: taken(x, index, parts), list(tables))
         call = function
-        for _ in batch_shape:
+        for _ in range(2 * len(axes)):
             call = jax.vmap(call)
-        return call(*own, *jax.tree.map(lambda row: row[index], rows))
+        return call(*own, *rows)
 
-    _, results = loops.scan(lambda _, i: (None, batch(i)), None, jnp.arange(math.prod(pieces)))
+    count = jnp.arange(math.prod(pieces), dtype=jnp.int32)
+    _, results = loops.scan(lambda _, number: (None, batch(number)), None, count)
 
     def joined(x: jax.Array) -> jax.Array:
         """Return [*numbers, ...] of results [pieces, *batch, ...]."""

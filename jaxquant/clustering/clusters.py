@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import loops
-from jaxquant.clustering.codebooks import assign, reconstruct
+from jaxquant.clustering.codebooks import assign, reconstruct, rounded
 from jaxquant.clustering.histogram import relative_weight
 from jaxquant.clustering.passes import fold
 
@@ -21,6 +21,7 @@ class Clusters(NamedTuple):
     losses: jax.Array  # [k] float32, (weighted) sum of squared distances
     lows: jax.Array  # [k] float32, smallest entry of each whose weight is not 0; +inf where none
     highs: jax.Array  # [k] float32, largest; -inf where none
+    norm: jax.Array  # float32 scalar, (weighted) sum of squares of all entries
 
 
 def weight_scale(sample_weight: jax.Array | None) -> jax.Array:
@@ -40,7 +41,7 @@ def measure(
 ) -> Clusters:
     """Return counts, losses and extremes of the clusters of `x` under `centroids`; one pass.
 
-    Losses are in squares of `unit`, and relative to `weight_scale(sample_weight)`.
+    Losses and the norm are in squares of `unit`, and relative to `weight_scale(sample_weight)`.
     """
     k = centroids.shape[0]
     centroids = centroids.astype(jnp.float32)
@@ -48,17 +49,17 @@ def measure(
     largest = [jnp.max(weight).astype(jnp.float32) for weight in weights]
     slots = jnp.zeros(k * SPREAD, jnp.float32)
     infinity = jnp.full(k, jnp.inf, jnp.float32)  # which narrow floats lack
-    none = Clusters(slots.astype(jnp.int32), slots, infinity, -infinity)
+    none = Clusters(slots.astype(jnp.int32), slots, infinity, -infinity, jnp.float32(0.0))
 
     def step(sums: Clusters, piece: jax.Array, *weight: jax.Array) -> Clusters:
         codes = assign(piece, centroids)
         piece = piece.astype(jnp.float32)
         distance = piece - reconstruct(codes, centroids)
-        loss = jnp.square(distance / unit)
+        loss, square = jnp.square(distance / unit), jnp.square(piece / unit)
         low = high = piece
         if weight:
             relative = relative_weight(weight[0], largest[0])
-            loss = loss * relative
+            loss, square = loss * relative, square * relative
             low = jnp.where(relative > 0, piece, jnp.inf)
             high = jnp.where(relative > 0, piece, -jnp.inf)
         slot = codes.astype(jnp.int32) * SPREAD + spread(piece.shape)
@@ -68,6 +69,7 @@ def measure(
             sums.losses.at[slot].add(loss, mode=mode),
             sums.lows.at[codes].min(low, mode=mode),
             sums.highs.at[codes].max(high, mode=mode),
+            sums.norm + jnp.sum(square),
         )
 
     sums = fold(step, none, x, *weights)
@@ -107,7 +109,7 @@ def settle(
     def step(carry: tuple[jax.Array, Clusters, jax.Array, jax.Array]):
         centroids, _, passes, _ = carry
         clusters = measure(x, centroids, sample_weight, unit=unit)
-        values = clusters.lows.astype(centroids.dtype)
+        values = rounded(clusters.lows, centroids.dtype)
         onto = (clusters.lows == clusters.highs) & (values != centroids)
         near = jnp.abs(values.astype(jnp.float32) - centroids.astype(jnp.float32)) <= width
         onto = onto & near & ~fixed & (passes < _MAX_SETTLES)

@@ -8,7 +8,7 @@ from jaxquant.clustering.histogram import Histogram, headroom, to_value
 from jaxquant.meshes import compiled
 
 MOST_CENTROIDS = 256  # of a codebook whose codes are packed: a code fits a byte
-_COMPARES = 32  # a longer reduction XLA splits in two on CPU, and writes the compares to memory
+MOST_COMPARES = 32  # of an entry, one after the other; with more bounds the search is binary
 
 
 def num_centroids(bits: int) -> int:
@@ -58,18 +58,21 @@ def _assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
     dtype = jnp.float64 if jnp.float64 in (x.dtype, centroids.dtype) else jnp.float32
     order = jnp.argsort(centroids)  # stable: of equal centroids the lower index comes first
     ascending = centroids[order].astype(dtype)
-    last = _last_below_middles(ascending)
+    # It ascends already. But what XLA can fuse it computes anew for each weight; this it cannot.
+    last = jax.lax.cummax(last_below_middles(ascending))
     first = jnp.searchsorted(ascending, ascending)  # of a run of equal centroids
     table = order[first].astype(jnp.uint8 if centroids.size <= MOST_CENTROIDS else jnp.int32)
-    if last.size <= _COMPARES:
-        above = x[None].astype(dtype) > jnp.expand_dims(last, range(1, x.ndim + 1))
-        rank = jnp.sum(above, axis=0, dtype=jnp.uint8)
-    else:
-        rank = jnp.searchsorted(last, x.astype(dtype), method="scan_unrolled")
-    return table.at[rank].get(mode="promise_in_bounds")
+    x = x.astype(dtype)
+    if last.size > MOST_COMPARES:
+        rank = jnp.searchsorted(last, x, method="scan_unrolled")
+        return table.at[rank].get(mode="promise_in_bounds")
+    codes = jnp.broadcast_to(table[0], x.shape)
+    for number in range(last.size):
+        codes = jnp.where(x > last[number], table[number + 1], codes)
+    return codes
 
 
-def _last_below_middles(ascending: jax.Array) -> jax.Array:
+def last_below_middles(ascending: jax.Array) -> jax.Array:
     """Return the last float that is not above the middle of each two neighbours, [k - 1].
 
     A middle of neighbouring floats is none itself: rounded up, it would be the upper one, and that
@@ -106,6 +109,21 @@ def reconstruct(codes: jax.Array, centroids: jax.Array) -> jax.Array:
 
 def _reconstruct(codes: jax.Array, centroids: jax.Array) -> jax.Array:
     return centroids.at[codes].get(mode="fill", fill_value=jnp.nan)
+
+
+def rounded(centroids: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Return float32 centroids in another dtype: the nearest of its values, the last beyond them.
+
+    >>> rounded(jnp.array([0.3, 900.0]), jnp.int8), rounded(jnp.float32(900.0), jnp.float8_e4m3fn)
+    (Array([  0, 127], dtype=int8), Array(448, dtype=float8_e4m3fn))
+    """
+    if jnp.issubdtype(dtype, jnp.integer):
+        limits, centroids = jnp.iinfo(dtype), jnp.round(centroids)
+    else:
+        limits = jnp.finfo(dtype)
+    if limits.bits >= 32:
+        return centroids.astype(dtype)
+    return jnp.clip(centroids, float(limits.min), float(limits.max)).astype(dtype)
 
 
 def start_linear(histogram: Histogram, k: int) -> jax.Array:

@@ -1,5 +1,6 @@
 """One-dimensional k-means on a histogram: optimal start, Lloyd passes, certificate."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +24,52 @@ from jaxquant.meshes import compiled
 STARTS = ("optimal", "quantile", "linear", "power_of_two", "inq", "ternary")
 _IN_INDEX_ORDER = ("power_of_two", "inq")
 _MAX_PASSES = 200
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clustering:
+    """How weights are clustered: the options of `kmeans` and of plans, under the same names.
+
+    Raises:
+      ValueError: for options that do not fit.
+
+    >>> Clustering(zero=True, iterations=10).iterations
+    10
+    """
+
+    init: str = "optimal"
+    """Where the centroids start, if none is given or frozen; one of `STARTS`, see `kmeans`."""
+    iterations: int | None = None
+    """Exactly this many Lloyd passes, 0 to keep the start; None for as many as needed."""
+    zero: bool = False
+    """Whether one centroid is exactly zero: the one that starts nearest to it."""
+    powers_of_two: bool = False
+    """Whether each centroid is moved to the nearest of 0 and +-2**n in the end."""
+    bins: int = BINS
+    """Bins of the histogram of a large array."""
+    cells: int | None = None
+    """Cells of the dynamic program of the optimal start; None for as many as the array needs."""
+
+    def __post_init__(self) -> None:
+        """Check the options, and make them Python's."""
+        check_start(self.init)
+        cells = None if self.cells is None else checks.integer("cells", self.cells, least=1)
+        checked = {
+            "iterations": check_iterations(self.iterations),
+            "zero": bool(self.zero),
+            "powers_of_two": bool(self.powers_of_two),
+            "bins": checks.integer("bins", self.bins, least=1),
+            "cells": cells,
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def check(self, k: int) -> None:
+        """Raise a ValueError if `k` centroids cannot be clustered so."""
+        check_start(self.init, k)
+        checks.integer("bins", self.bins, least=k)
+        if self.cells is not None:
+            checks.integer("cells", self.cells, least=k)
 
 
 class KMeansResult(NamedTuple):
@@ -168,10 +215,12 @@ def _gap(loss: jax.Array, solution: "Optimum") -> jax.Array:
 # Starts ------------------------------------------------------------------------------------------
 
 
-def named_start(statistic: Histogram, k: int, name: str, *, zero: bool = False) -> jax.Array:
+def named_start(
+    statistic: Histogram, k: int, name: str, *, zero: bool = False, cells: int | None = None
+) -> jax.Array:
     """Return the [k] starting centroids that `name`, one of `STARTS`, stands for."""
     if name == "optimal":
-        return optimum(statistic, k, zero=zero).centroids
+        return optimum(statistic, k, zero=zero, cells=cells).centroids
     start = {
         "quantile": codebooks.start_quantile,
         "linear": codebooks.start_linear,

@@ -27,7 +27,7 @@ from jaxquant.packing.codes import packed_rows
 from jaxquant.rounds.schedules import Plan
 from jaxquant.rounds.selection import natural_key, vector_reasons
 from jaxquant.rounds.state import QuantState, check_state
-from jaxquant.trees import check_structure, leaves_with_paths, pure
+from jaxquant.trees import check_leaves, check_structure, leaves_with_paths, pure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,12 +179,8 @@ def report(
     columns = [[leaf for _, leaf in pairs], *state_tables(state), jax.tree.leaves(state.frozen)]
     if reference is not None:
         check_structure(nothing, reference, "reference to have the params' structure")
+        check_leaves("reference", reference, [(path, jnp.shape(leaf)) for path, leaf in pairs])
         columns.append(jax.tree.leaves(reference))
-    for (path, leaf), other in zip(pairs, columns[-1], strict=True):
-        if reference is not None and jnp.shape(other) != jnp.shape(leaf):
-            raise ValueError(
-                f"reference: {path}: expected shape {jnp.shape(leaf)}, got {jnp.shape(other)}"
-            )
     reasons: dict[str, str | None] = dict(vector_reasons(params))
     if plan is not None:
         reasons = {x.path: x.reason for x in plan.selection.layers}

@@ -1,17 +1,21 @@
 """Training the centroids of frozen clusters: their weights move together, and stay shared."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant import checks
-from jaxquant.clustering.blocks import per_block
+from jaxquant.clustering.blocks import by_batch, numbers_of, per_block
 from jaxquant.clustering.clusters import SPREAD, spread
 from jaxquant.clustering.codebooks import assign, reconstruct
 from jaxquant.clustering.passes import fold
+from jaxquant.meshes import compiled
 from jaxquant.rounds.state import QuantState, check_state
 from jaxquant.trees import leaves_with_paths, pure, replaced
+
+_SMALL = 2**16  # weights of a block that is summed beside others, without partial sums
 
 
 def centroid_gradients(gradients: Any, params: Any, state: QuantState) -> Any:
@@ -36,7 +40,8 @@ def centroid_gradients(gradients: Any, params: Any, state: QuantState) -> Any:
       too; costs one pass over the weights and their gradients.
 
     Raises:
-      ValueError: if a leaf of `gradients` or `params` does not fit the state; names it.
+      ValueError: if a leaf of `gradients` or `params` does not fit the state, or has scaled
+        blocks; names it.
 
     >>> import jaxquant as jq
     >>> params = {"kernel": jnp.array([[0.0, 1.0], [2.0, 2.0]])}
@@ -51,11 +56,14 @@ def centroid_gradients(gradients: Any, params: Any, state: QuantState) -> Any:
         if not codebook.ndim:
             return jnp.zeros((), jnp.float32)
         arrays, tables = (weights, gradient, frozen), (codebook, moves)
-        return per_block(_sums, arrays, tables, leaf_shaped=False)
+        numbers = numbers_of(codebook.shape, weights.shape)
+        if weights.size >= _SMALL * math.prod(numbers) or codebook.ndim == 1:
+            return per_block(_sums, arrays, tables, leaf_shaped=False)
+        return compiled(_sums_by_batch, arrays, tables, numbers=numbers)
 
     gradients, params = (pure(x, only_parameters=True) for x in (gradients, params))
     state = pure(state)
-    check_state(state)
+    _check_state(state)
     _check("gradients", gradients, state.frozen)
     _check("params", params, state.frozen)
     return jax.tree.map(leaf, params, gradients, state.frozen, state.codebooks, _movable(state))
@@ -70,16 +78,23 @@ def _sums(
 ) -> jax.Array:
     """Return the sums [k] of one codebook, float32."""
     k = centroids.shape[0]
+    parts = SPREAD if weights.size >= _SMALL else 1
 
     def step(sums: jax.Array, weights: jax.Array, gradient: jax.Array, frozen: jax.Array):
         codes = assign(weights, centroids).astype(jnp.int32)
-        slot = codes * SPREAD + spread(weights.shape)
+        slot = codes * SPREAD + spread(weights.shape) if parts > 1 else codes
         # `where`, not a product: a free weight's NaN is not the centroid's.
         part = jnp.where(frozen, gradient.astype(jnp.float32), 0.0)
         return sums.at[slot].add(part, mode="promise_in_bounds")
 
-    sums = fold(step, jnp.zeros(k * SPREAD, jnp.float32), weights, gradient, frozen)
-    return jnp.where(moves, jnp.sum(sums.reshape(k, SPREAD), axis=1), 0.0)
+    sums = fold(step, jnp.zeros(k * parts, jnp.float32), weights, gradient, frozen)
+    return jnp.where(moves, jnp.sum(sums.reshape(k, parts), axis=1), 0.0)
+
+
+def _sums_by_batch(
+    arrays: tuple[jax.Array, ...], tables: tuple[jax.Array, ...], *, numbers: tuple[int, ...]
+) -> jax.Array:
+    return by_batch(_sums, arrays, tables, numbers)
 
 
 def set_centroids(params: Any, state: QuantState, codebooks: Any) -> tuple[Any, QuantState]:
@@ -98,7 +113,8 @@ def set_centroids(params: Any, state: QuantState, codebooks: Any) -> tuple[Any, 
       New params and state. Pure, under jit too; costs a pass over the weights.
 
     Raises:
-      ValueError: if a leaf of `params` or `codebooks` does not fit the state; names it.
+      ValueError: if a leaf of `params` or `codebooks` does not fit the state, or has scaled blocks;
+        names it.
 
     >>> import jaxquant as jq
     >>> params = {"kernel": jnp.array([[0.0, 1.0], [2.0, 2.0]])}
@@ -116,7 +132,7 @@ def set_centroids(params: Any, state: QuantState, codebooks: Any) -> tuple[Any, 
 
     given, params = params, pure(params, only_parameters=True)
     state, codebooks = pure(state), pure(codebooks)
-    check_state(state)
+    _check_state(state)
     _check("params", params, state.frozen)
     _check("codebooks", codebooks, state.codebooks)
     checks.values({f"codebooks: {path}": leaf for path, leaf in leaves_with_paths(codebooks)})
@@ -131,6 +147,7 @@ def set_centroids(params: Any, state: QuantState, codebooks: Any) -> tuple[Any, 
 
 
 def _moved(weights: jax.Array, frozen: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    new = new.astype(weights.dtype)  # from that of the centroids, which may be narrower
     return jnp.where(frozen, reconstruct(assign(weights, old), new), weights)
 
 
@@ -138,6 +155,19 @@ def _movable(state: QuantState) -> Any:
     return jax.tree.map(
         lambda codebook, frozen: frozen & (codebook != 0), state.codebooks, state.frozen_centroids
     )
+
+
+def _check_state(state: QuantState) -> None:
+    """Refuse what is no state, and leaves whose centroids are products of two variables."""
+    check_state(state)
+    scales = [] if state.scales is None else leaves_with_paths(state.scales)
+    scaled = [path for path, scale in scales if jnp.ndim(scale)]
+    if scaled:
+        raise ValueError(
+            f"{scaled[0]}: expected blocks with centroids of their own, got one codebook with a "
+            "scale for each block: leave it out of training centroids, or quantize it without "
+            "`scaled`"
+        )
 
 
 def _check(name: str, tree: Any, expected: Any) -> None:

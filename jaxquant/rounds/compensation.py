@@ -1,31 +1,36 @@
 """Which centroid a weight gets, by what the layer answers instead of by what is nearest.
 
-Arrays only: one layer as a matrix [inputs, outputs] and the second moments of its inputs.
+Arrays only: the kernel of one layer, the codebooks of its blocks and the second moments of its
+inputs.
 """
 
-import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant import loops
-from jaxquant.clustering.codebooks import assign, reconstruct
+from jaxquant.clustering.blocks import nearest, numbers_of, per_block
+from jaxquant.clustering.codebooks import MOST_COMPARES, assign, last_below_middles
 
 _PRECISION = jax.lax.Precision.HIGHEST
 _DAMPING = 0.01  # of the mean second moment, as in GPTQ: inputs that hardly vary do not decide
 _PASSES = 4  # over the weights, each with the centroids refitted to the codes of the last
 _SWEEPS = 4  # of coordinate descent on the codes
 _BLOCK = 64  # rows whose changes reach the others in one product of matrices
+_GAIN = 1e-4  # of the error: what a step of least squares has to gain for another
+_MEMBERS = 2**12  # of a partial sum: float32 keeps its digits, and a GPU does not wait for one cell
 
 
 class Compensated(NamedTuple):
     """A layer of which all is frozen."""
 
-    weights: jax.Array  # [D, N] float32
-    codes: jax.Array  # [D, N] of the centroids; says something where a weight was free
-    centroids: jax.Array  # [k] float32
+    weights: jax.Array  # [..., N] float32
+    codes: jax.Array  # [..., N] of the centroids; says something where a weight was frozen
+    centroids: jax.Array  # [*numbers, k] or [k], of the dtype that they had
 
 
 def compensate(
@@ -49,48 +54,98 @@ def compensate(
     3. Coordinate descent: each weight to the best centroid given all others, and the centroids once
        more to the least squares.
 
-    So the error is never above that of the nearest centroids, but for rounding. Weights that are
-    frozen already keep their value and take part in nothing.
+    So the error is never above that of the nearest centroids, but for rounding: of every output
+    where no centroid moves, else of all outputs together that share codebooks. Weights that are
+    frozen already keep their value and take part in nothing. An input keeps the codebooks of its
+    block, whenever its turn comes; blocks along outputs are layers of their own.
+
+    The least squares are conjugate gradients, at most k steps of them: with one block of inputs
+    that is all it takes, of several blocks each step gains.
 
     Args:
-      weights: [D, N] float32.
-      frozen: [D, N] bool.
-      centroids: [k] float32.
-      movable: [k] bool, centroids that may change: without members so far.
+      weights: [..., N] floating point, the leaf as it is: D inputs (channels, or window positions
+        by channels) of N outputs.
+      frozen: [..., N] bool.
+      centroids: [*numbers, k] of the leaf's blocks, or [k] of a single one; floating point. Moved
+        centroids are rounded to this dtype.
+      movable: bool, like `centroids`: those that may change, without members so far.
       moments: [D, D] float32, symmetric.
 
     Returns:
-      Compensated. Cost O(D**2 N) for each of a few passes, and D**3.
+      Compensated. Cost O(D**2 N) for each of a few passes, of k more at most where centroids may
+      move, and D**3; memory a few times that of the weights and of the moments, in float32.
+
+    Raises:
+      ValueError: for centroids that do not fit the weights.
+
+    >>> weights = jnp.array([[0.4], [0.4]])
+    >>> both = jnp.ones((2, 2))  # two inputs that are always equal: what one lacks, the other has
+    >>> zeros = jnp.zeros((2, 1), bool)
+    >>> fixed = jnp.zeros(2, bool)
+    >>> compensate(weights, zeros, jnp.array([0.0, 1.0]), fixed, both).weights.tolist()
+    [[0.0], [1.0]]
     """
-    rows = len(weights)
-    padding = -rows % _BLOCK  # with inputs that are always zero and weights that are frozen
+    shape, inputs = weights.shape, math.prod(weights.shape[:-1])
+    numbers = numbers_of(centroids.shape, shape)
+    original = weights.astype(jnp.float32)
+    tables = centroids.astype(jnp.float32)
+    start = jnp.where(frozen, original, nearest(original, tables))
     order = jnp.argsort(jnp.diag(moments), descending=True)
+    padding = -inputs % _BLOCK  # with inputs that are always zero and weights that are frozen
+
+    def rows(x: jax.Array, fill: bool | float = 0) -> jax.Array:
+        x = x.reshape(inputs, *x.shape[len(shape) - 1 :])[order]
+        return jnp.pad(x, ((0, padding), *[(0, 0)] * (x.ndim - 1)), constant_values=fill)
+
     sorted_moments = jnp.pad(moments[order][:, order], ((0, padding), (0, padding)))
     layer = _Layer(
-        jnp.pad(weights[order], ((0, padding), (0, 0))),
-        jnp.pad(frozen[order], ((0, padding), (0, 0)), constant_values=True),
+        rows(original),
+        rows(frozen, fill=True),
         sorted_moments,
         _spreading(sorted_moments),
+        rows(jnp.asarray(_groups(shape, numbers), jnp.int32)),
+        movable.reshape(-1, numbers[-1], movable.shape[-1]),
     )
-    nearest = Compensated(*_to_nearest(layer.weights, layer.frozen, centroids), centroids)
+    found = _Found(rows(start), tables.reshape(layer.movable.shape))
 
-    def again(_: int, best: Compensated) -> Compensated:
-        return _refit(layer, _better(layer, _by_input(layer, best.centroids), best), movable)
+    def again(_: int, best: _Found) -> _Found:
+        best = _better(layer, _by_input(layer, best.centroids), best)
+        return _refit(layer, best, centroids.dtype)
 
     passes = jnp.where(jnp.any(movable), _PASSES, 1)  # under the same centroids all are the same
-    best = loops.fori_loop(0, passes, again, nearest)
-    best = _refit(layer, _descend(layer, best), movable)
-    back = jnp.argsort(order)
-    return best._replace(weights=best.weights[:rows][back], codes=best.codes[:rows][back])
+    found = loops.fori_loop(0, passes, again, found)
+    found = _refit(layer, _better(layer, _descend(layer, found), found), centroids.dtype)
+    new = found.weights[:inputs][jnp.argsort(order)].reshape(shape)
+    tables = found.centroids.reshape(centroids.shape)
+    codes = per_block(assign, (new,), (tables,))
+    return Compensated(new, codes, jnp.where(movable, tables.astype(centroids.dtype), centroids))
 
 
 class _Layer(NamedTuple):
     """What does not change: rows by falling second moment, in whole blocks."""
 
-    weights: jax.Array
-    frozen: jax.Array
-    moments: jax.Array
+    weights: jax.Array  # [D, N]
+    frozen: jax.Array  # [D, N]
+    moments: jax.Array  # [D, D]
     spreading: jax.Array  # [D, D], above the diagonal: what later inputs take over from an input
+    groups: jax.Array  # [D] int32, which of the R blocks of inputs an input is of
+    movable: jax.Array  # [R, C, k]
+
+
+class _Found(NamedTuple):
+    weights: jax.Array  # [D, N], those that were free on a centroid of their block
+    centroids: jax.Array  # [R, C, k] float32
+
+
+def _groups(shape: tuple[int, ...], numbers: tuple[int, ...]) -> np.ndarray:
+    """Return the block of each input, int [...] of the axes before the outputs'.
+
+    Blocks count as in a table `[*numbers, k]` of which all axes of inputs are raveled.
+    """
+    groups = np.zeros((), int)
+    for size, number in zip(shape[:-1], numbers[:-1], strict=True):
+        groups = groups[..., None] * number + np.arange(size) // (size // number)
+    return groups
 
 
 def _spreading(moments: jax.Array) -> jax.Array:
@@ -136,10 +191,12 @@ def _by_rows(
         def row(j: jax.Array, carry: tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]):
             part, changes, found = carry
             change, *new = step(part[j], *(x[j] for x in own_rows))
-            moved = inside[j][:, None] * change[None]
+            # Written and read again, or XLA on CPU fuses the whole step into each row of `moved`.
+            changes = changes.at[j].set(change)
+            moved = inside[j][:, None] * changes[j][None]
             part = part - jnp.where(mask, moved, 0.0)
             found = tuple(x.at[j].set(y) for x, y in zip(found, new, strict=True))
-            return part, changes.at[j].set(change), found
+            return part, changes, found
 
         zeros = jnp.zeros((_BLOCK, outputs), jnp.float32)
         _, changes, found = loops.fori_loop(
@@ -158,91 +215,190 @@ def _by_rows(
     return loops.fori_loop(0, size // _BLOCK, block, (state, results))[1]
 
 
-def _by_input(layer: _Layer, centroids: jax.Array) -> Compensated:
+class _Tables(NamedTuple):
+    """Codebooks in ascending order; blocks of outputs last: a row is compared as a whole."""
+
+    bounds: jax.Array  # [R, k - 1, C], the last float that is not above the middle of neighbours
+    values: jax.Array  # [R, k, C]
+    codes: jax.Array  # [R, k, C] int32
+
+
+def _tables(centroids: jax.Array) -> _Tables:
+    codes = jnp.argsort(centroids, axis=-1)
+    values = jnp.take_along_axis(centroids, codes, axis=-1)
+    bounds = jax.vmap(jax.vmap(last_below_middles))(values)
+    codes = codes.astype(jnp.int32)
+    return _Tables(*(jnp.moveaxis(x, -1, 1) for x in (bounds, values, codes)))
+
+
+def _look_up(row: jax.Array, group: jax.Array, bounds: jax.Array, results: jax.Array) -> jax.Array:
+    """Return the entry of `results` [R, k, C] that is of each weight's nearest centroid, [N]."""
+    outputs, (_, count, blocks) = row.shape, bounds.shape
+    row = row.reshape(blocks, -1)
+
+    def entry(table: jax.Array, number: int) -> jax.Array:
+        # On its own: of all numbers at once, XLA on CPU does not fuse the slice well.
+        start = (group, jnp.int32(number), jnp.int32(0))
+        return jax.lax.dynamic_slice(table, start, (1, 1, blocks)).reshape(blocks, 1)
+
+    if count > MOST_COMPARES:
+        rank = jax.vmap(lambda own, x: jnp.searchsorted(own, x, method="scan_unrolled"))
+        ranks = rank(bounds[group].T, row)
+        found = jnp.take_along_axis(results[group].T, ranks, axis=1)
+    else:
+        found = jnp.broadcast_to(entry(results, 0), row.shape)
+        for number in range(count):
+            found = jnp.where(row > entry(bounds, number), entry(results, number + 1), found)
+    return found.reshape(outputs)
+
+
+def _by_input(layer: _Layer, centroids: jax.Array) -> _Found:
     """Freeze one input's weights after the other; those that come later make up for them."""
+    tables = _tables(centroids)
 
-    def step(weights: jax.Array, frozen: jax.Array) -> tuple[jax.Array, ...]:
-        new = _to_nearest(weights, frozen, centroids)
-        return weights - new[0], *new
+    def step(weights: jax.Array, frozen: jax.Array, group: jax.Array) -> tuple[jax.Array, ...]:
+        near = _look_up(weights, group, tables.bounds, tables.values)
+        new = jnp.where(frozen, weights, near)
+        return weights - new, new
 
-    weights, codes = _by_rows(step, layer.spreading, layer.weights, ~layer.frozen, (layer.frozen,))
-    return Compensated(weights, codes, centroids)
-
-
-def _to_nearest(
-    weights: jax.Array, frozen: jax.Array, centroids: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return weights, those that are free on their nearest centroid, and its codes."""
-    codes = assign(weights, centroids)
-    return jnp.where(frozen, weights, reconstruct(codes, centroids)), codes
+    rows = (layer.frozen, layer.groups)
+    weights = _by_rows(step, layer.spreading, layer.weights, ~layer.frozen, rows)[0]
+    return _Found(weights, centroids)
 
 
-def _better(layer: _Layer, new: Compensated, old: Compensated) -> Compensated:
-    """Return for each output the better of both, under the same centroids."""
-    better = _error(layer, new) < _error(layer, old)  # not where it is NaN
-    return old._replace(
-        weights=jnp.where(better, new.weights, old.weights),
-        codes=jnp.where(better, new.codes, old.codes),
-    )
-
-
-def _where(condition: jax.Array, new: Compensated, old: Compensated) -> Compensated:
-    """Return one of two."""
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
-
-
-def _error(layer: _Layer, found: Compensated) -> jax.Array:
+def _error(layer: _Layer, found: _Found) -> jax.Array:
     """Return the squared error of each output's answers, [N]."""
     off = found.weights - layer.weights
     return jnp.sum(off * jnp.matmul(layer.moments, off, precision=_PRECISION), axis=0)
 
 
-def _refit(layer: _Layer, found: Compensated, movable: jax.Array) -> Compensated:
+def _better(layer: _Layer, new: _Found, old: _Found) -> _Found:
+    """Return for each output the better of both, under the same centroids."""
+    better = _error(layer, new) < _error(layer, old)  # not where it is NaN
+    return old._replace(weights=jnp.where(better, new.weights, old.weights))
+
+
+def _refit(layer: _Layer, found: _Found, dtype: jnp.dtype) -> _Found:
     """Move the movable centroids, if any, to the least squares of these codes; others stay."""
-    refit = functools.partial(_least_squares, layer)
-    return loops.cond(jnp.any(movable), refit, lambda found, _: found, found, movable)
+
+    def refit(found: _Found) -> _Found:
+        return _least_squares(layer, found, dtype)
+
+    return loops.cond(jnp.any(layer.movable), refit, lambda found: found, found)
 
 
-def _least_squares(layer: _Layer, found: Compensated, movable: jax.Array) -> Compensated:
-    k = found.centroids.shape[0]
-    slots = jnp.where(~layer.frozen & movable[found.codes], found.codes, k).astype(jnp.int32)
+def _least_squares(layer: _Layer, found: _Found, dtype: jnp.dtype) -> _Found:
+    """Solve for the movable centroids of each block of outputs by conjugate gradients."""
+    count = layer.movable.size
+    _, blocks, k = layer.movable.shape
+    slots = _slots(layer, found)
+    moves = slots < count
 
-    def sums(x: jax.Array) -> jax.Array:
-        return jnp.zeros(k + 1, jnp.float32).at[slots].add(x)[:k]
+    def weights_of(centroids: jax.Array) -> jax.Array:
+        return centroids.reshape(-1).at[slots].get(mode="fill", fill_value=0.0)
 
-    def row(code: jax.Array) -> jax.Array:  # one at a time: an array of the layer's size each
-        members = (slots == code).astype(jnp.float32)
-        return sums(jnp.matmul(layer.moments, members, precision=_PRECISION))
+    def slopes(off: jax.Array) -> jax.Array:
+        return _sums(layer, slots, jnp.matmul(layer.moments, off, precision=_PRECISION))
 
-    off = found.weights - layer.weights
-    slope = sums(jnp.matmul(layer.moments, off, precision=_PRECISION))
-    gram = jax.lax.map(row, jnp.arange(k))
-    used = jnp.diag(gram) > 0
-    ridge = jnp.where(used, 1e-6 * jnp.diag(gram), 1.0)
-    step = jnp.where(used, -jnp.linalg.solve(gram + jnp.diag(ridge), slope), 0.0)
-    centroids = found.centroids + step
-    weights = jnp.where(slots < k, centroids[jnp.minimum(slots, k - 1)], found.weights)
+    def dot(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.sum(x * y, axis=(0, 2), keepdims=True)  # [1, C, 1]
+
+    def over(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.where(y > 0, x / jnp.where(y > 0, y, 1.0), 0.0)
+
+    energies = jnp.broadcast_to(jnp.diag(layer.moments)[:, None], slots.shape)
+    scale = _sums(layer, slots, energies)  # of each unknown: a preconditioner
+
+    def step(carry: _Gradients) -> _Gradients:
+        reached = slopes(weights_of(carry.direction))
+        length = over(carry.square, dot(carry.direction, reached))
+        rest = carry.rest - length * reached
+        scaled = over(rest, scale)
+        square = dot(rest, scaled)
+        return _Gradients(
+            carry.number + 1,
+            carry.centroids + length * carry.direction,
+            rest,
+            scaled + over(square, carry.square) * carry.direction,
+            square,
+            jnp.sum(length * carry.square),
+        )
+
+    rest = -slopes(found.weights - layer.weights)
+    error = jnp.sum(_error(layer, found))
+    scaled = over(rest, scale)
+    start = _Gradients(jnp.int32(0), found.centroids, rest, scaled, dot(rest, scaled), error)
+    last = loops.while_loop(lambda x: (x.number < k) & (x.gain > _GAIN * error), step, start)
+    centroids = last.centroids.astype(dtype).astype(jnp.float32)
+    centroids = jnp.where(layer.movable, centroids, found.centroids)
+    weights = jnp.where(moves, weights_of(centroids), found.weights)
     new = found._replace(weights=weights, centroids=centroids)
-    return _where(_error(layer, new).sum() < _error(layer, found).sum(), new, found)
+
+    def by_block(found: _Found) -> jax.Array:
+        return jnp.sum(_error(layer, found).reshape(blocks, -1), axis=1)
+
+    better = by_block(new) < by_block(found)
+    outputs = jnp.repeat(better, weights.shape[1] // blocks)
+    return _Found(
+        jnp.where(outputs, weights, found.weights),
+        jnp.where(better[:, None], centroids, found.centroids),
+    )
 
 
-def _descend(layer: _Layer, found: Compensated) -> Compensated:
+class _Gradients(NamedTuple):
+    """Conjugate gradients on their way; a system for each block of outputs."""
+
+    number: jax.Array  # int32
+    centroids: jax.Array  # [R, C, k]
+    rest: jax.Array  # [R, C, k], half the descent of the error
+    direction: jax.Array  # [R, C, k]
+    square: jax.Array  # [1, C, 1], of what rests, scaled
+    gain: jax.Array  # of the last step, in all blocks
+
+
+def _slots(layer: _Layer, found: _Found) -> jax.Array:
+    """Return where each weight's centroid is in the tables, raveled; beyond them if it stays."""
+    tables = _tables(found.centroids)
+    _, blocks, k = layer.movable.shape
+    outputs = layer.weights.shape[1]
+    block = jnp.arange(outputs, dtype=jnp.int32) // (outputs // blocks)
+
+    def row(item: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        weights, frozen, group = item
+        code = _look_up(weights, group, tables.bounds, tables.codes)
+        slot = (group * blocks + block) * k + code
+        moves = layer.movable.reshape(-1).at[slot].get(mode="promise_in_bounds")
+        return jnp.where(moves & ~frozen, slot, layer.movable.size)
+
+    items = (found.weights, layer.frozen, layer.groups)
+    return loops.scan(lambda _, item: (None, row(item)), None, items)[1]
+
+
+def _sums(layer: _Layer, slots: jax.Array, x: jax.Array) -> jax.Array:
+    """Return the sum of `x` over the weights of each centroid that moves, [R, C, k]."""
+    size, outputs = layer.movable.size, x.shape[1]
+    parts = max(1, min(outputs, x.size * layer.movable.shape[-1] // (size * _MEMBERS)))
+    part = jnp.arange(outputs, dtype=jnp.int32) % parts
+    zeros = jnp.zeros(size * parts, jnp.float32)
+    sums = zeros.at[slots * parts + part].add(x, mode="drop")
+    return jnp.sum(sums.reshape(*layer.movable.shape, parts), axis=-1)
+
+
+def _descend(layer: _Layer, found: _Found) -> _Found:
     """Move each weight that was free to the best centroid given all others."""
-    energy, centroids = jnp.diag(layer.moments), found.centroids
+    energy, tables = jnp.diag(layer.moments), _tables(found.centroids)
 
     def step(
-        slope: jax.Array, weights: jax.Array, frozen: jax.Array, own: jax.Array
+        slope: jax.Array, weights: jax.Array, frozen: jax.Array, own: jax.Array, group: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         target = weights - slope / jnp.where(own > 0, own, 1.0)
-        best = reconstruct(assign(target, centroids), centroids)
+        best = _look_up(target, group, tables.bounds, tables.values)
         new = jnp.where(frozen | (own <= 0), weights, best)
         return weights - new, new
 
     def sweep(_: int, weights: jax.Array) -> jax.Array:
         slope = jnp.matmul(layer.moments, weights - layer.weights, precision=_PRECISION)
-        rows = (weights, layer.frozen, energy)
+        rows = (weights, layer.frozen, energy, layer.groups)
         return _by_rows(step, layer.moments, slope, jnp.ones_like(layer.frozen), rows)[0]
 
-    weights = loops.fori_loop(0, _SWEEPS, sweep, found.weights)
-    new = found._replace(weights=weights, codes=assign(weights, centroids))
-    return _where(_error(layer, new).sum() < _error(layer, found).sum(), new, found)
+    return found._replace(weights=loops.fori_loop(0, _SWEEPS, sweep, found.weights))

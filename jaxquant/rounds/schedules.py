@@ -3,19 +3,33 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
 from jaxquant import checks
 from jaxquant.clustering.codebooks import MOST_CENTROIDS, num_centroids
-from jaxquant.clustering.kmeans import check_iterations, check_start
+from jaxquant.clustering.kmeans import Clustering
 from jaxquant.rounds.partition import PARTITIONS, WEIGHT_PARTITIONS
 from jaxquant.rounds.selection import Layer, LayerRule, Selection, select
 
 ORDERS = ("boundaries_first", "boundaries_together", "layer_by_layer", "network")
 EQUALS = ("layers", "weights")
 _RANKED_SHARES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)  # of the clusters of all layers
+
+
+class ClusteringOptions(TypedDict, total=False):
+    """The fields of `Clustering`, as keyword arguments."""
+
+    init: str
+    iterations: int | None
+    zero: bool
+    powers_of_two: bool
+    bins: int
+    cells: int | None
+
+
+_INQ: ClusteringOptions = {"init": "inq", "iterations": 0}
 SHARES_OF = {"clusters": PARTITIONS, "weights": WEIGHT_PARTITIONS}  # and the partitions of each
 
 
@@ -34,8 +48,7 @@ class Plan:
       shares_of: what the shares count, the "clusters" or the "weights" of a layer.
       partition: order in which these freeze, see `partition.priority` and `weight_priority`.
       network: whether the clusters of all layers are ranked together.
-      init, iterations, zero: handed on to `kmeans`.
-      powers_of_two: whether centroids are rounded to powers of two, see `to_powers_of_two`.
+      clustering: how weights are clustered.
 
     Raises:
       ValueError: says which invariant does not hold, and for which leaf.
@@ -47,17 +60,15 @@ class Plan:
     shares_of: str = "clusters"
     partition: str = "loss"
     network: bool = False
-    init: str = "optimal"
-    iterations: int | None = None
-    zero: bool = False
-    powers_of_two: bool = False
+    clustering: Clustering = dataclasses.field(default_factory=Clustering)
 
     def __post_init__(self):
         """Check the invariants."""
         schedule = _check_table(self.table)
         object.__setattr__(self, "table", tuple(map(tuple, schedule.tolist())))
         _check_order(self)
-        object.__setattr__(self, "iterations", check_iterations(self.iterations))
+        if not isinstance(self.clustering, Clustering):
+            raise ValueError(f"expected clustering to be a Clustering, got {self.clustering!r}")
         if not isinstance(self.selection, Selection) or not self.selection.selected:
             layers = getattr(self.selection, "layers", ())
             reasons = "; ".join(f"{x.path}: {x.reason}" for x in layers[:5])
@@ -110,7 +121,6 @@ def _check_order(plan: Plan) -> None:
         raise ValueError(
             f"expected one group where all layers are ranked together, got {len(plan.table[0])}"
         )
-    check_start(plan.init)
 
 
 def _check_layer(plan: Plan, layer: Layer) -> None:
@@ -125,10 +135,10 @@ def _check_layer(plan: Plan, layer: Layer) -> None:
         or not all(0 <= group < columns for group in layer.groups)
     ):
         raise ValueError(
-            f"expected groups below {columns}, one for each of {layer.slices} codebooks, "
+            f"expected groups below {columns}, one for each of {layer.slices} slices, "
             f"got {layer.groups}"
         )
-    check_start(plan.init, layer.k)
+    plan.clustering.check(layer.k)
 
 
 def slq(
@@ -138,10 +148,7 @@ def slq(
     rounds: Sequence[int] = (5, 9, 13, 15, 17),
     rules: Sequence[LayerRule] | None = None,
     partition: str = "loss",
-    init: str = "optimal",
-    iterations: int | None = None,
-    zero: bool = False,
-    powers_of_two: bool = False,
+    **clustering: Unpack[ClusteringOptions],
 ) -> Plan:
     """Plan single-level quantization: all layers at once, more clusters each round.
 
@@ -156,11 +163,7 @@ def slq(
         another cluster is left out.
       rules: which leaves, see `select`.
       partition: see `partition.priority`.
-      init: see `kmeans`; by name.
-      iterations: see `kmeans`.
-      zero: see `kmeans`.
-      powers_of_two: whether centroids are rounded to 0 and +-2**n after clustering, so that
-        products become shifts; centroids may then coincide.
+      clustering: `init`, `iterations`, `zero` and others, see `Clustering`.
 
     Raises:
       ValueError: for rounds that do not grow to the end, and as `select` and `kmeans` do.
@@ -179,10 +182,7 @@ def slq(
         method="slq",
         table=_without_idle_rounds([count / counts[-1] for count in counts], layer_ks),
         partition=partition,
-        init=init,
-        iterations=iterations,
-        zero=zero,
-        powers_of_two=powers_of_two,
+        clustering=Clustering(**clustering),
     )
 
 
@@ -197,10 +197,7 @@ def mlq(
     bits: int = 2,
     rules: Sequence[LayerRule] | None = None,
     partition: str = "loss",
-    init: str = "optimal",
-    iterations: int | None = None,
-    zero: bool = False,
-    powers_of_two: bool = False,
+    **clustering: Unpack[ClusteringOptions],
 ) -> Plan:
     """Plan multiple-level quantization: clusters and layers, incrementally; ternary by default.
 
@@ -216,8 +213,8 @@ def mlq(
     Args:
       params: tree of arrays, or of shape and dtype structs; only shapes are read.
       groups: number of layer groups, contiguous in depth (the rules' `depth`, then the natural
-        order of the paths); layers stacked along axis 0 spread over the groups by slice; a rule's
-        `group` says otherwise. None: 3. Not for "network".
+        order of the paths); layers stacked along axis 0, none of whose blocks reaches over two,
+        spread over the groups; a rule's `group` says otherwise. None: 3. Not for "network".
       equal: what the groups have equal numbers of, "layers" (None) or "weights". Networks that
         widen with depth keep most of their weights in few layers; by weights these are not all
         frozen at once. A layer too large for one group takes the place of several: fewer groups.
@@ -228,11 +225,7 @@ def mlq(
       bits: `k = 2**(bits-1) + 1` centroids a layer where no rule says otherwise.
       rules: which leaves, see `select`.
       partition: see `partition.priority`.
-      init: see `kmeans`; by name.
-      iterations: see `kmeans`.
-      zero: see `kmeans`.
-      powers_of_two: whether centroids are rounded to 0 and +-2**n after clustering, so that
-        products become shifts; centroids may then coincide.
+      clustering: `init`, `iterations`, `zero` and others, see `Clustering`.
 
     Raises:
       ValueError: for an unknown order, options that it does not read, more groups than layers,
@@ -266,10 +259,7 @@ def mlq(
         table=table,
         partition=partition,
         network=network,
-        init=init,
-        iterations=iterations,
-        zero=zero,
-        powers_of_two=powers_of_two,
+        clustering=Clustering(**clustering),
     )
 
 
@@ -280,9 +270,7 @@ def inq(
     shares: Sequence[float] = (0.5, 0.75, 0.875, 1.0),
     rules: Sequence[LayerRule] | None = None,
     partition: str = "magnitude",
-    init: str = "inq",
-    iterations: int | None = 0,
-    zero: bool = False,
+    **clustering: Unpack[ClusteringOptions],
 ) -> Plan:
     """Plan incremental network quantization: more weights of every layer each round.
 
@@ -301,10 +289,9 @@ def inq(
       shares: of the weights of each layer that are frozen after each round, cumulative.
       rules: which leaves, see `select`.
       partition: see `partition.weight_priority`.
-      init: see `kmeans`; with "optimal" and `iterations=None`, shares of weights of k-means
-        clusters, of which those with frozen weights stay.
-      iterations: see `kmeans`.
-      zero: see `kmeans`.
+      clustering: see `Clustering`; here `init` is "inq" and `iterations` 0 if not given. With
+        "optimal" and None, shares of weights of k-means clusters, of which those with frozen
+        weights stay.
 
     Raises:
       ValueError: for shares that do not grow to one, and as `select` and `kmeans` do.
@@ -323,9 +310,7 @@ def inq(
         table=tuple((share,) for share in shares),
         shares_of="weights",
         partition=partition,
-        init=init,
-        iterations=iterations,
-        zero=zero,
+        clustering=Clustering(**(_INQ | clustering)),
     )
 
 
@@ -369,7 +354,7 @@ def _assign_groups(
 ) -> Selection:
     """Give every selected layer without a group one by depth; without `spread`, all are 0."""
     layers = selection.by_depth()
-    positions = max((layer.slices for layer in layers if layer.axis == 0), default=1)
+    positions = max((layer.slices for layer in layers if layer.is_stack), default=1)
     undecided = any(layer.groups is None for layer in layers)
     if spread and undecided and groups > max(len(layers), positions):
         raise ValueError(
@@ -400,6 +385,6 @@ def _groups_by_depth(layers: Sequence[Layer], groups: int, equal: str) -> list[i
 
 def _groups_of(layer: Layer, group: int, groups: int) -> tuple[int, ...]:
     """Slices of layers stacked along axis 0 lie at depths of their own; else the path decides."""
-    if layer.axis == 0 and layer.slices > 1:
+    if layer.is_stack and layer.slices > 1:
         return tuple(i * groups // layer.slices for i in range(layer.slices))
     return (group,) * layer.slices

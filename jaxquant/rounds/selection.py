@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxquant.checks import integer, whole_number, whole_numbers
@@ -21,8 +22,19 @@ class LayerRule:
       pattern: for `re.fullmatch` on a path such as "block_1/dense/kernel".
       bits: `k = num_centroids(bits)`; not together with `k`. Neither: the plan's own k.
       k: number of centroids.
-      group: layer group, from 0; a sequence gives one to each slice along `axis`. None: by depth.
-      axis: axis along which every slice has a codebook of its own, as in stacked layers.
+      group: layer group, from 0; a sequence gives one to each of the blocks along the first axis
+        that is cut into some. None: by depth.
+      axis: axis along which every slice has a codebook of its own, as in stacked layers: short for
+        a block of 1 along this axis and -1 along the others.
+      block: what shares a codebook: its size along each axis, -1 for the whole axis. (-1, 1) is a
+        codebook for each output of a kernel [inputs, outputs], (128, 1) one for each 128 inputs of
+        an output, (8, 64) one for each tile. Not together with `axis`.
+      scaled: whether all blocks share one codebook (each entry of axis 0 one, where blocks have a
+        size of 1 along it and there are other axes to cut), and have a scale each instead; True
+        stores scales in bfloat16, "float32" so.
+      centroid_dtype: what centroids are rounded to and stored in; None for the leaf's dtype.
+        float8_e4m3fn and int8 have few values: all centroids of a leaf then share a scale in
+        float32, if they are not scaled anyway.
       quantize: False leaves the matching leaves alone.
       min_ndim: leaves of fewer dimensions (biases, normalization) are left alone.
       depth: leaves of a greater number are deeper, whatever their names; those of the same number
@@ -38,6 +50,9 @@ class LayerRule:
     quantize: bool = True
     min_ndim: int = 2
     depth: int = 0
+    block: Sequence[int] | None = None
+    scaled: bool | str = False
+    centroid_dtype: Any = None
 
     def __post_init__(self):
         """Check what can be checked without parameters; NumPy's integers become Python's."""
@@ -51,23 +66,58 @@ class LayerRule:
             raise ValueError(f"rule {self.pattern!r}: expected bits or k, got both")
         if self.bits is not None:
             num_centroids(self.bits)
-        for name in ("bits", "k", "group", "axis", "min_ndim", "depth"):
+        for name in ("bits", "k", "group", "axis", "min_ndim", "depth", "block"):
             object.__setattr__(self, name, self._whole(name, getattr(self, name)))
         if self.k is not None and self.k < 1:
             raise ValueError(f"rule {self.pattern!r}: expected k to be at least 1, got {self.k!r}")
+        if self.block is not None and self.axis is not None:
+            raise ValueError(f"rule {self.pattern!r}: expected axis or block, got both")
+        if self.block is not None and not all(size == -1 or size > 0 for size in self.block):
+            raise ValueError(
+                f"rule {self.pattern!r}: expected block to be sizes from 1, or -1 for a whole "
+                f"axis, got {self.block}"
+            )
+        if self.scaled not in (False, True, *_SCALE_DTYPES):
+            raise ValueError(
+                f"rule {self.pattern!r}: expected scaled to be a bool or one of {_SCALE_DTYPES}, "
+                f"got {self.scaled!r}"
+            )
+        if self.centroid_dtype is not None:
+            object.__setattr__(self, "centroid_dtype", self._centroid_dtype())
+
+    def _centroid_dtype(self) -> str:
+        try:
+            name = jnp.dtype(self.centroid_dtype).name
+        except TypeError:
+            name = None
+        if name not in CENTROID_DTYPES:
+            raise ValueError(
+                f"rule {self.pattern!r}: expected centroid_dtype to be one of "
+                f"{', '.join(CENTROID_DTYPES)}, got {self.centroid_dtype!r}"
+            )
+        return name
 
     def _whole(self, name: str, value: Any) -> int | tuple[int, ...] | None:
-        """Return a field's integer, or the group's integers, as Python's."""
+        """Return a field's integer, or its integers, as Python's."""
         if value is None and name not in ("min_ndim", "depth"):
             return None
-        number = whole_number(value)
-        several = whole_numbers(value) if number is None and name == "group" else None
+        number = None if name == "block" else whole_number(value)
+        several = whole_numbers(value) if number is None and name in _SEVERAL else None
         if number is None and several is None:
-            wanted = "an integer" + (", or one for each slice" if name == "group" else "")
             raise ValueError(
-                f"rule {self.pattern!r}: expected {name} to be {wanted}, got {value!r}"
+                f"rule {self.pattern!r}: expected {name} to be {_SEVERAL.get(name, 'an integer')}, "
+                f"got {value!r}"
             )
         return several if number is None else number
+
+
+CENTROID_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
+_SCALE_DTYPES = ("bfloat16", "float32")
+_FEW_VALUES = ("float8_e4m3fn", "int8")  # which need a scale
+_SEVERAL = {
+    "group": "an integer, or one for each slice",
+    "block": "an integer for each axis",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,22 +128,82 @@ class Layer:
     shape: tuple[int, ...]
     dtype: str
     k: int = 0
-    axis: int | None = None
+    numbers: tuple[int, ...] | None = None  # of blocks along each axis; None: one for the leaf
     groups: tuple[int, ...] | None = None  # one a slice; None: not yet decided
     depth: int = 0
+    scaled: bool = False  # whether blocks share a codebook
+    centroid_dtype: str = ""  # of the codebook as it is stored
+    scale_dtype: str | None = None  # None: without a scale
     reason: str | None = None
 
     @property
-    def slices(self) -> int:
-        """Number of codebooks."""
-        return 1 if self.axis is None else self.shape[self.axis]
+    def all_numbers(self) -> tuple[int, ...]:
+        """Numbers of blocks along each axis, ones for a single codebook."""
+        return self.numbers or (1,) * len(self.shape)
 
     @property
-    def slice_shape(self) -> tuple[int, ...]:
-        """Shape of what shares a codebook."""
-        if self.axis is None:
-            return self.shape
-        return tuple(n for i, n in enumerate(self.shape) if i != self.axis)
+    def block(self) -> tuple[int, ...]:
+        """Shape of what shares a codebook, or a scale where the leaf is scaled."""
+        pairs = zip(self.shape, self.all_numbers, strict=True)
+        return tuple(size // number for size, number in pairs)
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether axis 0 stacks layers: no block reaches over two of its entries."""
+        return self.numbers is not None and self.numbers[0] == self.shape[0]
+
+    @property
+    def stacks(self) -> bool:
+        """Whether axis 0 stacks layers that have axes of inputs and outputs of their own."""
+        return self.is_stack and len(self.shape) > 2
+
+    @property
+    def codebook_numbers(self) -> tuple[int, ...]:
+        """Numbers of codebooks along each axis."""
+        return self._shared_numbers if self.scaled else self.all_numbers
+
+    @property
+    def codebooks(self) -> int:
+        """Number of codebooks."""
+        return math.prod(self.codebook_numbers)
+
+    @property
+    def codebook_shape(self) -> tuple[int, ...]:
+        """Shape of all codebooks; of a leaf that is left alone that of a scalar."""
+        if self.reason is not None:
+            return ()  # no empty arrays: checkpoint libraries refuse them
+        return (self.k,) if self.numbers is None else (*self.codebook_numbers, self.k)
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Shape of all scales; of a leaf without scales that of a scalar."""
+        if self.scale_dtype is None:
+            return ()
+        return (*(self.all_numbers if self.scaled else self._shared_numbers), 1)
+
+    @property
+    def _shared_numbers(self) -> tuple[int, ...]:
+        """Numbers of what shares a codebook, or a scale: one for each layer that is stacked."""
+        stacked = self.shape[0] if self.stacks else 1
+        return (stacked,) + (1,) * (len(self.shape) - 1)
+
+    @property
+    def cut(self) -> int:
+        """The first axis along which there are several codebooks; 0 if there is none."""
+        several = (axis for axis, number in enumerate(self.codebook_numbers) if number > 1)
+        return next(several, 0)
+
+    @property
+    def slices(self) -> int:
+        """Number of codebooks along that axis, each slice of which may have its layer group."""
+        return self.codebook_numbers[self.cut] if self.shape else 1
+
+
+def by_slice(layer: Layer, values: jax.Array) -> jax.Array:
+    """Return what is given for each slice of a layer, for each of its codebooks: [*numbers]."""
+    each = [1] * len(layer.shape)
+    each[layer.cut] = layer.slices
+    return jnp.broadcast_to(values.reshape(each), layer.codebook_numbers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,8 +382,11 @@ def _setting(path: str, shape: tuple, dtype: Any, rule: LayerRule | None, k: int
         reason = "no rule matches it" if rule is None else f"left alone by rule {rule.pattern!r}"
         return _left_alone(layer, reason)
     k = rule.k or (num_centroids(rule.bits) if rule.bits else k)
-    axis = _check_axis(layer, rule)
-    layer = dataclasses.replace(layer, k=k, axis=axis, depth=rule.depth)
+    layer = dataclasses.replace(layer, k=k, depth=rule.depth)
+    if not _too_few(layer, dtype, rule):
+        layer = dataclasses.replace(layer, numbers=_numbers(layer, rule), **_storage(layer, rule))
+        if layer.scale_dtype is not None:
+            layer = dataclasses.replace(layer, numbers=layer.all_numbers)
     reason = _reason(layer, dtype, rule)
     if reason is not None:
         return _left_alone(layer, reason)
@@ -281,25 +394,68 @@ def _setting(path: str, shape: tuple, dtype: Any, rule: LayerRule | None, k: int
 
 
 def _reason(layer: Layer, dtype: Any, rule: LayerRule) -> str | None:
-    ndim, size = len(layer.shape), math.prod(layer.slice_shape)
+    size = math.prod(layer.block)
+    few = f"{size} weights, no more than {layer.k} centroids" if size <= layer.k else None
+    return _too_few(layer, dtype, rule) or few
+
+
+def _too_few(layer: Layer, dtype: Any, rule: LayerRule) -> str | None:
+    """Return why a leaf cannot be quantized, however it is cut into blocks."""
+    ndim = len(layer.shape)
     if not jnp.issubdtype(dtype, jnp.floating):
         return f"dtype {dtype} is not floating point"
     if ndim < rule.min_ndim:
         return f"{ndim} dimension{'s' * (ndim != 1)}, fewer than {rule.min_ndim}"
-    if size <= layer.k:
-        return f"{size} weights, no more than {layer.k} centroids"
     return None
 
 
-def _check_axis(layer: Layer, rule: LayerRule) -> int | None:
-    if rule.axis is None:
+def _numbers(layer: Layer, rule: LayerRule) -> tuple[int, ...] | None:
+    """Return the numbers of blocks along each axis, or None for a single codebook."""
+    where, ndim = f"{layer.path}: rule {rule.pattern!r} expected", len(layer.shape)
+    if rule.axis is not None:
+        if not -ndim <= rule.axis < ndim:
+            raise ValueError(f"{where} an axis {rule.axis}, got {layer.shape}")
+        return tuple(n if i == rule.axis % ndim else 1 for i, n in enumerate(layer.shape))
+    if rule.block is None:
         return None
-    ndim = len(layer.shape)
-    if not -ndim <= rule.axis < ndim:
+    if len(rule.block) != ndim:
         raise ValueError(
-            f"{layer.path}: rule {rule.pattern!r} expected an axis {rule.axis}, got {layer.shape}"
+            f"{where} {len(rule.block)} axes for block={rule.block}, got {layer.shape}"
         )
-    return rule.axis % ndim
+    pairs = list(zip(rule.block, layer.shape, strict=True))
+    for axis, (own, size) in enumerate(pairs):
+        if own != -1 and size % own:
+            raise ValueError(
+                f"{where} a block that divides axis {axis} of {layer.shape}, got {own}; near it "
+                f"are {' and '.join(map(str, _divisors_near(size, own)))}"
+            )
+    return tuple(1 if own == -1 or not size else size // own for own, size in pairs)
+
+
+def _storage(layer: Layer, rule: LayerRule) -> dict[str, Any]:
+    """Return how centroids are stored."""
+    dtype = rule.centroid_dtype or layer.dtype
+    if rule.centroid_dtype in ("float32", "bfloat16", "float16"):
+        own = jnp.finfo(layer.dtype)
+        stored = jnp.finfo(dtype)
+        if stored.nmant > own.nmant or stored.maxexp > own.maxexp:
+            raise ValueError(
+                f"{layer.path}: rule {rule.pattern!r} expected centroids that {layer.dtype} holds, "
+                f"got centroid_dtype {dtype}"
+            )
+    scale = None
+    if rule.scaled:
+        scale = "bfloat16" if rule.scaled is True else str(rule.scaled)
+    elif dtype in _FEW_VALUES and rule.centroid_dtype is not None:
+        scale = "float32"
+    return {"centroid_dtype": str(dtype), "scale_dtype": scale, "scaled": bool(rule.scaled)}
+
+
+def _divisors_near(number: int, wanted: int) -> list[int]:
+    """Return the divisors of a number next to a wanted one, below and above."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below, above = ([d for d in divisors if sign * (d - wanted) > 0] for sign in (-1, 1))
+    return [*below[-1:], *above[:1]]
 
 
 def _check_groups(layer: Layer, rule: LayerRule) -> tuple[int, ...] | None:

@@ -13,15 +13,51 @@ from jaxquant.trees import check_structure, pure
 class QuantState(NamedTuple):
     """What the next round needs; trees have the structure of the parameters.
 
-    A leaf that is left alone has a scalar zero as its codebook and a scalar False as its mask. A
-    leaf with a codebook for each slice along an axis has them stacked, ones in place of the other
-    axes.
+    A leaf that is left alone has scalars: a zero as its codebook, a False as its masks. A leaf that
+    is cut into blocks has the codebooks of its blocks, `[*numbers of blocks along each axis, k]`.
+    Where it has scales, its codebook is one for many blocks, with ones in place of their numbers,
+    and the centroids of a block are the codebook times the block's scale: see `block_codebooks`.
     """
 
-    codebooks: Any  # [k], or [.., slices, .., k], of the leaf's dtype; zeros before its first round
+    codebooks: Any  # [k], or [*numbers, k], as they are stored; zeros before its first round
     frozen: Any  # bool, like the leaf: True = quantized = frozen
     frozen_centroids: Any  # bool, like the codebook: clusters that weights are frozen in
     round: jax.Array  # int32 scalar, the row of the schedule that comes next
+    scales: Any = None  # [*numbers, 1] of the leaves that have some; None where none has
+
+
+def block_codebooks(state: QuantState, params: Any) -> Any:
+    """Return the centroids of every block of every leaf, in the dtype of the leaf.
+
+    Args:
+      state: of the structure of the parameters.
+      params: tree of weights; only dtypes are read.
+
+    Returns:
+      Tree of `[k]` or `[*numbers, k]`; scalars for leaves that are left alone.
+    """
+    leaves, structure = jax.tree.flatten(state.codebooks)
+    scales = [None] * len(leaves) if state.scales is None else jax.tree.leaves(state.scales)
+    rows = zip(leaves, scales, jax.tree.leaves(params), strict=True)
+    return structure.unflatten(
+        [
+            centroids_of(codebook, scale, leaf.dtype) if codebook.ndim else codebook
+            for codebook, scale, leaf in rows
+        ]
+    )
+
+
+def centroids_of(codebook: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
+    """Return the centroids `[*numbers, k]` that a codebook and scales stand for.
+
+    Args:
+      codebook: `[k]` or `[*numbers, k]`, as it is stored.
+      scale: `[*numbers, 1]`, or None or a scalar where there is none.
+      dtype: of the centroids.
+    """
+    if scale is None or not scale.ndim:
+        return codebook.astype(dtype)
+    return (codebook.astype(jnp.float32) * scale.astype(jnp.float32)).astype(dtype)
 
 
 def check_state(state: Any) -> None:
@@ -64,7 +100,7 @@ def is_on_codebook(params: Any, state: QuantState) -> Any:
     def check(leaf: jax.Array, codebook: jax.Array) -> jax.Array:
         return compiled(_is_on, leaf, codebook) if codebook.ndim else jnp.bool_(True)
 
-    return jax.tree.map(check, params, state.codebooks)
+    return jax.tree.map(check, params, block_codebooks(state, params))
 
 
 def _is_on(leaf: jax.Array, codebook: jax.Array) -> jax.Array:

@@ -18,8 +18,8 @@ from jaxquant.clustering.blocks import nearest
 from jaxquant.rounds.quantize import check_key, quantize_round
 from jaxquant.rounds.quantize import init as init_quantization
 from jaxquant.rounds.schedules import Plan
-from jaxquant.rounds.selection import Layer, fitted
-from jaxquant.rounds.state import QuantState
+from jaxquant.rounds.selection import Layer, by_slice, fitted
+from jaxquant.rounds.state import QuantState, block_codebooks
 from jaxquant.trees import check_structure, pure, replaced
 
 # Steps after a round in which frozen weights are still moved onto their centroids: p + (c - p) may
@@ -172,7 +172,7 @@ class IncrementalState(NamedTuple):
     quant: QuantState
     inner: optax.OptState  # of the optimizer inside
     began: jax.Array  # int32 scalar, the update at which the last round ran
-    skipped: Any  # like the parameters; bool, [slices] with an axis: NaN kept it out of its round
+    skipped: Any  # like the parameters; bool, [codebooks] if cut: NaN kept it out of its round
 
 
 def incremental(
@@ -306,7 +306,7 @@ def incremental(
                 landing,
                 lambda *trees: jax.tree.map(_land, *trees),
                 lambda frozen, codebooks, params, free: free,
-                *(quant.frozen, quant.codebooks, pure(params), free),
+                *(quant.frozen, block_codebooks(quant, pure(params)), pure(params), free),
             )
             return replaced(updates, change), quant, new, skipped
 
@@ -388,7 +388,7 @@ def _fitted(plan: Plan, params: Any) -> Plan:
 
 
 def _nothing_skipped(plan: Plan, quant: QuantState) -> Any:
-    shapes = [() if layer.axis is None else (layer.slices,) for layer in plan.selection.layers]
+    shapes = [() if x.numbers is None else (x.codebooks,) for x in plan.selection.layers]
     nothing = [jnp.zeros(shape, bool) for shape in shapes]
     return jax.tree.unflatten(jax.tree.structure(quant.frozen), nothing)
 
@@ -412,7 +412,7 @@ def _skipped(plan: Plan, round_: jax.Array, finite: Mapping[str, jax.Array], bef
     def after(layer: Layer, before: jax.Array) -> jax.Array:
         if layer.reason is not None or layer.groups is None:
             return before
-        groups = layer.groups[0] if layer.axis is None else jnp.array(layer.groups)
+        groups = by_slice(layer, jnp.array(layer.groups)).reshape(before.shape)
         return jnp.where(grows[groups], ~finite[layer.path], before)
 
     leaves, structure = jax.tree.flatten(before)

@@ -1,0 +1,169 @@
+"""The clusters of a leaf: those of each block, or those that blocks share up to a scale of each."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant import loops
+from jaxquant.clustering.blocks import by_batch, per_block
+from jaxquant.clustering.codebooks import assign, reconstruct
+from jaxquant.clustering.kmeans import Clustering
+from jaxquant.clustering.solver import ClusteredBlock, cluster_block
+from jaxquant.rounds.selection import Layer
+
+_ALTERNATIONS = 6  # of codebook and scales
+_LARGEST = {"float8_e4m3fn": 224.0, "int8": 127.0}  # centroid at first, of those that have few
+
+
+class ClusteredLeaf(NamedTuple):
+    """A leaf under its new codebooks; tables are `[*numbers, ...]`, those of the codebooks."""
+
+    clusters: ClusteredBlock
+    scale: jax.Array | None  # as it is stored, or None where there is none
+
+
+def cluster_leaf(
+    weights: jax.Array,
+    sensitivity: jax.Array | None,
+    codebook: jax.Array,
+    frozen_centroids: jax.Array,
+    scale: jax.Array | None,
+    *,
+    layer: Layer,
+    clustering: Clustering,
+) -> ClusteredLeaf:
+    """Cluster a leaf: from its codebooks where a centroid of them is frozen, else anew.
+
+    With scales, what is clustered is each weight over its scale, weighed by the squared scale. A
+    scale is found when nothing of its codebook is frozen, and stays. Where blocks share a codebook
+    that is done by turns: the codebook for the scales, and for the codes each scale by least
+    squares; the best of all turns is kept, so that no turn makes the error rise.
+
+    Args:
+      weights: the leaf.
+      sensitivity: like the weights, non-negative, or None.
+      codebook: `[*numbers, k]`, as it is stored.
+      frozen_centroids: bool, like the codebook.
+      scale: `[*numbers, 1]`, as it is stored, or None.
+      layer: the leaf's setting.
+      clustering: options.
+    """
+    if scale is None:
+        solve = functools.partial(
+            cluster_block, clustering=clustering, dtype=jnp.dtype(layer.centroid_dtype)
+        )
+        tables = codebook, frozen_centroids
+        return ClusteredLeaf(
+            by_batch(solve, (weights, sensitivity), tables, layer.all_numbers), None
+        )
+    shared = tuple(axis for axis, number in enumerate(scale.shape) if number == 1)
+    fresh = ~jnp.any(frozen_centroids, axis=shared, keepdims=True)
+    scale = jnp.where(fresh, _first_scale(weights, layer).astype(scale.dtype), scale)
+    solve = functools.partial(
+        _cluster_scaled,
+        weights,
+        sensitivity,
+        codebook,
+        frozen_centroids,
+        layer=layer,
+        clustering=clustering,
+    )
+    if not layer.scaled:
+        return ClusteredLeaf(solve(scale), scale)
+
+    def turn(_: int, carry: tuple[jax.Array, ClusteredLeaf, jax.Array]):
+        scale, best, least = carry
+        found = ClusteredLeaf(solve(scale), scale)
+        loss = jnp.sum(found.clusters.losses, axis=-1, keepdims=True)
+        better = ~(loss >= least)  # NaN, of weights that are none, is told of
+        best = jax.tree.map(functools.partial(_chosen, better), found, best)
+        new = jnp.where(fresh, _best_scale(weights, sensitivity, found.clusters, scale), scale)
+        return new, best, jnp.minimum(loss, least)
+
+    zeros = jax.eval_shape(solve, scale)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zeros)
+    start = scale, ClusteredLeaf(nothing, scale), jnp.full(fresh.shape, jnp.inf, jnp.float32)
+    turns = jnp.where(jnp.any(fresh), _ALTERNATIONS, 1)
+    return loops.fori_loop(0, turns, turn, start)[1]
+
+
+def _cluster_scaled(
+    weights: jax.Array,
+    sensitivity: jax.Array | None,
+    codebook: jax.Array,
+    frozen_centroids: jax.Array,
+    scale: jax.Array,
+    *,
+    layer: Layer,
+    clustering: Clustering,
+) -> ClusteredBlock:
+    """Cluster the weights over their scales."""
+    wide = scale.astype(jnp.float32)
+    over = per_block(_divided, (weights,), (jnp.broadcast_to(wide, _tables(layer, 1)),))
+    importance = sensitivity
+    if layer.scaled:
+        squares = per_block(_filled, (weights,), (jnp.square(wide),))
+        importance = squares if sensitivity is None else squares * sensitivity.astype(jnp.float32)
+    solve = functools.partial(
+        cluster_block, clustering=clustering, dtype=jnp.dtype(layer.centroid_dtype)
+    )
+    numbers = codebook.shape[:-1]
+    found = by_batch(solve, (over, importance), (codebook, frozen_centroids), numbers)
+    if layer.scaled:
+        return found
+    square = jnp.square(wide)
+    return found._replace(losses=found.losses * square, norm=found.norm * square[..., 0])
+
+
+def _tables(layer: Layer, size: int) -> tuple[int, ...]:
+    return (*layer.all_numbers, size)
+
+
+def _divided(weights: jax.Array, scale: jax.Array) -> jax.Array:
+    return weights.astype(jnp.float32) / scale
+
+
+def _filled(weights: jax.Array, value: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(value, weights.shape)
+
+
+def _first_scale(weights: jax.Array, layer: Layer) -> jax.Array:
+    """Return scales by which no weight is larger than the largest centroid should be."""
+    *numbers, _ = layer.scale_shape
+    like = jnp.zeros((*numbers, 1), jnp.float32)
+    largest = per_block(_largest, (weights,), (like,), leaf_shaped=False)
+    return jnp.where(largest > 0, largest / _LARGEST.get(layer.centroid_dtype, 1.0), 1.0)
+
+
+def _largest(weights: jax.Array, _: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(weights.astype(jnp.float32)), keepdims=True).reshape(1)
+
+
+def _best_scale(
+    weights: jax.Array, sensitivity: jax.Array | None, found: ClusteredBlock, scale: jax.Array
+) -> jax.Array:
+    """Return the scales of least squares for the codes that weights have under the old ones."""
+    centroids = found.centroids.astype(jnp.float32)
+    tables = jnp.broadcast_to(centroids, (*scale.shape[:-1], centroids.shape[-1]))
+    arrays = weights, sensitivity
+    own = tables, scale.astype(jnp.float32)
+    return per_block(_least_squares, arrays, own, leaf_shaped=False).astype(scale.dtype)
+
+
+def _least_squares(
+    weights: jax.Array, sensitivity: jax.Array | None, centroids: jax.Array, scale: jax.Array
+) -> jax.Array:
+    """Return the scale [1] of one block: of `sum h (w - s c)**2` the s that makes it least."""
+    weights = weights.astype(jnp.float32)
+    shared = reconstruct(assign(weights / scale, centroids), centroids)
+    importance = jnp.float32(1.0) if sensitivity is None else sensitivity.astype(jnp.float32)
+    squares = jnp.sum(importance * jnp.square(shared))
+    best = jnp.sum(importance * weights * shared) / jnp.where(squares > 0, squares, 1.0)
+    return jnp.where((squares > 0) & (best > 0), best, scale)
+
+
+def _chosen(better: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Return new entries of a table where `better`, [*numbers, 1], says so."""
+    return jnp.where(better if new.ndim == better.ndim else better[..., 0], new, old)
