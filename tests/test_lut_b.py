@@ -56,13 +56,22 @@ def test_weights_come_back_in_either_order(layers):
         np.testing.assert_array_equal(tensor.view(np.uint8), tensors[name].view(np.uint8))
 
 
+def test_one_scale_of_the_weight_comes_along():
+    packed, weights = packed_blocks(TILES._replace(scale_dtype="float32", scales=(1, 1)))
+    tensors = jq.to_lut_b(packed)
+    assert tensors["weight_scale"].tolist() == packed.scale.ravel().tolist()
+    np.testing.assert_array_equal(jq.unpack(jq.from_lut_b(tensors)), weights)
+    with pytest.raises(ValueError, match=r"expected one scale, got \(2,\)"):
+        jq.from_lut_b(tensors | {"weight_scale": np.ones(2)})
+
+
 def test_what_the_layout_does_not_hold_is_refused():
     packed, _ = packed_blocks(TILES)
     for other, message in (
         (packed_blocks(TILES._replace(numbers=(3, 4)))[0], r"blocks of 8 x 64, .* got \(8, 32\)"),
         (packed_blocks(TILES._replace(k=5))[0], "expected 8 centroids of float8_e4m3fn, got 5 of"),
         (packed_blocks(TILES._replace(codebook_dtype="float32"))[0], "got 8 of float32"),
-        (dataclasses.replace(packed, scale=jnp.ones((3, 2, 1))), "expected no scale"),
+        (dataclasses.replace(packed, scale=jnp.ones((3, 2, 1))), "or one of the weight, got 6"),
     ):
         with pytest.raises(ValueError, match=message):
             jq.to_lut_b(other)

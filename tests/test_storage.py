@@ -176,6 +176,7 @@ def test_what_was_recorded_can_be_read(tmp_path, file):
     read = jq.read_metadata(tmp_path / "x")
     assert read["version"] == 2 and read["jaxquant"] == jq.__version__ and read["method"] == "mlq"
     assert read["plan"]["table"] == [[pytest.approx(2 / 3)], [1.0]]
+    assert read["plan"]["clustering"]["init"] == plan.clustering.init
 
 
 def entropy_bytes(packed):

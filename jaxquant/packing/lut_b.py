@@ -32,10 +32,11 @@ def to_lut_b(packed: PackedArray) -> dict[str, np.ndarray]:
 
     Returns:
       "weight_packed", uint8 [..., outputs / 8, inputs / 64, 192], and "weight_codebook",
-      float8_e4m3fn [..., outputs / 8, inputs / 64, 8].
+      float8_e4m3fn [..., outputs / 8, inputs / 64, 8]. Of a weight with one scale also
+      "weight_scale", float32 [1], which the layout lacks: products are to be multiplied by it.
 
     Raises:
-      ValueError: for other blocks, other centroids, and with a scale, which the layout lacks.
+      ValueError: for other blocks, other centroids, and more scales than one.
 
     >>> import jaxquant as jq
     >>> codebook = jnp.arange(8.0).astype(jnp.float8_e4m3fn).reshape(1, 1, 8)
@@ -48,8 +49,8 @@ def to_lut_b(packed: PackedArray) -> dict[str, np.ndarray]:
     block = tuple(size // number for size, number in zip(shape, numbers, strict=True))
     if block[-2:] not in (_TILE, _TILE[::-1]) or set(block[:-2]) - {1}:
         raise ValueError(f"expected blocks of 8 x 64, or 64 x 8 in kernels, got {block}")
-    if packed.scale is not None:
-        raise ValueError("expected no scale, for which LUT-B has no place")
+    if packed.scale is not None and packed.scale.size != 1:
+        raise ValueError(f"expected no scale, or one of the weight, got {packed.scale.size}")
     given = np.asarray(packed.codebook)
     codebook = given.astype(_FLOAT8).reshape(*numbers, packed.k)
     if (
@@ -67,7 +68,10 @@ def to_lut_b(packed: PackedArray) -> dict[str, np.ndarray]:
     words = np.bitwise_or.reduce(eights << np.arange(0, 24, 3, dtype=np.uint32), axis=-1)
     three = words[..., None] >> np.arange(0, 24, 8, dtype=np.uint32)
     indices = (three & 255).astype(np.uint8).reshape(*codebook.shape[:-1], _BYTES)
-    return {"weight_packed": indices, "weight_codebook": codebook}
+    tensors = {"weight_packed": indices, "weight_codebook": codebook}
+    if packed.scale is not None:
+        tensors["weight_scale"] = np.asarray(packed.scale).astype(np.float32).reshape(1)
+    return tensors
 
 
 def from_lut_b(
@@ -76,7 +80,8 @@ def from_lut_b(
     """Return the packed weight that the tensors of a `lut-b` checkpoint hold.
 
     Args:
-      tensors: "weight_packed" and "weight_codebook", as `to_lut_b` returns them; others are left.
+      tensors: "weight_packed" and "weight_codebook", and "weight_scale" if there is one, as
+        `to_lut_b` returns them; others are left.
       dtype: of the weight.
       transposed: return a kernel [..., inputs, outputs], not a weight [..., outputs, inputs].
 
@@ -94,6 +99,12 @@ def from_lut_b(
             f"expected uint8 [..., {_BYTES}] and {_FLOAT8} [..., {_K}] for the same tiles, got "
             f"{indices.dtype} {indices.shape} and {codebook.dtype} {codebook.shape}"
         )
+    scale = tensors.get("weight_scale")
+    if scale is not None:
+        scale = np.asarray(scale, np.float32)
+        if scale.size != 1:
+            raise ValueError(f"expected one scale, got {scale.shape}")
+        scale = jax.device_put(scale.reshape((1,) * (len(tiles) + 1)))
     three = indices.reshape(*tiles, -1, 3).astype(np.uint32)
     words = np.bitwise_or.reduce(three << np.arange(0, 24, 8, dtype=np.uint32), axis=-1)
     eights = words[..., None] >> np.arange(0, 24, 3, dtype=np.uint32) & 7
@@ -105,6 +116,7 @@ def from_lut_b(
     return PackedArray(
         codes=jax.device_put(pack_codes(codes, _K)),
         codebook=jax.device_put(codebook),
+        scale=scale,
         rows=codes.shape[-2:-1],
         columns=codes.shape[-1:],
         dtype=dtype,

@@ -14,8 +14,8 @@ from jaxquant.clustering.codebooks import assign
 from jaxquant.meshes import compiled
 from jaxquant.packing.arrays import (
     ProductArray,
-    centroids_of,
-    each_layers,
+    block_numbers,
+    for_each_layer,
     is_product,
     product_codes,
     split_shape,
@@ -26,7 +26,7 @@ from jaxquant.packing.arrays import (
 from jaxquant.packing.codes import packed_rows
 from jaxquant.rounds.schedules import Plan
 from jaxquant.rounds.selection import natural_key, vector_reasons
-from jaxquant.rounds.state import QuantState, check_state
+from jaxquant.rounds.state import QuantState, centroids_of, check_state
 from jaxquant.trees import check_leaves, check_structure, leaves_with_paths, pure
 
 
@@ -218,9 +218,9 @@ def _layer(
             reason=reason or _usual_reason(leaf),
         )
     k = codebook.shape[-1]
-    codebook = each_layers(shape, codebook, scale)
-    table = codebook if scale is None else scale
-    numbers = numbers_of(table.shape, shape)
+    codebook, scale = for_each_layer(shape, codebook, scale)
+    apart = block_numbers(codebook, scale)
+    numbers = numbers_of((*apart, k), shape)
     weights = _by_block(np.asarray(leaf), numbers)
     codes = compiled(_codes, leaf, codebook, scale)
     return LayerReport(
@@ -229,7 +229,7 @@ def _layer(
         size=size,
         float_bytes=float_bytes,
         k=k,
-        code_bytes=_code_bytes(shape, table.shape, k),
+        code_bytes=_code_bytes(shape, apart, k),
         distinct=_most_distinct(weights),
         frozen=float(np.mean(np.asarray(frozen), dtype=np.float64)),
         error=None if reference is None else _error(leaf, reference),
@@ -286,8 +286,8 @@ def _product(path: str, array: ProductArray, reference: jax.Array | None) -> Lay
     )
 
 
-def _code_bytes(shape: tuple[int, ...], table: tuple[int, ...], k: int) -> int:
-    stacked, rows, columns = split_shape(shape, table)
+def _code_bytes(shape: tuple[int, ...], numbers: tuple[int, ...], k: int) -> int:
+    stacked, rows, columns = split_shape(shape, numbers)
     matrices = math.prod(stacked) * math.prod(columns)
     return matrices * packed_rows(math.prod(rows), k)
 
