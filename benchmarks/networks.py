@@ -18,6 +18,7 @@ import sys
 import jax
 import numpy as np
 
+import jaxquant as jq
 from benchmarks import common
 from benchmarks.scale import time_rounds
 
@@ -29,7 +30,7 @@ def measure(name: str) -> list[str]:
     params = _params(name)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     clustered = [np.asarray(x).reshape(-1, 1) for x in jax.tree.leaves(params) if x.ndim > 1]
-    rounds = time_rounds(params)
+    rounds = time_rounds(params, jq.slq(params))
     other = common.scikit_learn(clustered, 17)
     return [
         name,

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxquant as jq
+from jaxquant import meshes
 
 quantize_round = jax.jit(jq.quantize_round, static_argnums=0)
 
@@ -109,6 +110,72 @@ def test_weights_follow_their_centroids_and_later_rounds_keep_them(shift, dtype,
         moved, new, _ = quantize_round(plan, moved, new)
     np.testing.assert_array_equal(np.asarray(moved["kernel"])[frozen], kernel[frozen])
     assert bool(jq.is_on_codebook(moved, new)["kernel"])
+
+
+def blocks_of(shape, numbers, k, dtype=jnp.float32):
+    """Return weights on the codebooks of their blocks, a state, and where each has its centroid."""
+    rng = np.random.default_rng(0)
+    values = np.arange(1, k + 1) * rng.uniform(0.5, 1.0, (*numbers, 1))
+    tables = jnp.asarray(rng.permuted(values, axis=-1), dtype)
+    block = [np.arange(size) // (size // n) for size, n in zip(shape, numbers, strict=True)]
+    where = (*np.ix_(*block), rng.integers(0, k, shape))
+    state = jq.QuantState(
+        codebooks={"w": tables},
+        frozen={"w": jnp.asarray(rng.random(shape) < 0.8)},
+        frozen_centroids={"w": jnp.asarray(rng.random(tables.shape) < 0.8)},
+        round=jnp.int32(1),
+    )
+    return {"w": tables.astype(jnp.float32)[where]}, state, where
+
+
+@pytest.mark.parametrize(
+    ("shape", "numbers"), [((64, 32), (4, 32)), ((64, 32), (8, 2)), ((4, 6, 40), (2, 6, 8))]
+)
+def test_small_blocks_sum_their_own_gradients(shape, numbers, monkeypatch):
+    monkeypatch.setattr("jaxquant.clustering.blocks._BATCH_WEIGHTS", 32)  # on each of 8 devices
+    meshes._run.clear_cache()  # traced anew
+    params, state, where = blocks_of(shape, numbers, 5)
+    gradient = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    expected = np.zeros((*numbers, 5))
+    np.add.at(expected, where, np.where(state.frozen["w"], gradient, 0.0))
+    expected = np.where(state.frozen_centroids["w"], expected, 0.0)
+    got = jq.centroid_gradients({"w": gradient}, params, state)["w"]
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    moved, new = jq.set_centroids(params, state, {"w": 2 * state.codebooks["w"]})
+    factor = np.where(state.frozen_centroids["w"], 2.0, 1.0)
+    np.testing.assert_array_equal(new.codebooks["w"], factor * state.codebooks["w"])
+    np.testing.assert_array_equal(
+        moved["w"], params["w"] * np.where(state.frozen["w"], factor[where], 1.0)
+    )
+
+
+def test_many_small_blocks_take_no_more_than_a_few_times_their_weights():
+    params, state, _ = blocks_of((256, 512), (32, 512), 4)
+    compiled = jax.jit(jq.centroid_gradients).lower(params, params, state).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * params["w"].nbytes
+
+
+def test_narrow_centroids_move_to_what_their_dtype_holds():
+    params, state, where = blocks_of((16, 8), (2, 8), 5, jnp.float8_e4m3fn)
+    wanted = {"w": 1.1 * state.codebooks["w"].astype(jnp.float32)}
+    moved, new = jq.set_centroids(params, state, wanted)
+    assert new.codebooks["w"].dtype == jnp.float8_e4m3fn
+    flags = state.frozen_centroids["w"]
+    expected = jnp.where(flags, wanted["w"].astype(jnp.float8_e4m3fn), state.codebooks["w"])
+    np.testing.assert_array_equal(new.codebooks["w"], expected)
+    shared = np.asarray(expected.astype(jnp.float32))[where]
+    np.testing.assert_array_equal(moved["w"], np.where(state.frozen["w"], shared, params["w"]))
+
+
+def test_scaled_blocks_are_refused_by_name():
+    params, state, _ = blocks_of((16, 8), (1, 1), 5)
+    scaled = state._replace(scales={"w": jnp.ones((2, 8, 1))})
+    message = "w: expected blocks with centroids of their own, got one codebook with a scale"
+    with pytest.raises(ValueError, match=message):
+        jq.set_centroids(params, scaled, state.codebooks)
+    with pytest.raises(ValueError, match=message):
+        jq.centroid_gradients(params, params, scaled)
+    jq.centroid_gradients(params, params, state._replace(scales={"w": jnp.zeros(())}))
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,192 @@ def test_moments_that_say_nothing_leave_the_nearest_centroid():
         np.testing.assert_array_equal(found.centroids, CENTROIDS)
 
 
+# Blocks -------------------------------------------------------------------------------------------
+
+NUMBERS = [(1, 6), (4, 1), (4, 3)]  # of blocks of inputs and of outputs, in a layer of 20 by 6
+
+
+def make_codebooks(numbers, seed=0):
+    """Return codebooks in no order, one for each block, and flags of those that may move."""
+    rng = np.random.default_rng(seed)
+    tables = 0.1 * rng.normal(size=(*numbers, 3)).astype(np.float32)
+    return tables, rng.random(tables.shape) < 0.7
+
+
+def for_each(numbers, tables, shape):
+    """Return each weight's codebook, [D, N, k]."""
+    rows, columns = (np.arange(size) // (size // n) for size, n in zip(shape, numbers, strict=True))
+    return tables[rows[:, None], columns[None]]
+
+
+def nearest_of(weights, own):
+    """Return the nearest centroid of each weight's codebook."""
+    codes = np.abs(weights[..., None].astype(np.float64) - own).argmin(-1)
+    return np.take_along_axis(own, codes[..., None], -1)[..., 0]
+
+
+def by_block(errors, numbers):
+    return errors.reshape(numbers[1], -1).sum(1)
+
+
+def least_squares(weights, frozen, found, numbers, movable, moments):
+    """Return the least error of any centroids that may move, under the codes that were found."""
+    slots = for_each(numbers, np.arange(found.centroids.size).reshape(movable.shape), weights.shape)
+    slots = np.take_along_axis(slots, found.codes[..., None].astype(int), -1)[..., 0]
+    moves = ~frozen & movable.reshape(-1)[slots]
+    root = np.linalg.cholesky(moments.astype(np.float64)).T
+    members = (slots[..., None] == np.arange(movable.size)) & moves[..., None]  # [D, N, centroids]
+    answers = np.einsum("ij,jns->ins", root, members).reshape(weights.size, -1)
+    rest = root @ np.where(moves, weights, weights - found.weights.astype(np.float64))
+    best = np.linalg.lstsq(answers, rest.reshape(-1), rcond=None)[0]
+    return np.sum(np.square(rest.reshape(-1) - answers @ best))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    numbers=st.sampled_from(NUMBERS),
+    share=st.sampled_from([0.0, 0.3]),
+    refit=st.booleans(),
+)
+def test_what_compensation_promises_of_blocks(seed, numbers, share, refit):
+    weights, moments = make_layer(20, 6, seed)
+    tables, movable = make_codebooks(numbers, seed)
+    movable = movable & refit
+    frozen = np.random.default_rng(seed).random(weights.shape) < share
+    found = jax.tree.map(np.asarray, quick(weights, frozen, tables, movable, moments))
+    np.testing.assert_array_equal(found.weights[frozen], weights[frozen])
+    np.testing.assert_array_equal(found.centroids[~movable], tables[~movable])
+    own = for_each(numbers, found.centroids, weights.shape)
+    shared = np.take_along_axis(own, found.codes[..., None].astype(int), -1)[..., 0]
+    np.testing.assert_array_equal(found.weights[~frozen], shared[~frozen])
+    near = nearest_of(weights, for_each(numbers, tables, weights.shape))
+    before = errors(np.where(frozen, weights, near), weights, moments)
+    after = errors(found.weights, weights, moments)
+    limit = (1 + 1e-3) * before + 1e-9
+    assert np.all(by_block(after, numbers) <= by_block(limit, numbers))
+    if not refit:
+        assert np.all(after <= limit)
+
+
+def test_outputs_with_codebooks_of_their_own_are_layers_of_their_own():
+    weights, moments = make_layer(20, 6)
+    tables, movable = make_codebooks((1, 6))
+    frozen = np.random.default_rng(0).random(weights.shape) < 0.2
+    found = quick(weights, frozen, tables, movable, moments)
+    alone = jax.jit(jax.vmap(compensate, in_axes=(1, 1, 0, 0, None)))(
+        weights[:, :, None], frozen[:, :, None], tables[0], movable[0], moments
+    )
+    np.testing.assert_allclose(found.weights, alone.weights[..., 0].T, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.centroids[0], alone.centroids, rtol=1e-4, atol=1e-6)
+
+
+def test_kernels_are_cut_along_each_of_their_axes():
+    # [2, 3, 4] of inputs in blocks of [1, 3, 2]: two along the window, two along the channels.
+    groups = compensation._groups((2, 3, 4, 5), (2, 1, 2, 1))
+    assert groups.tolist() == [3 * [[0, 0, 1, 1]], 3 * [[2, 2, 3, 3]]]
+    weights, moments = make_layer(20, 6)
+    tables, movable = make_codebooks((4, 3))
+    frozen = np.zeros(weights.shape, bool)
+    found = quick(weights, frozen, tables, movable, moments)
+    shape = (4, 5, 6)
+    kernel = quick(
+        weights.reshape(shape), frozen.reshape(shape), tables[:, None], movable[:, None], moments
+    )
+    np.testing.assert_allclose(kernel.weights.reshape(20, 6), found.weights, rtol=1e-6)
+    np.testing.assert_allclose(kernel.centroids[:, 0], found.centroids, rtol=1e-6)
+
+
+def test_small_layers_in_groups_come_near_the_best_of_all_choices():
+    ratios = []
+    for seed in range(20):
+        weights, moments = make_layer(6, 1, seed)
+        tables, movable = make_codebooks((2, 1), seed)
+        own = for_each((2, 1), tables, weights.shape)[:, 0]
+        choices = np.array(list(itertools.product(*own))).T
+        best = errors(choices, weights, moments).min()
+        found = quick(
+            weights, np.zeros(weights.shape, bool), tables, np.zeros_like(movable), moments
+        )
+        ratios.append(errors(found.weights, weights, moments)[0] / best)
+    assert min(ratios) > 1 - 1e-4
+    assert np.median(ratios) < 1.05
+
+
+@pytest.mark.parametrize("numbers", [(1, 6), (4, 3)])
+def test_centroids_end_at_the_least_squares_of_their_codes(numbers):
+    ratios = []
+    for seed in range(5):
+        weights, moments = make_layer(20, 6, seed)
+        tables, movable = make_codebooks(numbers, seed)
+        frozen = np.random.default_rng(seed).random(weights.shape) < 0.2
+        found = jax.tree.map(np.asarray, quick(weights, frozen, tables, movable, moments))
+        best = least_squares(weights, frozen, found, numbers, movable, moments)
+        ratios.append(errors(found.weights, weights, moments).sum() / best)
+    assert min(ratios) > 1 - 1e-3
+    assert max(ratios) < (1.001 if numbers[0] == 1 else 1.1)
+
+
+def test_moved_centroids_are_rounded_to_their_dtype_and_gain_all_the_same():
+    for seed in range(10):
+        weights, moments = make_layer(20, 6, seed)
+        tables, movable = make_codebooks((4, 3), seed)
+        narrow = jnp.asarray(tables, jnp.float8_e4m3fn)
+        found = quick(weights, np.zeros(weights.shape, bool), narrow, movable, moments)
+        assert found.centroids.dtype == narrow.dtype
+        wide, start = (np.asarray(x.astype(jnp.float32)) for x in (found.centroids, narrow))
+        assert np.any(wide != start)
+        own = for_each((4, 3), wide, weights.shape)
+        np.testing.assert_array_equal(found.weights, nearest_of(np.asarray(found.weights), own))
+        near = nearest_of(weights, for_each((4, 3), start, weights.shape))
+        limit = by_block(errors(near, weights, moments), (4, 3)) * (1 + 1e-3)
+        assert np.all(by_block(errors(found.weights, weights, moments), (4, 3)) <= limit)
+
+
+def test_least_squares_that_lose_by_rounding_are_not_taken():
+    weights, moments = make_layer(20, 6)
+    tables, movable = make_codebooks((4, 3))
+    layer = compensation._Layer(
+        jnp.asarray(weights),
+        jnp.zeros(weights.shape, bool),
+        jnp.asarray(moments),
+        jnp.zeros(moments.shape),
+        jnp.arange(20, dtype=jnp.int32) // 5,
+        jnp.asarray(movable),
+    )
+    near = nearest_of(weights, for_each((4, 3), tables, weights.shape))
+    start = compensation._Found(jnp.asarray(near), jnp.asarray(tables))
+    solved = compensation._least_squares(layer, start, jnp.float32)
+    before, best, after = (
+        by_block(errors(found.weights, weights, moments), (4, 3))
+        for found in (
+            start,
+            solved,
+            compensation._least_squares(layer, solved, jnp.float8_e5m2),
+        )
+    )
+    assert np.all(best < 0.99 * before)
+    assert np.all(after <= best)
+
+
+def test_codebooks_of_many_centroids_are_searched_alike(monkeypatch):
+    weights, moments = make_layer(20, 6)
+    tables, movable = make_codebooks((4, 3))
+    args = weights, np.zeros(weights.shape, bool), tables, movable, moments
+    expected = quick(*args)
+    monkeypatch.setattr(compensation, "MOST_COMPARES", 1)
+    found = jax.jit(lambda *x: compensate(*x))(*args)
+    np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-5)
+    np.testing.assert_array_equal(found.codes, expected.codes)
+
+
+def test_codebooks_that_do_not_fit_are_refused():
+    weights, moments = make_layer(20, 6)
+    tables, movable = make_codebooks((3, 1))
+    with pytest.raises(ValueError, match=r"expected codebooks for weights of shape \(20, 6\)"):
+        compensate(weights, weights > 9, tables, movable, moments)
+
+
 # Moments of inputs --------------------------------------------------------------------------------
 
 
@@ -209,6 +395,10 @@ def test_moments_give_the_mean_square_of_a_convolutions_answers(strides, padding
 def test_moments_of_a_dense_layer():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(50, 6)), jnp.float32)
     np.testing.assert_allclose(jq.input_moments(x), x.T @ x / 50, rtol=1e-4, atol=1e-5)
+    by_time = jq.input_moments(x.reshape(5, 2, 5, 6))
+    np.testing.assert_allclose(by_time, x.T @ x / 50, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"expected inputs of at least 2 axes, got \(6,\)"):
+        jq.input_moments(x[0])
     with pytest.raises(ValueError, match=r"expected inputs of 4 axes, got \(50, 6\)"):
         jq.input_moments(x, window=(3, 3))
     with pytest.raises(ValueError, match=r"expected windows of \(3, 5\) to fit, got inputs"):

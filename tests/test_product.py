@@ -151,6 +151,8 @@ def test_sums_of_batches_add_up():
         jax.tree.map(jnp.add, *parts),
         whole,
     )
+    by_time = product.observe(x.reshape(2, 5, 6), (x @ kernel).reshape(2, 5, 5))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), by_time, whole)
 
 
 def port_of_dense_descent(words, codes, inputs, wanted):
@@ -496,7 +498,7 @@ def test_responses_and_products_that_do_not_fit_are_refused():
     array = cluster(normal((8, 6)), words=2, length=2, key=KEY)
     with pytest.raises(ValueError, match="expected a response of 8 inputs and 6 features"):
         product.correct(array, product.observe(jnp.ones((2, 8)), jnp.ones((2, 5))))
-    with pytest.raises(ValueError, match="expected inputs and wanted responses of 4 axes"):
+    with pytest.raises(ValueError, match=r"expected inputs of 4 axes, got \(2, 8\)"):
         product.observe(jnp.ones((2, 8)), jnp.ones((2, 5)), window=(3, 3))
     with pytest.raises(ValueError, match=r"expected wanted responses of shape \(2, 4, 4\)"):
         product.observe(jnp.ones((2, 4, 4, 3)), jnp.ones((2, 2, 4, 5)), window=(3, 3))

@@ -378,7 +378,7 @@ def _sums(layer: _Layer, slots: jax.Array, x: jax.Array) -> jax.Array:
     """Return the sum of `x` over the weights of each centroid that moves, [R, C, k]."""
     size, outputs = layer.movable.size, x.shape[1]
     parts = max(1, min(outputs, x.size * layer.movable.shape[-1] // (size * _MEMBERS)))
-    part = jnp.arange(outputs, dtype=jnp.int32) % parts
+    part = jnp.arange(outputs, dtype=jnp.int32)[None] % parts
     zeros = jnp.zeros(size * parts, jnp.float32)
     sums = zeros.at[slots * parts + part].add(x, mode="drop")
     return jnp.sum(sums.reshape(*layer.movable.shape, parts), axis=-1)
