@@ -4,6 +4,7 @@ r"""Products with packed weights against dense ones, side by side.
     ... python -m benchmarks.matmul --shapes 4096x4096 --k 3 --batch 1       # one case
     ... python -m benchmarks.matmul --shapes --conv                          # convolutions only
     ... python -m benchmarks.matmul --shapes --words                         # kernels of words only
+    ... python -m benchmarks.matmul --shapes --blocks                        # by blocks only
 
 For each weight [rows, columns], k and number of input vectors: milliseconds of the dense product in
 float32 and bfloat16 and of each implementation of `jaxquant.matmul` that is made for this platform;
@@ -11,7 +12,9 @@ the packed size over that in float32; the memory that the best of them takes bes
 over the size of the float32 weight; and the share of its time that reading the packed weight must
 take at the bandwidth that the copy of a large array reaches. With `--conv`, the 3x3 convolutions of
 ResNet-20. With `--words`, a weight and these convolutions as words of four channels (Q-CNN): the
-float32 product, that with the unpacked kernel, and the sums of table entries. The programs take
+float32 product, that with the unpacked kernel, and the sums of table entries. With `--blocks`, a
+weight of 4096 x 4096 by channels, groups and tiles: the float32 product, that with the weight
+unpacked, and the default. The programs take
 turns, so that a slow moment of the machine meets all of them; figures are the least of all turns.
 Page faults in the memory of an unpacked weight cost more than unpacking it: the first line has
 glibc use huge pages.
@@ -28,9 +31,19 @@ import jax.numpy as jnp
 import jaxquant as jq
 from benchmarks import common
 from jaxquant.packing.arrays import pack_product
+from jaxquant.packing.codes import pack_codes
 from jaxquant.packing.ops import lookup
 
 SHAPES = ((4096, 4096), (8192, 8192), (4096, 14336))
+BLOCKS = {  # block, k, dtype of the codebooks, scaled
+    "one codebook": ((4096, 4096), 16, "float32", False),
+    "channels": ((4096, 1), 16, "float32", False),
+    "groups of 128": ((128, 1), 16, "float32", False),
+    "tiles of 8 x 64": ((8, 64), 8, "float8_e4m3fn", False),
+    "scaled channels": ((4096, 1), 16, "float32", True),
+    "scaled groups of 128": ((128, 1), 16, "float32", True),
+    "scaled groups of 32": ((32, 1), 16, "int8", True),
+}
 CONVS = ((32, 16), (16, 32), (8, 64))  # height and width, channels: the stages of ResNet-20
 IMPLEMENTATIONS = {
     "cpu": ("unpack", "lookup", "blocks"),
@@ -133,6 +146,49 @@ def words_rows(ks: list[int], batches: list[int], turns: int) -> Iterator[list[o
                 ]
 
 
+def blocks_weight(
+    block: tuple[int, int], k: int, dtype: str, scaled: bool, side: int = 4096
+) -> jq.PackedArray:
+    """Return a square weight of random codes on random codebooks of its blocks."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    numbers = tuple(side // size for size in block)
+    own = (1, 1) if scaled else numbers
+    codes = jax.random.randint(keys[0], (side, side), 0, k)
+    return jq.PackedArray(
+        codes=jax.jit(pack_codes, static_argnums=1)(codes, k),
+        codebook=jax.random.randint(keys[1], (*own, k), -127, 128).astype(dtype),
+        scale=jax.random.uniform(keys[2], (*numbers, 1), jnp.bfloat16) if scaled else None,
+        rows=(side,),
+        columns=(side,),
+        dtype="float32",
+    )
+
+
+def blocks_rows(batches: list[int], turns: int) -> Iterator[list[object]]:
+    """Yield a row for each kind of blocks."""
+    for name, (block, k, dtype, scaled) in BLOCKS.items():
+        packed = blocks_weight(block, k, dtype, scaled)
+        weight = jax.jit(jq.unpack)(packed)
+        for batch in batches:
+            x = jax.random.normal(jax.random.key(1), (batch, len(weight)))
+            unpacked = functools.partial(jq.matmul, implementation="unpack")
+            made = {
+                "float32": Program(jnp.matmul, x, weight),
+                "unpack": Program(unpacked, x, packed),
+                "default": Program(jq.matmul, x, packed),
+            }
+            times = common.least(made, turns)
+            yield [
+                name,
+                k,
+                dtype,
+                batch,
+                *(f"{1e3 * times[each]:.2f}" for each in made),
+                f"{packed.nbytes / weight.nbytes:.3f}",
+                f"{made['default'].extra_bytes() / weight.nbytes:.3f}",
+            ]
+
+
 def bandwidth() -> float:
     """Return the bytes a second that the memory moves, from a copy of 256 MB."""
     x = jnp.ones(2**26)
@@ -198,6 +254,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--conv", action="store_true", help="convolutions too")
     parser.add_argument("--words", action="store_true", help="kernels of 16, 64, 256 words too")
+    parser.add_argument("--blocks", action="store_true", help="blocks of all kinds too")
     options = parser.parse_args()
     shapes = [(int(a), int(b)) for a, b in (text.split("x") for text in options.shapes)]
     print(common.machine())
@@ -215,6 +272,11 @@ def main() -> None:
         header = ["weight", "words", "inputs", "float32, ms", "unpack, ms", "words, ms"]
         rows = words_rows([16, 64, 256], options.batch, options.turns)
         print(common.markdown([*header, "bytes / float32"], rows), flush=True)
+    if options.blocks:
+        header = ["blocks", "k", "centroids", "vectors", "float32, ms", "unpack, ms", "default, ms"]
+        rows = blocks_rows(options.batch, options.turns)
+        header += ["bytes / float32", "extra / float32"]
+        print(common.markdown(header, rows), flush=True)
 
 
 if __name__ == "__main__":

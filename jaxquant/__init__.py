@@ -5,6 +5,7 @@ from jaxquant.calibration.moments import input_moments
 from jaxquant.clustering.codebooks import assign, num_centroids, reconstruct
 from jaxquant.clustering.kmeans import KMeansResult, kmeans
 from jaxquant.packing.arrays import PackedArray, ProductArray, pack, pack_array, unpack
+from jaxquant.packing.lut_b import from_lut_b, to_lut_b
 from jaxquant.packing.ops import conv, intercept_linen, matmul
 from jaxquant.packing.report import LayerReport, Report, report
 from jaxquant.packing.storage import Limits, load, read_metadata, save
@@ -34,6 +35,7 @@ __all__ = [
     "centroid_gradients",
     "conv",
     "freeze_quantized",
+    "from_lut_b",
     "incremental",
     "init",
     "input_moments",
@@ -57,5 +59,6 @@ __all__ = [
     "select",
     "set_centroids",
     "slq",
+    "to_lut_b",
     "unpack",
 ]

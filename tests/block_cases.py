@@ -22,6 +22,7 @@ class Case(NamedTuple):
     scale_dtype: str | None = None
     layers: int = 0  # that are stacked
     own: tuple[int, ...] | None = None  # codebooks along each axis, if fewer than blocks
+    scales: tuple[int, ...] | None = None  # scales along each axis, if fewer than blocks
 
 
 CASES = {
@@ -40,6 +41,12 @@ CASES = {
     "scaled rows": Case((12, 7), (12, 7), 3, "float16", "float8_e4m3fn", "float32", own=(12, 1)),
     "scaled columns": Case((12, 8), (1, 4), 5, "float32", "int8", "float32", own=(1, 1)),
     "scaled codebooks": Case((16, 12), (2, 3), 4, "float32", "bfloat16", "float32"),
+    "a scale of tiles": Case(
+        (16, 12), (2, 3), 8, "float32", "float8_e4m3fn", "float32", scales=(1, 1)
+    ),
+    "a scale of layers": Case(
+        (2, 6, 4), (2, 1, 4), 3, "float32", "float8_e4m3fn", "float32", 2, None, (1, 1, 1)
+    ),
     "scaled layers": Case((3, 12, 6), (3, 2, 6), 3, "bfloat16", "int8", "bfloat16", 3, (1, 1, 1)),
 }
 
@@ -52,7 +59,9 @@ def made(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | N
     codebook, scale = codebook.astype(jnp.dtype(case.codebook_dtype)), None
     centroids = codebook.astype(np.float32)
     if case.scale_dtype is not None:
-        scale = rng.uniform(0.5, 2, (*case.numbers, 1)).astype(jnp.dtype(case.scale_dtype))
+        scale = rng.uniform(0.5, 2, (*(case.scales or case.numbers), 1)).astype(
+            jnp.dtype(case.scale_dtype)
+        )
         centroids = centroids * scale.astype(np.float32)
     centroids = centroids.astype(jnp.dtype(case.dtype))
     for axis, (size, number) in enumerate(zip(case.shape, case.numbers, strict=True)):
@@ -80,6 +89,7 @@ def packed_blocks(case: Case) -> tuple[jq.PackedArray, np.ndarray]:
         rows = case.shape
     if case.layers and scale is not None:
         codebook = np.broadcast_to(codebook, (case.layers, *codebook.shape[1:]))
+        scale = np.broadcast_to(scale, (case.layers, *scale.shape[1:]))
     matrix = codes.reshape(*stacked, math.prod(rows), -1)
     packed = jq.PackedArray(
         codes=jax.device_put(pack_codes(matrix, case.k)),

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_cases import CASES, by_block, on_blocks
 
 import jaxquant as jq
+from jaxquant.packing.report import _most_distinct
 
 
 def normal(*shape, seed=0):
@@ -87,6 +89,37 @@ def test_slices_count_their_own_codebooks():
     assert (layer.k, layer.bits, layer.distinct, layer.frozen) == (5, 7, 5, 1)
     assert layer.bytes == 4 * 8 * 7 + 4 * 5 * 4  # 8 symbols of 7 bits a column, few of them used
     assert 1.5 < layer.entropy < np.log2(5)
+
+
+@pytest.mark.parametrize(
+    "name", ["tiles", "groups of layers", "narrow tiles", "scaled integers", "scaled layers"]
+)
+def test_blocks_are_reported_as_numpy_counts_them(name):
+    case = CASES[name]
+    weights, codebook, scale = on_blocks(case)
+    weights = weights.at[(0,) * weights.ndim].set(9.0)  # a weight that is still free
+    frozen = jnp.ones(case.shape, bool).at[(0,) * weights.ndim].set(False)
+    state = jq.QuantState({"w": codebook}, {"w": frozen}, {"w": codebook == 0}, jnp.int32(1))
+    if scale is not None:
+        state = state._replace(scales={"w": scale})
+    layer = jq.report({"w": weights}, state).layers[0]
+    packed = jq.pack_array(weights, codebook, scale)
+    rows = by_block(weights, case.numbers)
+    assert (layer.bytes, layer.k) == (packed.nbytes, case.k)
+    assert layer.codebook_bytes == packed.nbytes - packed.codes.size
+    assert layer.distinct == max(len(np.unique(row.astype(np.float64))) for row in rows)
+    entropies = []
+    for row in by_block(jq.unpack(packed), case.numbers):
+        shares = np.unique(row.astype(np.float64), return_counts=True)[1] / row.size
+        entropies.append(-np.sum(shares * np.log2(shares)))
+    np.testing.assert_allclose(layer.entropy, np.mean(entropies), rtol=1e-6)
+    np.testing.assert_allclose(layer.frozen, 1 - 1 / weights.size, rtol=1e-6)
+
+
+def test_distinct_weights_are_those_that_differ():
+    rows = np.array([[0.0, -0.0, 1.0, 1.0], [np.nan, np.nan, np.inf, 2.0]], np.float32)
+    assert _most_distinct(rows) == 3 and _most_distinct(rows[:1]) == 2
+    assert _most_distinct(rows[:, :0]) == 0
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

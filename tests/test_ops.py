@@ -340,6 +340,19 @@ def test_stacked_layers_multiply_under_scan_and_vmap():
     np.testing.assert_allclose(y, jnp.einsum("br,lrc->lbc", x, weights), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["groups of layers", "scaled layers"])
+def test_layers_of_blocks_multiply_a_piece_at_a_time_under_vmap_and_scan(name, one_device):
+    (packed, weights), x = packed_blocks(CASES[name]), normal(2, 12)
+    expected = np.einsum("br,lrc->lbc", x, weights.astype(np.float32))
+    products = (
+        jax.vmap(jq.matmul, in_axes=(None, 0)),
+        lambda x, p: jax.lax.scan(lambda x, one: (x, jq.matmul(x, one)), x, p)[1],
+    )
+    assert api._fastest(2, x, jax.tree.map(lambda table: table[0], packed)) == "blocks"
+    for product in products:
+        np.testing.assert_allclose(jax.jit(product)(x, packed), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_vectors_that_are_mapped_over_are_multiplied_together(one_device):
     packed, x = packed_array(5, (4, 6, 10)), normal(70, 4, 6)
     mapped = jax.vmap(jq.matmul, in_axes=(0, None))

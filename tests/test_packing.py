@@ -1,7 +1,6 @@
 """Packing: the fewest whole bits, exact round trips, stacked layers, errors."""
 
 import math
-from typing import NamedTuple
 
 import chex
 import jax
@@ -109,28 +108,26 @@ def test_blocks_come_back_bit_for_bit(name):
     np.testing.assert_array_equal(np.asarray(unpack(expected)).view(np.uint8), bits_of(weights))
 
 
+def test_what_has_one_codebook_is_a_stack_only_if_that_is_of_layers():
+    weights, codebook = jnp.ones((1, 1, 4, 6)), jnp.arange(3.0)  # the kernel of a convolution
+    for own, layers in (((), 0), ((1, 1, 1, 1), 1), ((1, 1, 1, 6), 0), ((1, 1, 2, 3), 0)):
+        packed = pack_array(weights, jnp.broadcast_to(codebook, (*own, 3)))
+        assert packed.codes.ndim == 2 + layers and packed.shape == weights.shape
+        assert packed.numbers == (own or (1, 1, 1, 1))
+
+
 def bits_of(x):
     return np.asarray(x).view(np.uint8)
 
 
-class ScaledState(NamedTuple):
-    codebooks: object
-    frozen: object
-    frozen_centroids: object
-    round: jax.Array
-    scales: object
-
-
 @pytest.mark.parametrize("name", ["scaled integers", "scaled layers"])
-def test_scaled_leaves_of_a_tree_are_packed_with_their_scales(name, monkeypatch):
-    if "scales" not in jq.QuantState._fields:
-        monkeypatch.setattr("jaxquant.rounds.state.QuantState", ScaledState)
+def test_scaled_leaves_of_a_tree_are_packed_with_their_scales(name):
     weights, codebook, scale = on_blocks(CASES[name])
     params, state = tree_of(weights, codebook)
-    scales = {"a": {"w": scale}, "b": jnp.zeros(())}
-    state = ScaledState(*state[:4], scales) if len(state) == 4 else state._replace(scales=scales)
+    state = state._replace(scales={"a": {"w": scale}, "b": jnp.zeros(())})
     packed = jq.pack(params, state)
-    assert packed["a"]["w"].scale is scale and packed["b"] is params["b"]
+    np.testing.assert_array_equal(packed["a"]["w"].scale, scale)
+    assert packed["b"] is params["b"]
     chex.assert_trees_all_equal(jq.unpack(packed), params)
     params["a"]["w"] = weights.at[..., 0].mul(1.5)
     with pytest.raises(ValueError, match=r"a/w: expected every weight .* got \d+ of"):
@@ -178,7 +175,7 @@ def test_exported_functions_take_packed_arrays_and_refuse_older_ones():
         ((1, 1, 3), (5, 1, 1), "expected codebooks for weights"),
         ((1, 1, 3), (3, 1, 3), r"expected a scale \[\*numbers, 1\]"),
         ((2, 1, 3), (3, 1, 1), r"expected a scale \[\*numbers, 1\]"),
-        ((1, 3), (3, 1, 1), r"expected a scale \[\*numbers, 1\]"),
+        ((3,), (3, 1, 1), r"expected a scale \[\*numbers, 1\]"),
     ],
 )
 def test_codebooks_and_scales_that_do_not_fit_are_refused(codebook, scale, message):
@@ -215,6 +212,32 @@ def test_a_tree_of_the_last_round_packs():
         jq.pack(params, state)
     params, state, _ = quantize(plan, params, state)
     chex.assert_trees_all_equal(jq.unpack(jq.pack(params, state)), params)
+
+
+@pytest.mark.default_promotion
+def test_a_tree_of_blocks_packs_after_the_last_round(tmp_path):
+    rng = np.random.default_rng(0)
+    shapes = {"tiles": (8, 128), "scaled": (16, 6), "layers": (2, 8, 6)}
+    params = {name: jnp.asarray(rng.normal(size=n), jnp.float32) for name, n in shapes.items()}
+    rules = [
+        jq.LayerRule("tiles", block=(8, 64), k=8, centroid_dtype="float8_e4m3fn"),
+        jq.LayerRule("scaled", block=(8, 1), k=3, scaled=True, centroid_dtype="int8"),
+        jq.LayerRule("layers", block=(1, 4, 1), k=3, scaled=True),
+    ]
+    plan = jq.slq(params, rounds=(8,), rules=rules)
+    quantize = jax.jit(jq.quantize_round, static_argnums=0)
+    params, state, _ = quantize(plan, params, jq.init(plan, params))
+    packed = jq.pack(params, state)
+    assert packed["tiles"].codebook.dtype == jnp.float8_e4m3fn
+    assert packed["scaled"].codebook.dtype == jnp.int8 and packed["layers"].codes.ndim == 3
+    chex.assert_trees_all_equal(jq.unpack(packed), params)
+    jq.save(tmp_path / "x", packed)
+    chex.assert_trees_all_equal(jq.load(tmp_path / "x"), packed)
+    report = jq.report(params, state)
+    assert report.bytes == sum(one.nbytes for one in packed.values()) and report.frozen == 1
+    np.testing.assert_array_equal(
+        jq.unpack(jq.from_lut_b(jq.to_lut_b(packed["tiles"]))), params["tiles"]
+    )
 
 
 @pytest.mark.parametrize("shape", [(4, 20, 6), (1, 20, 6), (1, 1, 6), (1, 3, 2, 5), (3, 1, 1)])

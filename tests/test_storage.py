@@ -176,6 +176,7 @@ def test_what_was_recorded_can_be_read(tmp_path, file):
     read = jq.read_metadata(tmp_path / "x")
     assert read["version"] == 2 and read["jaxquant"] == jq.__version__ and read["method"] == "mlq"
     assert read["plan"]["table"] == [[pytest.approx(2 / 3)], [1.0]]
+    assert read["plan"]["clustering"]["init"] == plan.clustering.init
 
 
 def entropy_bytes(packed):
@@ -776,7 +777,9 @@ def test_every_flipped_bit_is_refused_or_harmless(tmp_path):
     codes = dataclasses.replace(packed_array(3, (2, 4)), codebook=numbers)
     tree = {
         "a": jq.ProductArray(codes=codes, words=jnp.ones((2, 3, 1))),
-        "b": packed_array(1, (2, 2)),
+        "b": dataclasses.replace(
+            packed_array(1, (2, 2), codebook_shape=(1, 1)), scale=jnp.full((2, 1, 1), 0.5)
+        ),
     }
     path = tmp_path / "x"
     jq.save(path, tree, metadata={"a": 1})

@@ -17,7 +17,7 @@ from jaxquant.clustering.blocks import numbers_of, per_block
 from jaxquant.clustering.codebooks import assign, reconstruct
 from jaxquant.meshes import compiled
 from jaxquant.packing.codes import pack_codes, symbol, unpack_codes
-from jaxquant.rounds.state import QuantState, check_state
+from jaxquant.rounds.state import QuantState, centroids_of, check_state
 from jaxquant.trees import check_structure, leaves_with_paths, pure, replaced
 
 
@@ -42,9 +42,11 @@ class PackedArray:
 
     Attributes:
       codes: [..., packed rows, columns] uint8, see `jaxquant.packing.codes`.
-      codebook: [k] of the whole weight, or [*numbers, k] of its blocks, of any floating dtype. With
-        a scale, ones may stand in place of numbers, and it may be int8.
-      scale: [*numbers, 1] float32 or bfloat16, what the codebook of each block is times; or None.
+      codebook: [k] of the whole weight, or [*numbers, k] of its blocks, of any floating dtype, or
+        of int8 with a scale. With a scale, ones stand in place of numbers along axes of which all
+        blocks share a codebook.
+      scale: [*numbers, 1] float32 or bfloat16, what the codebooks are times, ones in place of
+        numbers likewise; or None.
       rows: sizes of the axes that make the rows.
       columns: size of the last axis; () for a weight with a single axis.
       dtype: of the weight, floating point; None stands for that of the codebook.
@@ -85,8 +87,7 @@ class PackedArray:
     @property
     def numbers(self) -> tuple[int, ...]:
         """How many blocks there are along each axis of the weight."""
-        table = self.codebook if self.scale is None else self.scale
-        return numbers_of(table.shape, self.shape)
+        return numbers_of((*block_numbers(self.codebook, self.scale), self.k), self.shape)
 
     @property
     def centroids(self) -> jax.Array:
@@ -97,19 +98,6 @@ class PackedArray:
     def nbytes(self) -> int:
         """Bytes of the codes, of the codebook and of the scale."""
         return self.codes.size + table_bytes(self.codebook, self.scale)
-
-
-def centroids_of(codebook: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
-    """Return the centroids [*numbers, k] that a codebook and a scale stand for.
-
-    Args:
-      codebook: as in `PackedArray`.
-      scale: as in `PackedArray`, or None.
-      dtype: of the weights, and of the centroids.
-    """
-    if scale is None:
-        return codebook.astype(dtype)
-    return (codebook.astype(jnp.float32) * scale.astype(jnp.float32)).astype(dtype)
 
 
 def table_bytes(*tables: jax.Array | None) -> int:
@@ -226,54 +214,70 @@ with contextlib.suppress(ValueError):  # where this module is loaded again
 # Arrays and trees --------------------------------------------------------------------------------
 
 
+def block_numbers(codebook: Any, scale: Any) -> tuple[int, ...]:
+    """Return how many blocks a codebook and a scale, or None, tell apart; () of a [k] alone."""
+    own = codebook.shape[:-1]
+    return own if scale is None else tuple(map(max, own, scale.shape[:-1]))
+
+
 def split_shape(
     shape: tuple[int, ...], numbers: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Return the axes of a weight that are stacked layers, rows and columns.
 
     Layers are stacked along axis 0 of three or more if there is a block, or more, for each. Where
-    axis 0 has a single entry, that is so if the whole is one block: else it may as well be the
+    axis 0 has a single entry, that is so if there are no other blocks: else it may as well be the
     window of a convolution.
 
     Args:
       shape: of the weight.
-      numbers: of blocks along each axis.
+      numbers: see `block_numbers`.
     """
-    apart = numbers[0] == shape[0] and (shape[0] != 1 or math.prod(numbers) == 1)
+    apart = numbers[:1] == shape[:1] and (shape[0] != 1 or math.prod(numbers) == 1)
     stacked = 1 if len(shape) > 2 and apart else 0
     columns = 1 if len(shape) > 1 else 0
     end = len(shape) - columns
     return shape[:stacked], shape[stacked:end], shape[end:]
 
 
-def stored_tables(
-    shape: tuple[int, ...], codebook: jax.Array, scale: jax.Array | None
-) -> tuple[tuple[int, ...], jax.Array]:
-    """Return the numbers of blocks, and the codebook as a PackedArray has it.
+def check_tables(shape: tuple[int, ...], codebook: jax.Array, scale: jax.Array | None) -> None:
+    """Refuse codebooks and scales that do not fit a weight, or are of other dtypes.
 
     Raises:
-      ValueError: for codebooks and scales that do not fit, or are of other dtypes.
+      ValueError: says what it expected.
     """
     floating = jnp.issubdtype(codebook.dtype, jnp.floating)
     if not (floating or (scale is not None and codebook.dtype == jnp.int8)):
         raise ValueError(
             f"expected a codebook of floating point, or of int8 with a scale, got {codebook.dtype}"
         )
+    numbers_of(codebook.shape, shape)
     if scale is None:
-        return numbers_of(codebook.shape, shape), codebook
-    numbers = numbers_of(scale.shape, shape)
-    fits = scale.shape == (*numbers, 1) and codebook.ndim in (1, scale.ndim)
-    own = codebook.shape[:-1] or (1,) * len(shape)
-    if not fits or any(n not in (1, number) for n, number in zip(own, numbers, strict=True)):
+        return
+    numbers_of(scale.shape, shape)
+    fits = scale.shape[-1] == 1 and codebook.ndim == scale.ndim
+    pairs = zip(codebook.shape[:-1], scale.shape[:-1], strict=False)
+    if not fits or any(own != other and 1 not in (own, other) for own, other in pairs):
         raise ValueError(
-            f"expected a scale [*numbers, 1] and codebooks of the same blocks or of all of an axis "
+            f"expected a scale [*numbers, 1] and codebooks [*numbers, k], ones in place of some, "
             f"for weights of shape {shape}, got shapes {scale.shape} and {codebook.shape}"
         )
     if scale.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"expected a scale of float32 or bfloat16, got {scale.dtype}")
-    layers = split_shape(shape, numbers)[0] or own[:1]
-    codebook = codebook.reshape(*own, codebook.shape[-1])
-    return numbers, jnp.broadcast_to(codebook, (*layers, *codebook.shape[1:]))
+
+
+def for_each_layer(
+    shape: tuple[int, ...], codebook: jax.Array, scale: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return codebook and scale once for each of stacked layers, where one serves several."""
+    if scale is None:
+        return codebook, None
+    layers = split_shape(shape, block_numbers(codebook, scale))[0]
+    codebook, scale = (
+        jnp.broadcast_to(table, (*layers, *table.shape[len(layers) :]))
+        for table in (codebook, scale)
+    )
+    return codebook, scale
 
 
 def pack_array(
@@ -286,7 +290,8 @@ def pack_array(
       codebook: as in `QuantState.codebooks`: [k], or [*numbers, k] of blocks. Of three axes or more
         with a block, or more, for each entry of axis 0, these entries are stacked layers, which
         stay apart.
-      scale: [*numbers, 1] float32 or bfloat16, as in `QuantState.scales`; or None.
+      scale: [*numbers, 1] float32 or bfloat16, as in `QuantState.scales`, ones in place of some
+        numbers of it or of the codebook; or None.
 
     Returns:
       PackedArray of the weights' dtype. Pure, under jit too. On a mesh of explicit axes codes
@@ -301,8 +306,9 @@ def pack_array(
             "expected a weight with at least one axis, of floating point, got "
             f"{weights.dtype} {weights.shape}"
         )
-    numbers, codebook = stored_tables(weights.shape, codebook, scale)
-    stacked, rows, columns = split_shape(weights.shape, numbers)
+    check_tables(weights.shape, codebook, scale)
+    codebook, scale = for_each_layer(weights.shape, codebook, scale)
+    stacked, rows, columns = split_shape(weights.shape, block_numbers(codebook, scale))
     spec = jax.typeof(weights).sharding.spec
     by_column = PartitionSpec(*spec[: len(stacked)], None, spec[-1] if columns else None)
     matrix = (*stacked, math.prod(rows), math.prod(columns))
@@ -416,10 +422,10 @@ def pack(params: Any, state: QuantState) -> Any:
 
 def state_tables(state: QuantState) -> tuple[list[jax.Array], list[jax.Array | None]]:
     """Return for each leaf its codebooks, and its scale or None."""
-    codebooks, scales = jax.tree.leaves(state.codebooks), getattr(state, "scales", None)
-    if scales is None:
+    codebooks = jax.tree.leaves(state.codebooks)
+    if state.scales is None:
         return codebooks, [None] * len(codebooks)
-    return codebooks, [scale if scale.ndim else None for scale in jax.tree.leaves(scales)]
+    return codebooks, [scale if scale.ndim else None for scale in jax.tree.leaves(state.scales)]
 
 
 def _pack_leaf(

@@ -9,24 +9,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.clustering.blocks import per_block
+from jaxquant.clustering.blocks import numbers_of, per_block
 from jaxquant.clustering.codebooks import assign
 from jaxquant.meshes import compiled
 from jaxquant.packing.arrays import (
     ProductArray,
-    centroids_of,
+    block_numbers,
+    for_each_layer,
     is_product,
     product_codes,
     split_shape,
     state_tables,
-    stored_tables,
     table_bytes,
     unpack_product,
 )
 from jaxquant.packing.codes import packed_rows
 from jaxquant.rounds.schedules import Plan
 from jaxquant.rounds.selection import natural_key, vector_reasons
-from jaxquant.rounds.state import QuantState, check_state
+from jaxquant.rounds.state import QuantState, centroids_of, check_state
 from jaxquant.trees import check_leaves, check_structure, leaves_with_paths, pure
 
 
@@ -218,7 +218,9 @@ def _layer(
             reason=reason or _usual_reason(leaf),
         )
     k = codebook.shape[-1]
-    numbers, codebook = stored_tables(shape, codebook, scale)
+    codebook, scale = for_each_layer(shape, codebook, scale)
+    apart = block_numbers(codebook, scale)
+    numbers = numbers_of((*apart, k), shape)
     weights = _by_block(np.asarray(leaf), numbers)
     codes = compiled(_codes, leaf, codebook, scale)
     return LayerReport(
@@ -227,7 +229,7 @@ def _layer(
         size=size,
         float_bytes=float_bytes,
         k=k,
-        code_bytes=_code_bytes(shape, numbers, k),
+        code_bytes=_code_bytes(shape, apart, k),
         distinct=_most_distinct(weights),
         frozen=float(np.mean(np.asarray(frozen), dtype=np.float64)),
         error=None if reference is None else _error(leaf, reference),

@@ -196,6 +196,7 @@ def _library_version() -> str:
 
 def _describe_plan(plan: Plan) -> dict[str, Any]:
     fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
+    fields["clustering"] = dataclasses.asdict(plan.clustering)
     return {name: value for name, value in fields.items() if name not in ("selection", "method")}
 
 
@@ -775,7 +776,8 @@ def _check_scale(scale: Any, shape: tuple[int, ...], codebook: tuple[int, ...]) 
     _check_dtype(scale["dtype"], _SCALES, "a scale of float32 or bfloat16")
     *numbers, last = scale["shape"] or [0]
     fits = last == 1 and _is_in_blocks(numbers, shape) and len(codebook) == len(numbers) + 1
-    if not fits or any(n not in (1, all_) for n, all_ in zip(codebook, numbers, strict=False)):
+    pairs = zip(codebook, numbers, strict=False)
+    if not fits or any(own != other and 1 not in (own, other) for own, other in pairs):
         raise _InvalidError(
             f"expected a scale for weights of shape {shape} and codebooks of shape {codebook}, "
             f"got shape {tuple(scale['shape'])}"

@@ -38,8 +38,8 @@ def matmul(
     """Return `x @ unpack(packed)`; if the weight is unpacked, then inside of this product only.
 
     The axes of the weight before its last one are summed over, with the last axes of x. Products
-    and sums are in float32 (or float64, if x or the codebook is). Differentiable by x and by the
-    codebook, in both modes; no float weight is kept for the backward pass. Runs under jit, vmap,
+    and sums are in float32 (or float64, if x or the weight is). Differentiable by x, codebook and
+    scale, in both modes; no float weight is kept for the backward pass. Runs under jit, vmap,
     scan and, as "unpack", on sharded arrays; on several devices the others need `jax.shard_map`.
     Exports for symbolic numbers of vectors, but not as "triton" and "mosaic".
 
