@@ -1,6 +1,7 @@
 """The clusters of a leaf: those of each block, or those that blocks share up to a scale of each."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jaxquant import loops
 from jaxquant.clustering.blocks import by_batch, per_block
 from jaxquant.clustering.codebooks import assign, reconstruct
 from jaxquant.clustering.kmeans import Clustering
-from jaxquant.clustering.solver import ClusteredBlock, cluster_block
+from jaxquant.clustering.solver import ClusteredBlock, cluster_block, is_small
 from jaxquant.rounds.selection import Layer
 
 _ALTERNATIONS = 6  # of codebook and scales
@@ -51,13 +52,10 @@ def cluster_leaf(
       clustering: options.
     """
     if scale is None:
-        solve = functools.partial(
-            cluster_block, clustering=clustering, dtype=jnp.dtype(layer.centroid_dtype)
+        found = _cluster_blocks(
+            weights, sensitivity, codebook, frozen_centroids, layer=layer, clustering=clustering
         )
-        tables = codebook, frozen_centroids
-        return ClusteredLeaf(
-            by_batch(solve, (weights, sensitivity), tables, layer.all_numbers), None
-        )
+        return ClusteredLeaf(found, None)
     shared = tuple(axis for axis, number in enumerate(scale.shape) if number == 1)
     fresh = ~jnp.any(frozen_centroids, axis=shared, keepdims=True)
     scale = jnp.where(fresh, _first_scale(weights, layer).astype(scale.dtype), scale)
@@ -89,6 +87,27 @@ def cluster_leaf(
     return loops.fori_loop(0, turns, turn, start)[1]
 
 
+def _cluster_blocks(
+    weights: jax.Array,
+    sensitivity: jax.Array | None,
+    codebook: jax.Array,
+    frozen_centroids: jax.Array,
+    *,
+    layer: Layer,
+    clustering: Clustering,
+) -> ClusteredBlock:
+    """Cluster the weights of each codebook."""
+    numbers = codebook.shape[:-1]
+    small = is_small(math.prod(weights.shape) // math.prod(numbers))
+
+    def solve(x: jax.Array, own: jax.Array | None, *tables: jax.Array) -> ClusteredBlock:
+        x, own = jax.tree.map(jnp.ravel, (x, own)) if small else (x, own)
+        dtype = jnp.dtype(layer.centroid_dtype)
+        return cluster_block(x, own, *tables, clustering=clustering, dtype=dtype)
+
+    return by_batch(solve, (weights, sensitivity), (codebook, frozen_centroids), numbers)
+
+
 def _cluster_scaled(
     weights: jax.Array,
     sensitivity: jax.Array | None,
@@ -106,11 +125,9 @@ def _cluster_scaled(
     if layer.scaled:
         squares = per_block(_filled, (weights,), (jnp.square(wide),))
         importance = squares if sensitivity is None else squares * sensitivity.astype(jnp.float32)
-    solve = functools.partial(
-        cluster_block, clustering=clustering, dtype=jnp.dtype(layer.centroid_dtype)
+    found = _cluster_blocks(
+        over, importance, codebook, frozen_centroids, layer=layer, clustering=clustering
     )
-    numbers = codebook.shape[:-1]
-    found = by_batch(solve, (over, importance), (codebook, frozen_centroids), numbers)
     if layer.scaled:
         return found
     square = jnp.square(wide)
@@ -122,11 +139,11 @@ def _tables(layer: Layer, size: int) -> tuple[int, ...]:
 
 
 def _divided(weights: jax.Array, scale: jax.Array) -> jax.Array:
-    return weights.astype(jnp.float32) / scale
+    return weights.astype(jnp.float32) / scale[0]
 
 
 def _filled(weights: jax.Array, value: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(value, weights.shape)
+    return jnp.broadcast_to(value[0], weights.shape)
 
 
 def _first_scale(weights: jax.Array, layer: Layer) -> jax.Array:
@@ -157,7 +174,7 @@ def _least_squares(
 ) -> jax.Array:
     """Return the scale [1] of one block: of `sum h (w - s c)**2` the s that makes it least."""
     weights = weights.astype(jnp.float32)
-    shared = reconstruct(assign(weights / scale, centroids), centroids)
+    shared = reconstruct(assign(weights / scale[0], centroids), centroids)
     importance = jnp.float32(1.0) if sensitivity is None else sensitivity.astype(jnp.float32)
     squares = jnp.sum(importance * jnp.square(shared))
     best = jnp.sum(importance * weights * shared) / jnp.where(squares > 0, squares, 1.0)
