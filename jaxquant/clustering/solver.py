@@ -36,7 +36,7 @@ _CELLS = 64  # of small blocks at most, for a start from which Lloyd's passes go
 _COMPARES = 32
 _UNRESOLVED = 2.0**-10  # of the loss, within bins, is too much
 _MAX_SETTLES = 3
-_PASSES = 16  # in a round on small blocks: more of them gain nothing from an optimal start
+_PASSES = 16  # in a round on small blocks, at least: few weights are soon where they stay
 
 
 class Solved(NamedTuple):
@@ -199,7 +199,7 @@ def _find(
         begin = loops.if_needed(anew, named, start.astype(jnp.float32))
     begin, fixed = pin(begin, frozen, zero=clustering.zero)
     many = ordered or not is_small(points.value.shape[0])
-    most = MOST_PASSES if many else _PASSES
+    most = MOST_PASSES if many else max(_PASSES, size // 32)
     centroids = lloyd(points, begin, fixed, clustering.iterations, sums, most=most)
     if ordered and start is None and clustering.init not in IN_INDEX_ORDER:
         rank = ranks(centroids)
