@@ -32,7 +32,7 @@ from jaxquant.clustering.points import (
 )
 
 _SMALL = 65535  # entries
-_CELLS = 64  # of small blocks at most, for a start from which Lloyd's passes go on
+_CELLS = 64, 96  # of small blocks at most, for a start from which Lloyd's passes go on
 _COMPARES = 32
 _UNRESOLVED = 2.0**-10  # of the loss, within bins, is too much
 _MAX_SETTLES = 3
@@ -176,7 +176,7 @@ def _find(
     cells = clustering.cells
     size = points.value.shape[0]
     if cells is None and not certify and is_small(size):
-        cells = max(2 * k, min(_CELLS, size // 4))
+        cells = max(2 * k, min(_CELLS[size >= 2048], size // 4))
 
     def best() -> Optimum:
         return optimum(points, sums, k, zero=clustering.zero, cells=cells)
