@@ -4,7 +4,7 @@ r"""Time and quality of `jaxquant.kmeans` against scikit-learn, kmeans1d and fla
     python -m benchmarks.kmeans                      # about two minutes on two cores
     python -m benchmarks.kmeans --parts speed --distribution normal
 
-Three tables:
+Five tables:
 
 - speed: k = 17 clusters of 1M float32 weights, all methods in this one process, in turns.
   Ours is jitted, and its compilation timed apart. Every loss is computed the same way: in float64,
@@ -15,11 +15,16 @@ Three tables:
 - scale: ours alone on 10M and 100M weights, each in a process of its own: time, and memory. Peak is
   that of the whole process with Python and JAX; added is what one call takes on top of what was
   there before it.
+- blocks: a codebook for each of many blocks, as a round clusters them, against one codebook for the
+  leaf; flash1dkmeans and scikit-learn on some of the columns one by one, extrapolated to all.
+  Temporaries are what XLA says of the compiled program.
+- hard: loss / exact optimum on arrays that no equal bins resolve.
 """
 
 import argparse
 import functools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -34,11 +39,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
+from jaxquant.clustering.blocks import by_batch
 from jaxquant.clustering.codebooks import assign
-from jaxquant.clustering.kmeans import kmeans
+from jaxquant.clustering.kmeans import Clustering, kmeans
+from jaxquant.clustering.solver import cluster_block, is_small
 
 SEED = 0
-PARTS = ("speed", "quality", "scale")
+PARTS = ("speed", "quality", "scale", "blocks", "hard")
 
 
 def _outliers(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -220,6 +227,79 @@ def scale(name: str, df: float, sizes: list[int], k: int, repeats: int) -> None:
     print(common.markdown([*header, "peak / input bytes", "added / input bytes"], rows))
 
 
+def blocks_table(repeats: int) -> None:
+    """Print time, memory and loss of codebooks for many blocks."""
+    rows, rng = [], np.random.default_rng(SEED)
+    cases = [
+        ("one codebook", (4096, 4096), (1, 1), 16),
+        ("a codebook a column", (4096, 4096), (1, 4096), 16),
+        ("tiles (8, 64)", (2048, 4096), (256, 64), 8),
+        ("groups (128, 1)", (2048, 4096), (16, 4096), 16),
+    ]
+    for name, shape, numbers, k in cases:
+        x = jnp.asarray(rng.standard_normal(shape, np.float32))
+        run = functools.partial(_clustered, numbers=numbers)
+        tables = jnp.zeros((*numbers, k), jnp.float32), jnp.zeros((*numbers, k), bool)
+        compiled = jax.jit(run).lower(x, *tables).compile()
+        result = compiled(x, *tables)
+        least = min(common.seconds(lambda c=compiled, x=x, t=tables: c(x, *t), repeats))
+        size = np.prod(shape) // np.prod(numbers)
+        cut = np.asarray(x).reshape(numbers[0], -1, numbers[1], shape[1] // numbers[1])
+        cut = cut.transpose(0, 2, 1, 3).reshape(-1, size)[:50]
+        optimum = sum(loss(own, exact(own, k)()) for own in cut[: 50 if size < 2**16 else 0])
+        losses = np.asarray(result.losses).reshape(-1, k)[:50].sum()
+        temporary = compiled.memory_analysis().temp_size_in_bytes / x.nbytes
+        ratio = f"{losses / optimum:.5f}" if optimum else ""
+        rows.append([name, shape, k, f"{least:.3f}", f"{least / x.size * 1e9:.1f}"])
+        rows[-1] += [f"{temporary:.2f}", ratio]
+        if name == "a codebook a column":
+            for method, make in (("flash1dkmeans", flash), ("scikit-learn", scikit_learn)):
+                runs = [make(own, k) for own in cut[:20]]
+                spent = sum(min(common.seconds(one, 2)) for one in runs) / 20 * 4096
+                label = f"{method}, 20 columns, extrapolated"
+                rows.append(
+                    [label, shape, k, f"{spent:.1f}", f"{spent / x.size * 1e9:.1f}", "", ""]
+                )
+    print("\n### Blocks, normal weights\n")
+    header = ["codebooks", "shape", "k", "seconds (best)", "ns per weight"]
+    header += ["temporaries / weight bytes", "loss / exact optimum, 50 blocks"]
+    print(common.markdown(header, rows))
+
+
+def _clustered(x: jax.Array, codebook: jax.Array, frozen: jax.Array, numbers: Any) -> Any:
+    def function(x: jax.Array, codebook: jax.Array, frozen: jax.Array) -> Any:
+        options = {"clustering": Clustering(), "dtype": jnp.float32}
+        return cluster_block(x, None, codebook, frozen, **options)
+
+    if is_small(x.size // math.prod(numbers)):
+        return by_batch(function, (x,), (codebook, frozen), numbers)
+    return function(x, codebook[0, 0], frozen[0, 0])
+
+
+def hard(size: int, k: int) -> None:
+    """Print loss / exact optimum on hard arrays, small and large."""
+    rows, rng = [], np.random.default_rng(SEED)
+    cluster = jax.jit(functools.partial(kmeans, k=k))
+    for n in (1500, size):
+        normal = rng.standard_normal(n)
+        arrays = {
+            "normal, one at 1e5 deviations": np.r_[normal[1:], 1e5],
+            "normal, one at 1e10 deviations": np.r_[normal[1:], 1e10],
+            "modes 0, 1, 1e5, deviation 1e-3": rng.choice([0, 1, 1e5], n) + 1e-3 * normal,
+            "modes 1e6 apart": rng.choice([0, 1e6], n) + normal,
+            "Cauchy": rng.standard_cauchy(n),
+            "log-normal, 5": np.exp(5 * normal),
+        }
+        for name, values in arrays.items():
+            x = values.astype(np.float32)
+            result = cluster(jnp.asarray(x))
+            ratio = loss(x, result.centroids) / loss(x, exact(x.astype(np.float64), k)())
+            rows.append([name, f"{n:,}", f"{ratio:.6f}", f"{1 + float(result.gap):.4f}"])
+    print(f"\n### Hard arrays, k = {k} (kmeans1d sums in float64: below 1 it was not exact)\n")
+    header = ["weights", "number", "loss / kmeans1d", "our certificate: at most"]
+    print(common.markdown(header, rows))
+
+
 def _memory(field: str) -> int:
     """Return a line of /proc/self/status in bytes, such as VmRSS or its peak VmHWM."""
     status = Path("/proc/self/status").read_text()
@@ -264,6 +344,10 @@ def main() -> None:
         quality(args.df, args.weights, args.k)
     if "scale" in args.parts:
         scale(names[0], args.df, args.sizes, args.k, max(args.repeats // 2, 1))
+    if "blocks" in args.parts:
+        blocks_table(args.repeats)
+    if "hard" in args.parts:
+        hard(100_000, args.k)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Sums are kept as integers, so they do not depend on the order in which weights a
 device, eight devices and a GPU's atomic additions give the same bits.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -133,7 +135,12 @@ def _bits(x: jax.Array) -> int:
     return min(_OFFSET_BITS, 32 - x.size.bit_length())  # the sums of offsets fit 32 bits
 
 
-def _gather(x, sample_weight, bins, locate):
+def _gather(
+    x: jax.Array,
+    sample_weight: jax.Array | None,
+    bins: int,
+    locate: Callable[[jax.Array, int], tuple[jax.Array, jax.Array | None]],
+) -> tuple[jax.Array, jax.Array, float]:
     """Return the mass of each bin, its entries' mean offset, in bins, and how wrong that may be.
 
     Args:
@@ -172,13 +179,22 @@ def _gather(x, sample_weight, bins, locate):
         mass = sums[:, 0]
         error = 2.0 ** (-bits - 1)
     if wanted is None:
-        return mass, None, error
+        return mass, jnp.zeros(bins, jnp.float32), error
     total = sums[:, 0].astype(jnp.float32)
     offset = sums[:, 1].astype(jnp.float32) / jnp.where(total > 0, total, 1.0) * 2.0**-bits
     return mass, jnp.clip(offset, 0.0, 1.0), error
 
 
-def _points(mass, value, within, width, error, low, high, scale) -> Points:
+def _points(
+    mass: jax.Array,
+    value: jax.Array,
+    within: jax.Array,
+    width: jax.Array,
+    error: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+    scale: jax.Array,
+) -> Points:
     """Return bins as points: those without mass repeat the one before."""
     occupied = mass > 0
     filled = jax.lax.cummax(jnp.where(occupied, value, -jnp.inf))

@@ -32,11 +32,11 @@ from jaxquant.clustering.points import (
 )
 
 _SMALL = 65535  # entries
-_CELLS = 64  # of small blocks at most, for a start from which Lloyd's passes go on
+_CELLS = 64, 96  # of small blocks at most, for a start from which Lloyd's passes go on
 _COMPARES = 32
 _UNRESOLVED = 2.0**-10  # of the loss, within bins, is too much
 _MAX_SETTLES = 3
-_PASSES = 16  # in a round on small blocks: more of them gain nothing from an optimal start
+_PASSES = 16  # in a round on small blocks, at least: few weights are soon where they stay
 
 
 class Solved(NamedTuple):
@@ -176,7 +176,7 @@ def _find(
     cells = clustering.cells
     size = points.value.shape[0]
     if cells is None and not certify and is_small(size):
-        cells = max(2 * k, min(_CELLS, size // 4))
+        cells = max(2 * k, min(_CELLS[size >= 2048], size // 4))
 
     def best() -> Optimum:
         return optimum(points, sums, k, zero=clustering.zero, cells=cells)
@@ -199,7 +199,7 @@ def _find(
         begin = loops.if_needed(anew, named, start.astype(jnp.float32))
     begin, fixed = pin(begin, frozen, zero=clustering.zero)
     many = ordered or not is_small(points.value.shape[0])
-    most = MOST_PASSES if many else _PASSES
+    most = MOST_PASSES if many else max(_PASSES, size // 32)
     centroids = lloyd(points, begin, fixed, clustering.iterations, sums, most=most)
     if ordered and start is None and clustering.init not in IN_INDEX_ORDER:
         rank = ranks(centroids)
