@@ -41,7 +41,8 @@ import numpy as np
 from benchmarks import common
 from jaxquant.clustering.blocks import by_batch
 from jaxquant.clustering.codebooks import assign
-from jaxquant.clustering.kmeans import Clustering, kmeans
+from jaxquant.clustering.kmeans import kmeans
+from jaxquant.clustering.options import Clustering
 from jaxquant.clustering.solver import cluster_block, is_small
 
 SEED = 0
@@ -248,7 +249,8 @@ def blocks_table(repeats: int) -> None:
         cut = cut.transpose(0, 2, 1, 3).reshape(-1, size)[:50]
         optimum = sum(loss(own, exact(own, k)()) for own in cut[: 50 if size < 2**16 else 0])
         losses = np.asarray(result.losses).reshape(-1, k)[:50].sum()
-        temporary = compiled.memory_analysis().temp_size_in_bytes / x.nbytes
+        memory: Any = compiled.memory_analysis()
+        temporary = memory.temp_size_in_bytes / x.nbytes
         ratio = f"{losses / optimum:.5f}" if optimum else ""
         rows.append([name, shape, k, f"{least:.3f}", f"{least / x.size * 1e9:.1f}"])
         rows[-1] += [f"{temporary:.2f}", ratio]

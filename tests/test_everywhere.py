@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxquant as jq
-from jaxquant.clustering.kmeans import STARTS
+from jaxquant.clustering.options import STARTS
 
 pytestmark = pytest.mark.default_promotion  # optax's own arithmetic
 

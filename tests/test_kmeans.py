@@ -17,7 +17,8 @@ from sklearn.cluster import KMeans
 
 from jaxquant.clustering.clusters import settle
 from jaxquant.clustering.codebooks import assign
-from jaxquant.clustering.kmeans import STARTS, kmeans
+from jaxquant.clustering.kmeans import kmeans
+from jaxquant.clustering.options import STARTS
 
 _OPTIONS = ("k", "zero", "iterations", "bins", "cells")
 # One trace for each shape and set of options in this file: `start` names a start, `init` is one.

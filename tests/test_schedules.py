@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxquant as jq
-from jaxquant.clustering.kmeans import Clustering
+from jaxquant.clustering.options import Clustering
 from jaxquant.rounds.schedules import EQUALS, ORDERS
 
 DEEP = {f"layer_{i}": jax.ShapeDtypeStruct((8, 8), jnp.float32) for i in range(12)}

@@ -9,7 +9,8 @@ import pytest
 from test_kmeans import loss_of
 
 from jaxquant.clustering import blocks
-from jaxquant.clustering.kmeans import Clustering, kmeans
+from jaxquant.clustering.kmeans import kmeans
+from jaxquant.clustering.options import Clustering
 from jaxquant.clustering.solver import cluster_block, is_small
 
 LARGE = 70_000

@@ -246,6 +246,20 @@ def _tail(numbers: tuple[int, ...], size: int) -> tuple[int, int] | None:
     return axis, number % unit
 
 
+def centroids_of(codebook: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
+    """Return the centroids `[*numbers, k]` that a codebook and scales stand for.
+
+    Args:
+      codebook: `[k]` or `[*numbers, k]`, of any dtype; ones in place of numbers where blocks share
+        one up to their scales.
+      scale: `[*numbers, 1]`, or None.
+      dtype: of the centroids, that of the weights.
+    """
+    if scale is None:
+        return codebook.astype(dtype)
+    return (codebook.astype(jnp.float32) * scale.astype(jnp.float32)).astype(dtype)
+
+
 def nearest(leaf: jax.Array, codebooks: jax.Array) -> jax.Array:
     """Return the centroid nearest to each weight, of its block; codebooks `[*numbers, k]`."""
     return per_block(_nearest, (leaf,), (codebooks,))

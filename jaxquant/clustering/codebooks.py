@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from jaxquant import checks
 from jaxquant.clustering.points import (
+    MOST_COMPARES,
     Points,
     from_units,
     last_below_middles,
@@ -15,7 +16,6 @@ from jaxquant.clustering.points import (
 from jaxquant.meshes import compiled
 
 MOST_CENTROIDS = 256  # of a codebook whose codes are packed: a code fits a byte
-MOST_COMPARES = 32  # of an entry, one after the other; with more bounds the search is binary
 
 
 def num_centroids(bits: int) -> int:

@@ -7,23 +7,9 @@ import jax.numpy as jnp
 
 from jaxquant import checks
 from jaxquant.clustering.histogram import BINS
-from jaxquant.clustering.lloyd import lloyd, pin
-from jaxquant.clustering.options import STARTS, Clustering, check_iterations, check_start
-from jaxquant.clustering.solver import Solved, is_usable, named_start, solve
+from jaxquant.clustering.options import Clustering
+from jaxquant.clustering.solver import Solved, solve
 from jaxquant.meshes import compiled
-
-__all__ = [
-    "STARTS",
-    "Clustering",
-    "KMeansResult",
-    "check_iterations",
-    "check_start",
-    "is_usable",
-    "kmeans",
-    "lloyd",
-    "named_start",
-    "pin",
-]
 
 
 class KMeansResult(NamedTuple):

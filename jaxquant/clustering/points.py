@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxquant import loops
 
 _LARGEST = 40  # exponent of the largest magnitude of a point
-_COMPARES = 32  # centroids that are ranked by comparing them all
+MOST_COMPARES = 32  # of an entry, one after the other; with more the search is binary
 
 
 class Points(NamedTuple):
@@ -213,7 +213,7 @@ def means(sums: Prefix, edges: jax.Array, otherwise: jax.Array) -> jax.Array:
 def ranks(x: jax.Array) -> jax.Array:
     """Return the place of each entry of a short array in ascending order, int32; ties stay."""
     size = x.shape[0]
-    if size > _COMPARES:
+    if size > MOST_COMPARES:
         order = jnp.argsort(x)
         return jnp.zeros(size, jnp.int32).at[order].set(jnp.arange(size, dtype=jnp.int32))
     index = jnp.arange(size)
@@ -223,7 +223,7 @@ def ranks(x: jax.Array) -> jax.Array:
 
 def placed(x: jax.Array, rank: jax.Array) -> jax.Array:
     """Return the entries of a short array at the places that `ranks` gives them."""
-    if x.shape[0] > _COMPARES:
+    if x.shape[0] > MOST_COMPARES:
         return jnp.zeros_like(x).at[rank].set(x)
     here = rank[None] == jnp.arange(x.shape[0], dtype=rank.dtype)[:, None]
     if x.dtype == bool:

@@ -33,7 +33,6 @@ from jaxquant.clustering.points import (
 
 _SMALL = 65535  # entries
 _CELLS = 64, 96  # of small blocks at most, for a start from which Lloyd's passes go on
-_COMPARES = 32
 _UNRESOLVED = 2.0**-10  # of the loss, within bins, is too much
 _MAX_SETTLES = 3
 _PASSES = 16  # in a round on small blocks, at least: few weights are soon where they stay
@@ -265,19 +264,8 @@ def _is_blurred(points: Points, centroids: jax.Array) -> jax.Array:
     mass = masses(points)
     ascending = placed(to_units(points, centroids), ranks(centroids))
     last = last_below_middles(ascending)
-    loss = jnp.sum(mass * jnp.square(points.value - _nearest(points.value, ascending, last)))
+    loss = jnp.sum(mass * jnp.square(points.value - codebooks.pick(points.value, last, ascending)))
     return jnp.sum(mass * points.within) > _UNRESOLVED * loss
-
-
-def _nearest(values: jax.Array, ascending: jax.Array, last: jax.Array) -> jax.Array:
-    """Return the centroid of each of some values, of those in ascending order."""
-    if ascending.shape[0] > _COMPARES:
-        place = jnp.searchsorted(last, values)
-        return ascending.at[place].get(mode="promise_in_bounds")
-    found = jnp.broadcast_to(ascending[0], values.shape)
-    for limit, centroid in zip(last, ascending[1:], strict=True):
-        found = jnp.where(values > limit, centroid, found)
-    return found
 
 
 # Small blocks ------------------------------------------------------------------------------------
@@ -303,7 +291,7 @@ def _settle_sorted(
     carry = (centroids, *at(centroids), jnp.int32(1))
     carry = loops.while_loop(lambda carry: carry[3] & (carry[4] < _MAX_SETTLES), step, carry)
     centroids, (ascending, last, (begin, end)) = carry[:2]
-    distance = points.value - _nearest(points.value, ascending, last)
+    distance = points.value - codebooks.pick(points.value, last, ascending)
     mass = masses(points)
     sums = prefix_sums(mass * jnp.square(distance))
     high, low = (part.at[end].get() - part.at[begin].get() for part in sums)

@@ -13,11 +13,11 @@ import jax.export
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxquant.clustering.blocks import numbers_of, per_block
+from jaxquant.clustering.blocks import centroids_of, numbers_of, per_block
 from jaxquant.clustering.codebooks import assign, reconstruct
 from jaxquant.meshes import compiled
 from jaxquant.packing.codes import pack_codes, symbol, unpack_codes
-from jaxquant.rounds.state import QuantState, centroids_of, check_state
+from jaxquant.rounds.state import QuantState, check_state, stored_tables
 from jaxquant.trees import check_structure, leaves_with_paths, pure, replaced
 
 
@@ -413,19 +413,11 @@ def pack(params: Any, state: QuantState) -> Any:
     packed = [
         _pack_leaf(path, jnp.asarray(leaf), codebook, scale) if codebook.ndim else leaf
         for (path, leaf), codebook, scale in zip(
-            leaves_with_paths(params), *state_tables(state), strict=True
+            leaves_with_paths(params), *stored_tables(state), strict=True
         )
     ]
     packed = jax.tree.unflatten(jax.tree.structure(params), packed)
     return replaced(given, packed, only_parameters=True)
-
-
-def state_tables(state: QuantState) -> tuple[list[jax.Array], list[jax.Array | None]]:
-    """Return for each leaf its codebooks, and its scale or None."""
-    codebooks = jax.tree.leaves(state.codebooks)
-    if state.scales is None:
-        return codebooks, [None] * len(codebooks)
-    return codebooks, [scale if scale.ndim else None for scale in jax.tree.leaves(state.scales)]
 
 
 def _pack_leaf(

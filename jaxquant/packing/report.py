@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.clustering.blocks import numbers_of, per_block
+from jaxquant.clustering.blocks import centroids_of, numbers_of, per_block
 from jaxquant.clustering.codebooks import assign
 from jaxquant.meshes import compiled
 from jaxquant.packing.arrays import (
@@ -19,14 +19,13 @@ from jaxquant.packing.arrays import (
     is_product,
     product_codes,
     split_shape,
-    state_tables,
     table_bytes,
     unpack_product,
 )
 from jaxquant.packing.codes import packed_rows
 from jaxquant.rounds.schedules import Plan
 from jaxquant.rounds.selection import natural_key, vector_reasons
-from jaxquant.rounds.state import QuantState, centroids_of, check_state
+from jaxquant.rounds.state import QuantState, check_state, stored_tables
 from jaxquant.trees import check_leaves, check_structure, leaves_with_paths, pure
 
 
@@ -176,7 +175,7 @@ def report(
     check_state(state)
     for tree in (state.codebooks, state.frozen):
         check_structure(nothing, tree, "state to have the params' structure")
-    columns = [[leaf for _, leaf in pairs], *state_tables(state), jax.tree.leaves(state.frozen)]
+    columns = [[leaf for _, leaf in pairs], *stored_tables(state), jax.tree.leaves(state.frozen)]
     if reference is not None:
         check_structure(nothing, reference, "reference to have the params' structure")
         check_leaves("reference", reference, [(path, jnp.shape(leaf)) for path, leaf in pairs])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxquant import loops
 from jaxquant.clustering.blocks import by_batch, per_block
 from jaxquant.clustering.codebooks import assign, reconstruct
-from jaxquant.clustering.kmeans import Clustering
+from jaxquant.clustering.options import Clustering
 from jaxquant.clustering.solver import ClusteredBlock, cluster_block, is_small
 from jaxquant.rounds.selection import Layer
 

@@ -12,7 +12,7 @@ import jax.core
 import jax.numpy as jnp
 
 from jaxquant import checks, loops
-from jaxquant.clustering.blocks import per_block
+from jaxquant.clustering.blocks import centroids_of, per_block
 from jaxquant.clustering.codebooks import bounds
 from jaxquant.meshes import compiled
 from jaxquant.rounds.cluster import ClusteredLeaf, cluster_leaf
@@ -28,7 +28,7 @@ from jaxquant.rounds.sharing import (
     used_centroids,
     with_equals,
 )
-from jaxquant.rounds.state import QuantState, centroids_of, check_state
+from jaxquant.rounds.state import QuantState, check_state
 from jaxquant.trees import check_leaves, check_shape, pure, replaced
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxquant import checks
 from jaxquant.clustering.codebooks import MOST_CENTROIDS, num_centroids
-from jaxquant.clustering.kmeans import Clustering
+from jaxquant.clustering.options import Clustering
 from jaxquant.rounds.partition import PARTITIONS, WEIGHT_PARTITIONS
 from jaxquant.rounds.selection import Layer, LayerRule, Selection, select
 

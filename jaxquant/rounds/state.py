@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxquant.clustering.blocks import nearest
+from jaxquant.clustering.blocks import centroids_of, nearest
 from jaxquant.meshes import compiled
 from jaxquant.trees import check_structure, pure
 
@@ -36,10 +36,8 @@ def block_codebooks(state: QuantState, params: Any) -> Any:
     Returns:
       Tree of `[k]` or `[*numbers, k]`; scalars for leaves that are left alone.
     """
-    leaves, structure = jax.tree.flatten(state.codebooks)
-    scales = [None] * len(leaves) if state.scales is None else jax.tree.leaves(state.scales)
-    rows = zip(leaves, scales, jax.tree.leaves(params), strict=True)
-    return structure.unflatten(
+    rows = zip(*stored_tables(state), jax.tree.leaves(params), strict=True)
+    return jax.tree.structure(state.codebooks).unflatten(
         [
             centroids_of(codebook, scale, leaf.dtype) if codebook.ndim else codebook
             for codebook, scale, leaf in rows
@@ -47,17 +45,12 @@ def block_codebooks(state: QuantState, params: Any) -> Any:
     )
 
 
-def centroids_of(codebook: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
-    """Return the centroids `[*numbers, k]` that a codebook and scales stand for.
-
-    Args:
-      codebook: `[k]` or `[*numbers, k]`, as it is stored.
-      scale: `[*numbers, 1]`, or None or a scalar where there is none.
-      dtype: of the centroids.
-    """
-    if scale is None or not scale.ndim:
-        return codebook.astype(dtype)
-    return (codebook.astype(jnp.float32) * scale.astype(jnp.float32)).astype(dtype)
+def stored_tables(state: QuantState) -> tuple[list[jax.Array], list[jax.Array | None]]:
+    """Return for each leaf its codebooks as they are stored, and its scale or None."""
+    codebooks = jax.tree.leaves(state.codebooks)
+    if state.scales is None:
+        return codebooks, [None] * len(codebooks)
+    return codebooks, [scale if scale.ndim else None for scale in jax.tree.leaves(state.scales)]
 
 
 def check_state(state: Any) -> None:
