@@ -4,6 +4,7 @@ from jaxquant import product
 from jaxquant.calibration.moments import input_moments
 from jaxquant.clustering.codebooks import assign, num_centroids, reconstruct
 from jaxquant.clustering.kmeans import KMeansResult, kmeans
+from jaxquant.clustering.options import Clustering
 from jaxquant.packing.arrays import PackedArray, ProductArray, pack, pack_array, unpack
 from jaxquant.packing.lut_b import from_lut_b, to_lut_b
 from jaxquant.packing.ops import conv, intercept_linen, matmul
@@ -19,6 +20,7 @@ from jaxquant.rounds.transforms import IncrementalState, freeze_quantized, incre
 __version__ = "0.1.0"
 
 __all__ = [
+    "Clustering",
     "IncrementalState",
     "KMeansResult",
     "LayerReport",

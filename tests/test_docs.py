@@ -148,6 +148,15 @@ def test_the_examples_of_other_methods_run(capsys):
     np.testing.assert_allclose(names["y"], got, rtol=1e-3, atol=1e-3)
 
 
+def test_the_example_of_blocks_runs(capsys):
+    names: dict = {}
+    exec("".join(_blocks((ROOT / "docs" / "blocks.md").read_text())), names)
+    assert all(jax.tree.leaves(jq.is_on_codebook(names["new"], names["state"])))
+    for name, leaf in jq.unpack(names["packed"]).items():
+        np.testing.assert_array_equal(leaf, names["new"][name])
+    assert "| layers | 4x64x64 | 8 | 8 |" in capsys.readouterr().out
+
+
 def _blocks(text):
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
