@@ -580,6 +580,7 @@ def test_moments_that_do_not_fit_are_named():
     plan = jq.inq(params)
     with pytest.raises(ValueError, match="moments: expected a plan of shares of clusters"):
         jq.quantize_round(plan, params, jq.init(plan, params), moments=moments)
-    plan = jq.slq(params, bits=2, rounds=(3,), rules=[jq.LayerRule(".*kernel", axis=-1)])
-    with pytest.raises(ValueError, match="expected a codebook for the whole layer"):
-        jq.quantize_round(plan, params, jq.init(plan, params), moments=moments)
+    stack = {"w": jnp.ones((3, 8, 4))}
+    plan = jq.slq(stack, bits=2, rounds=(3,), rules=[jq.LayerRule("w", axis=0)])
+    with pytest.raises(ValueError, match=r"moments: w: expected shape \(3, 8, 8\), got \(8, 8\)"):
+        jq.quantize_round(plan, stack, jq.init(plan, stack), moments={"w": jnp.eye(8)})

@@ -26,6 +26,8 @@ ELSEWHERE = {
     "select": "reads shapes only: test_selection",
     "num_centroids": "of an integer: test_codebooks",
     "save": "runs on the host: test_storage",
+    "to_lut_b": "runs on the host: test_lut_b",
+    "from_lut_b": "runs on the host: test_lut_b",
     "load": "runs on the host: test_storage",
     "read_metadata": "runs on the host: test_storage",
     "report": "runs on the host: test_metrics",

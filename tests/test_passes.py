@@ -20,4 +20,4 @@ def test_moments_of_all_layers_come_from_one_pass():
     answers = model.apply(variables, x)
     kernel, bias = (variables["params"]["a"][name] for name in ("kernel", "bias"))
     squares = jnp.einsum("in,ij,jn->n", kernel, got["a/kernel"], kernel)
-    np.testing.assert_allclose(squares, jnp.mean((answers - bias) ** 2, axis=0), rtol=1e-4)
+    np.testing.assert_allclose(squares, jnp.mean((answers - bias[None]) ** 2, axis=0), rtol=1e-4)

@@ -19,7 +19,7 @@ from jaxquant.clustering.points import (
 )
 
 _CAPPINGS = 6
-_CHUNK = 32  # ends of clusters that are compared in one loop over memory
+_CHUNK = 16  # ends of clusters that are compared in one loop over memory
 
 
 class Optimum(NamedTuple):

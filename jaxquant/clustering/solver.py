@@ -82,6 +82,7 @@ def cluster_block(
     *,
     clustering: Clustering,
     dtype: jax.typing.DTypeLike,
+    quick: bool = False,
 ) -> ClusteredBlock:
     """Cluster one block, from its codebook if a centroid of it is frozen, else anew.
 
@@ -94,9 +95,12 @@ def cluster_block(
       frozen: [k] bool, centroids that keep their value to the last bit.
       clustering: options, static.
       dtype: of the new codebook.
+      quick: whether a small block takes few cells, if their number is not given, and few passes:
+        one of very many.
     """
     k = codebook.shape[0]
-    solved = solve(x, sample_weight, k, codebook, frozen, clustering=clustering, dtype=dtype)
+    options = {"clustering": clustering, "dtype": dtype, "quick": quick}
+    solved = solve(x, sample_weight, k, codebook, frozen, **options)
     return ClusteredBlock(
         solved.centroids,
         solved.clusters.counts,
@@ -116,6 +120,7 @@ def solve(
     clustering: Clustering,
     dtype: jax.typing.DTypeLike | None = None,
     certify: bool = False,
+    quick: bool = False,
 ) -> Solved:
     """Cluster one block.
 
@@ -129,10 +134,12 @@ def solve(
       dtype: of the codebook, in a round: then the named start is taken where nothing is frozen, and
         the order of the centroids is left. None to cluster as `kmeans` does.
       certify: whether the optimum is computed though it is not the start.
+      quick: see `cluster_block`.
     """
 
     def find(points: Points) -> tuple[jax.Array, jax.Array, Optimum]:
-        return _find(points, k, start, frozen, clustering, dtype is None, certify)
+        few = quick and is_small(x.size)
+        return _find(points, k, start, frozen, clustering, dtype is None, certify, few)
 
     entries = None
     if is_small(x.size):
@@ -168,13 +175,14 @@ def _find(
     clustering: Clustering,
     ordered: bool,
     certify: bool,
+    quick: bool,
 ) -> tuple[jax.Array, jax.Array, Optimum]:
     """Return centroids as float32, which of them are fixed, and the optimum, if it is asked for."""
     sums = prefix(points)
 
     cells = clustering.cells
     size = points.value.shape[0]
-    if cells is None and not certify and is_small(size):
+    if cells is None and quick:
         cells = max(2 * k, min(_CELLS[size >= 2048], size // 4))
 
     def best() -> Optimum:
@@ -197,8 +205,7 @@ def _find(
         anew = jnp.bool_(True) if frozen is None else ~jnp.any(frozen)
         begin = loops.if_needed(anew, named, start.astype(jnp.float32))
     begin, fixed = pin(begin, frozen, zero=clustering.zero)
-    many = ordered or not is_small(points.value.shape[0])
-    most = MOST_PASSES if many else max(_PASSES, size // 32)
+    most = max(_PASSES, size // 32) if quick else MOST_PASSES
     centroids = lloyd(points, begin, fixed, clustering.iterations, sums, most=most)
     if ordered and start is None and clustering.init not in IN_INDEX_ORDER:
         rank = ranks(centroids)

@@ -15,6 +15,7 @@ from jaxquant.clustering.solver import ClusteredBlock, cluster_block, is_small
 from jaxquant.rounds.selection import Layer
 
 _ALTERNATIONS = 6  # of codebook and scales
+_FEW = 64  # codebooks that are clustered as carefully as one
 _LARGEST = {"float8_e4m3fn": 224.0, "int8": 127.0}  # centroid at first, of those that have few
 
 
@@ -98,12 +99,13 @@ def _cluster_blocks(
 ) -> ClusteredBlock:
     """Cluster the weights of each codebook."""
     numbers = codebook.shape[:-1]
+    quick = math.prod(numbers) > _FEW
     small = is_small(math.prod(weights.shape) // math.prod(numbers))
 
     def solve(x: jax.Array, own: jax.Array | None, *tables: jax.Array) -> ClusteredBlock:
         x, own = jax.tree.map(jnp.ravel, (x, own)) if small else (x, own)
         dtype = jnp.dtype(layer.centroid_dtype)
-        return cluster_block(x, own, *tables, clustering=clustering, dtype=dtype)
+        return cluster_block(x, own, *tables, clustering=clustering, dtype=dtype, quick=quick)
 
     return by_batch(solve, (weights, sensitivity), (codebook, frozen_centroids), numbers)
 
