@@ -63,8 +63,9 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("make", ["slq", "inq"])
+@pytest.mark.parametrize(
+    ("make", "name"), [*(("slq", name) for name in BLOCKS), ("inq", "tiles"), ("inq", "outputs")]
+)
 def test_blocks_are_quantized_like_leaves_of_their_own(name, make):
     shape, block, numbers = BLOCKS[name]
     weights = normal(shape)

@@ -438,7 +438,10 @@ def make_tree(dtype=np.float32):
 
 @pytest.mark.parametrize(
     ("dtype", "order"),
-    [(jnp.float32, "boundaries_together"), (jnp.bfloat16, "layer_by_layer")],
+    [
+        (jnp.float32, "boundaries_together"),
+        pytest.param(jnp.bfloat16, "layer_by_layer", marks=pytest.mark.slow),
+    ],
 )
 def test_rounds_with_moments_freeze_for_good_and_end_on_the_codebook(dtype, order):
     params, moments = make_tree(dtype)
@@ -541,7 +544,9 @@ def test_stacked_layers_are_compensated_for_one_by_one():
         )
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
+)
 def test_a_sharded_layer_is_compensated_for_as_a_whole_one(axis_type):
     params, moments = make_tree()
     plan = jq.slq(params, bits=2, rounds=(3,), zero=True)

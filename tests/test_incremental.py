@@ -89,7 +89,7 @@ incremental = functools.partial(jq.incremental, plan=PLAN, steps_per_round=STEPS
 
 
 @pytest.mark.default_promotion
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_weight_ends_on_its_codebook_and_stays(name, dtype):
     assert_quantized(run(incremental(OPTIMIZERS[name]()), dtype=dtype), STARTS[-1] + 4)
@@ -318,7 +318,11 @@ SHARES = {
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [(PLAN, SHORTER), (SHARES["long"], SHARES["short"])], ids=["mlq", "inq"]
+    ("before", "after"),
+    [
+        pytest.param(PLAN, SHORTER, id="mlq", marks=pytest.mark.slow),
+        pytest.param(SHARES["long"], SHARES["short"], id="inq"),
+    ],
 )
 def test_a_run_that_goes_on_by_a_plan_of_fewer_rounds_is_finished(before, after):
     history = run(jq.incremental(optax.adam(0.01), before, 4), steps=4 * (before.num_rounds - 1))
@@ -387,7 +391,9 @@ def test_random_partitions_differ_from_key_to_key():
         jq.incremental(optax.sgd(0.1), plan, 2)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
+)
 def test_masks_and_moments_are_sharded_as_the_weights(axis_type):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(axis_type,))
     spec = {"a": {"kernel": PartitionSpec("x"), "bias": PartitionSpec()}}

@@ -186,7 +186,13 @@ ONE_STEP = [
 
 
 @pytest.mark.parametrize(
-    ("method", "stage"), [("none", "fit"), ("qcnn", "fit"), ("slq", "fit"), ("slq", "retrain")]
+    ("method", "stage"),
+    [
+        pytest.param("none", "fit", marks=pytest.mark.slow),
+        pytest.param("qcnn", "fit", marks=pytest.mark.slow),
+        pytest.param("slq", "fit", marks=pytest.mark.slow),
+        ("slq", "retrain"),
+    ],
 )
 def test_what_diverges_at_the_very_last_update_is_no_success(tmp_path, capsys, method, stage):
     more = [f"--config.quantize.method={method}", f"--config.{stage}.learning_rate=1e30"]

@@ -529,7 +529,9 @@ def test_members_of_equal_centroids_freeze_together():
     assert frozen.tolist() == [True, True, True, False] and count == 3
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
+)
 def test_a_round_on_eight_devices_sends_histograms_and_codebooks_only(axis_type):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
     shapes = {"both": (512, 768), "conv": (3, 3, 128, 256), "stack": (4, 256, 512), "all": (300, 7)}

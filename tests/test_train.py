@@ -93,6 +93,7 @@ def test_a_study_runs_what_is_not_done_and_tabulates_all(tmp_path, capsys):
     assert (tmp_path / "runs" / "summary.md").read_text() == summary
 
 
+@pytest.mark.slow
 def test_only_chooses_rows_of_a_study(tmp_path, capsys):
     study, runs = write_study(tmp_path), tmp_path / "runs"
     arguments = ["--config", study, "--workdir", str(runs), "--only"]
@@ -368,6 +369,7 @@ def test_another_config_in_the_same_workdir_is_refused_with_the_difference(finis
     assert "got seed: 0 -> 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_several_configs_end_in_one_table(tmp_path, capsys):
     both = "configs/digits_slq.py,configs/digits_mlq.py"
     overrides = ["--config.fit.epochs=1", "--config.retrain.epochs=0", "--config.plots=true"]
