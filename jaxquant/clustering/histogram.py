@@ -14,7 +14,6 @@ from jaxquant.clustering.points import (
     Points,
     from_key,
     relative_weight,
-    resolution,
     scale_of,
     to_key,
 )
@@ -22,9 +21,6 @@ from jaxquant.clustering.points import (
 BINS = 65536
 _OFFSET_BITS = 8  # float32 resolves a position among 65,536 bins to 2**-8 of a bin
 _KEY_BITS = 16  # the upper half of a key: floats that agree in it are equally spaced
-
-Histogram = Points
-bin_width = resolution
 
 
 def histogram(x: jax.Array, sample_weight: jax.Array | None = None, *, bins: int = BINS) -> Points:

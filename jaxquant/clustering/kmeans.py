@@ -1,4 +1,4 @@
-"""One-dimensional k-means on a histogram: optimal start, Lloyd passes, certificate."""
+"""One-dimensional k-means of one array: optimal start, Lloyd passes, certificate."""
 
 from typing import Any, NamedTuple
 
@@ -35,11 +35,15 @@ def kmeans(
 ) -> KMeansResult:
     """Cluster the entries of `x` into `k` clusters of least squared error.
 
-    Minimizes `sum_i w_i (x_i - c[assign(x_i, c)])**2` on a histogram of `x`: boundaries by dynamic
-    programming over coarse cells, then Lloyd passes by prefix sums until no bin changes its
+    Minimizes `sum_i w_i (x_i - c[assign(x_i, c)])**2` on ascending points: boundaries by dynamic
+    programming over coarse cells, then Lloyd passes by prefix sums until no point changes its
     cluster. An empty cluster keeps its value; a tie goes to the lower centroid. Clusters whose
-    weights are all equal get exactly that value; values that share a bin are not told apart. Runs
-    under jit, vmap and scan; `x` is never raveled or sorted. Cost O(n k) compares and
+    weights are all equal get exactly that value. Runs under jit, vmap and scan.
+
+    The points are, below 65,536 entries, these themselves, sorted. Of a larger array they are the
+    bins of a histogram, equal ones first; where these hide much of the loss, as with a far outlier
+    or narrow modes far apart, once more bins that lie where the entries are. Values that share a
+    bin are not told apart. Such an array is never raveled or sorted. Cost O(n k) compares and
     O(n + bins + cells**2 k) else; memory O(bins + cells**2) beyond `x`, and a copy of a long `x`
     that does not divide into pieces, or whose longest axis is its last (on CPU; up to 1.8 copies).
 
@@ -60,7 +64,7 @@ def kmeans(
       sample_weight: non-negative, like `x`; all zero counts as all equal.
       zero: whether one centroid is exactly zero: the one that starts nearest to it.
       iterations: exactly this many Lloyd passes; None for as many as needed, at most 200.
-      bins: bins of the histogram.
+      bins: bins of the histogram; fewer than 65,536 are not gathered again.
       cells: cells of the dynamic program; None for max(512, 4 k).
 
     Returns:
