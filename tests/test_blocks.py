@@ -64,7 +64,16 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize(
-    ("make", "name"), [*(("slq", name) for name in BLOCKS), ("inq", "tiles"), ("inq", "outputs")]
+    ("make", "name"),
+    [
+        ("slq", "groups of inputs"),
+        ("slq", "outputs of stacked layers"),
+        ("inq", "tiles"),
+        pytest.param("slq", "outputs", marks=pytest.mark.slow),
+        pytest.param("slq", "tiles", marks=pytest.mark.slow),
+        pytest.param("slq", "inputs of a convolution", marks=pytest.mark.slow),
+        pytest.param("inq", "outputs", marks=pytest.mark.slow),
+    ],
 )
 def test_blocks_are_quantized_like_leaves_of_their_own(name, make):
     shape, block, numbers = BLOCKS[name]

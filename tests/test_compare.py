@@ -46,6 +46,7 @@ def test_methods_have_equal_budgets():
             assert max(config.retrain.epochs) - min(config.retrain.epochs) <= 1
 
 
+@pytest.mark.slow
 def test_all_start_from_one_float_network_and_end_in_a_table_and_a_figure(study, tmp_path, capsys):
     runs = tmp_path / "runs"
     arguments = ["compare", "--config", str(study), "--workdir", str(runs)]

@@ -44,8 +44,11 @@ def scanned(params, opt_state):
 @pytest.mark.default_promotion
 @pytest.mark.parametrize(
     ("function", "start"),
-    [(quantize, lambda p: jq.init(PLAN, p)), (step, TX.init), (scanned, TX.init)],
-    ids=["quantize_round", "incremental", "scan_over_incremental"],
+    [
+        pytest.param(quantize, lambda p: jq.init(PLAN, p), id="quantize_round"),
+        pytest.param(step, TX.init, id="incremental", marks=pytest.mark.slow),
+        pytest.param(scanned, TX.init, id="scan_over_incremental"),
+    ],
 )
 def test_it_exports_for_every_platform_and_runs_as_exported(function, start):
     args = params(), start(params())

@@ -190,8 +190,8 @@ ONE_STEP = [
     [
         pytest.param("none", "fit", marks=pytest.mark.slow),
         pytest.param("qcnn", "fit", marks=pytest.mark.slow),
-        pytest.param("slq", "fit", marks=pytest.mark.slow),
-        ("slq", "retrain"),
+        ("slq", "fit"),
+        pytest.param("slq", "retrain", marks=pytest.mark.slow),
     ],
 )
 def test_what_diverges_at_the_very_last_update_is_no_success(tmp_path, capsys, method, stage):

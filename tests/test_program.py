@@ -54,7 +54,8 @@ def assert_close(ours, theirs, *, accuracy, loss):
             assert a["weights_frozen"] == pytest.approx(b["weights_frozen"], abs=5e-3)
 
 
-@pytest.mark.parametrize("options", [[], pytest.param(EVERYTHING, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], EVERYTHING])
 def test_one_program_is_the_loop(options, tmp_path, capsys):
     """With everything a minute, of compilation: `pytest --run-slow tests/test_program.py`."""
     events, report = run(tmp_path / "loop", *options)
