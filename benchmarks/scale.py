@@ -50,7 +50,7 @@ def time_rounds(params: Any, plan: jq.Plan, rounds: int = 3) -> Rounds:
         start = time.perf_counter()
         params, state, info = jax.block_until_ready(compiled(params, state))
         times.append(time.perf_counter() - start)
-        shares = [float(share) for share in info.weights_frozen.values()]
+        shares = [float(share.mean()) for share in info.weights_frozen.values()]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB on Linux
     frozen = sum(shares) / len(shares)
     return Rounds(compiling, min(times), frozen, memory.temp_size_in_bytes, peak)
