@@ -266,6 +266,33 @@ def test_centroids_of_another_dtype_are_what_is_stored(dtype, centroid_dtype, sh
     )
 
 
+def test_stored_centroids_are_ranked_by_the_size_that_they_have_in_the_leaf():
+    weights = normal((16, 16))
+    params = {"a": weights, "b": 100 * weights}
+    rules = [jq.LayerRule(".", k=4, block=(8, 8), centroid_dtype="int8")]
+    plan = jq.mlq(params, order="network", partition="magnitude", rounds=(0.5, 1.0), rules=rules)
+    (_, state, _), *_ = run(plan, params)
+    assert state.frozen_centroids["b"].mean() > 0.8 > 0.2 > state.frozen_centroids["a"].mean()
+
+
+def test_a_window_of_one_is_no_stack(tmp_path):
+    kernel = normal((1, 1, 12, 16))
+    inputs = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 3, 12)), jnp.float32)
+    moments = {"w": jq.input_moments(inputs, window=(1, 1))}
+    rules = [
+        jq.LayerRule("w", k=4, centroid_dtype="float8_e4m3fn"),
+        jq.LayerRule("w", k=4, block=(-1, -1, -1, 1)),
+    ]
+    for rule in rules:
+        plan = jq.slq({"w": kernel}, rounds=(4,), rules=[rule])
+        ((new, state, _),) = run(plan, {"w": kernel}, moments=moments)
+        jq.save(tmp_path / "w", jq.pack(new, state))
+        packed = jq.load(tmp_path / "w")["w"]
+        np.testing.assert_array_equal(jq.unpack(packed), new["w"])
+        want = jnp.einsum("bhwi,io->bhwo", inputs, new["w"][0, 0])
+        np.testing.assert_allclose(jq.conv(inputs, packed), want, rtol=1e-4, atol=1e-5)
+
+
 # Programs ----------------------------------------------------------------------------------------
 
 

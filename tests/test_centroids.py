@@ -181,7 +181,7 @@ def test_scaled_blocks_are_refused_by_name():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kernel": jnp.zeros((40, 30))}, "gradients: expected the leaves of the state, "),
+        ({"kernel": jnp.zeros((40, 30))}, "gradients: expected the leaf bias, got kernel"),
         ({"kernel": jnp.zeros((4, 3)), "bias": 0.0}, "gradients: kernel: expected shape (40, 30)"),
     ],
 )

@@ -10,8 +10,8 @@ from jaxquant.clustering.codebooks import assign, reconstruct, rounded
 from jaxquant.clustering.passes import fold
 from jaxquant.clustering.points import relative_weight
 
-_MAX_SETTLES = 3
-SPREAD = 256  # partial sums a cluster: float32 keeps its digits over 1e8 weights
+MAX_SETTLES = 3
+_SPREAD = 256  # partial sums a cluster: float32 keeps its digits over 1e8 weights
 
 
 class Clusters(NamedTuple):
@@ -48,7 +48,7 @@ def measure(
     centroids = centroids.astype(jnp.float32)
     weights = () if sample_weight is None else (sample_weight,)
     largest = [jnp.max(weight).astype(jnp.float32) for weight in weights]
-    parts = min(SPREAD, 1 << max(x.size // SPREAD, 1).bit_length() - 1)
+    parts = partial_sums(x.size)
     slots = jnp.zeros(k * parts, jnp.float32)
     scaled = centroids * scale
     infinity = jnp.full(k, jnp.inf, jnp.float32)  # which narrow floats lack
@@ -83,7 +83,12 @@ def measure(
     )
 
 
-def spread(shape: tuple[int, ...], parts: int = SPREAD) -> jax.Array:
+def partial_sums(size: int) -> int:
+    """Return how many partial sums a cluster of so many entries takes, a power of two."""
+    return min(_SPREAD, 1 << max(size // _SPREAD, 1).bit_length() - 1)
+
+
+def spread(shape: tuple[int, ...], parts: int) -> jax.Array:
     """Number the entries round-robin below a power of two, without a ravel."""
     number = jnp.zeros(shape, jnp.int32)
     stride = 1
@@ -114,7 +119,7 @@ def settle(
         centroids, _, passes, _ = carry
         clusters = measure(x, centroids, sample_weight, scale=scale)
         moved, any_moved = onto_equals(centroids, clusters.lows, clusters.highs, fixed, width)
-        more = any_moved & (passes < _MAX_SETTLES)
+        more = any_moved & (passes < MAX_SETTLES)
         return jnp.where(more, moved, centroids), clusters, passes + 1, more
 
     empty = jax.tree.map(

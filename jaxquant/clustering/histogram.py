@@ -147,6 +147,9 @@ def _gather(
         units of 2**-bits of a bin; or None.
     """
     bits, mode = _bits(x), "promise_in_bounds"
+    error = 2.0 ** (-bits - 1)
+    wanted = jax.eval_shape(lambda x: locate(x, bits)[1], x)
+    columns = 1 if wanted is None else 2
     if sample_weight is None:
 
         def count(sums: jax.Array, piece: jax.Array) -> jax.Array:
@@ -155,10 +158,8 @@ def _gather(
             parts = [one] if offset is None else [one, jnp.round(offset).astype(jnp.uint32)]
             return sums.at[index].add(jnp.stack(parts, axis=-1), mode=mode)
 
-        wanted = jax.eval_shape(lambda x: locate(x, bits)[1], x)
-        sums = fold(count, jnp.zeros((bins, 1 if wanted is None else 2), jnp.uint32), x)
+        sums = fold(count, jnp.zeros((bins, columns), jnp.uint32), x)
         mass = sums[:, 0].astype(jnp.int32)
-        error = 2.0 ** (-bits - 1)
     else:
         largest = jnp.max(sample_weight).astype(jnp.float32)
 
@@ -168,12 +169,8 @@ def _gather(
             parts = [weight] if offset is None else [weight, weight * offset]
             return sums.at[index].add(jnp.stack(parts, axis=-1), mode=mode)
 
-        wanted = jax.eval_shape(lambda x: locate(x, bits)[1], x)
-        sums = fold(
-            weigh, jnp.zeros((bins, 1 if wanted is None else 2), jnp.float32), x, sample_weight
-        )
+        sums = fold(weigh, jnp.zeros((bins, columns), jnp.float32), x, sample_weight)
         mass = sums[:, 0]
-        error = 2.0 ** (-bits - 1)
     if wanted is None:
         return mass, jnp.zeros(bins, jnp.float32), error
     total = sums[:, 0].astype(jnp.float32)

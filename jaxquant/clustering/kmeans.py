@@ -151,7 +151,7 @@ def _check_entries(x: jax.Array, k: int, sample_weight: jax.Array | None) -> Non
 
 
 def _check_centroids(k: int, init: Any, frozen: Any) -> None:
-    centroids = None if init is None or isinstance(init, str) else jnp.asarray(init)
+    centroids = None if init is None else jnp.asarray(init)
     if centroids is not None:
         if centroids.shape != (k,):
             raise ValueError(f"expected init of shape ({k},), got {centroids.shape}")

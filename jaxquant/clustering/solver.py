@@ -11,7 +11,13 @@ import jax.numpy as jnp
 
 from jaxquant import loops
 from jaxquant.clustering import codebooks
-from jaxquant.clustering.clusters import Clusters, onto_equals, settle, weight_scale
+from jaxquant.clustering.clusters import (
+    MAX_SETTLES,
+    Clusters,
+    onto_equals,
+    settle,
+    weight_scale,
+)
 from jaxquant.clustering.codebooks import rounded, to_powers_of_two
 from jaxquant.clustering.histogram import BINS, histogram, refined
 from jaxquant.clustering.lloyd import MOST_PASSES, lloyd, pin
@@ -34,7 +40,6 @@ from jaxquant.clustering.points import (
 _SMALL = 65535  # entries
 _CELLS = 64, 96  # of small blocks at most, for a start from which Lloyd's passes go on
 _UNRESOLVED = 2.0**-10  # of the loss, within bins, is too much
-_MAX_SETTLES = 3
 _PASSES = 16  # in a round on small blocks, at least: few weights are soon where they stay
 
 
@@ -213,13 +218,8 @@ def _find(
     return centroids, fixed, solution
 
 
-def named_start(
-    points: Points, k: int, name: str, *, zero: bool = False, cells: int | None = None
-) -> jax.Array:
-    """Return the [k] starting centroids that `name`, one of `STARTS`, stands for."""
-    if name == "optimal":
-        solution = optimum(points, prefix(points), k, zero=zero, cells=cells)
-        return solution.centroids * (1.0 / points.scale)
+def named_start(points: Points, k: int, name: str) -> jax.Array:
+    """Return the [k] starting centroids that `name` stands for, one of `STARTS` but "optimal"."""
     start = {
         "quantile": codebooks.start_quantile,
         "linear": codebooks.start_linear,
@@ -296,7 +296,7 @@ def _settle_sorted(
         return moved, *at(moved), passes + 1
 
     carry = (centroids, *at(centroids), jnp.int32(1))
-    carry = loops.while_loop(lambda carry: carry[3] & (carry[4] < _MAX_SETTLES), step, carry)
+    carry = loops.while_loop(lambda carry: carry[3] & (carry[4] < MAX_SETTLES), step, carry)
     centroids, (ascending, last, (begin, end)) = carry[:2]
     distance = points.value - codebooks.pick(points.value, last, ascending)
     mass = masses(points)

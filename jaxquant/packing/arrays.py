@@ -46,7 +46,7 @@ class PackedArray:
         of int8 with a scale. With a scale, ones stand in place of numbers along axes of which all
         blocks share a codebook.
       scale: [*numbers, 1] float32 or bfloat16, what the codebooks are times, ones in place of
-        numbers likewise; or None.
+        numbers likewise, [1] beside [k]; or None.
       rows: sizes of the axes that make the rows.
       columns: size of the last axis; () for a weight with a single axis.
       dtype: of the weight, floating point; None stands for that of the codebook.

@@ -775,7 +775,8 @@ def _check_scale(scale: Any, shape: tuple[int, ...], codebook: tuple[int, ...]) 
     _check_sizes(scale["shape"], "the scale's shape")
     _check_dtype(scale["dtype"], _SCALES, "a scale of float32 or bfloat16")
     *numbers, last = scale["shape"] or [0]
-    fits = last == 1 and _is_in_blocks(numbers, shape) and len(codebook) == len(numbers) + 1
+    whole = not numbers or _is_in_blocks(numbers, shape)
+    fits = last == 1 and whole and len(codebook) == len(numbers) + 1
     pairs = zip(codebook, numbers, strict=False)
     if not fits or any(own != other and 1 not in (own, other) for own, other in pairs):
         raise _InvalidError(

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 
 from jaxquant import checks
 from jaxquant.clustering.blocks import by_batch, numbers_of, per_block
-from jaxquant.clustering.clusters import SPREAD, spread
+from jaxquant.clustering.clusters import partial_sums, spread
 from jaxquant.clustering.codebooks import assign, reconstruct
 from jaxquant.clustering.passes import fold
+from jaxquant.clustering.solver import is_small
 from jaxquant.meshes import compiled
 from jaxquant.rounds.state import QuantState, check_state
-from jaxquant.trees import leaves_with_paths, pure, replaced
-
-_SMALL = 2**16  # weights of a block that is summed beside others, without partial sums
+from jaxquant.trees import check_leaves, leaves_with_paths, pure, replaced
 
 
 def centroid_gradients(gradients: Any, params: Any, state: QuantState) -> Any:
@@ -57,15 +56,16 @@ def centroid_gradients(gradients: Any, params: Any, state: QuantState) -> Any:
             return jnp.zeros((), jnp.float32)
         arrays, tables = (weights, gradient, frozen), (codebook, moves)
         numbers = numbers_of(codebook.shape, weights.shape)
-        if weights.size >= _SMALL * math.prod(numbers) or codebook.ndim == 1:
+        if codebook.ndim == 1 or not is_small(weights.size // math.prod(numbers)):
             return per_block(_sums, arrays, tables, leaf_shaped=False)
         return compiled(_sums_by_batch, arrays, tables, numbers=numbers)
 
     gradients, params = (pure(x, only_parameters=True) for x in (gradients, params))
     state = pure(state)
     _check_state(state)
-    _check("gradients", gradients, state.frozen)
-    _check("params", params, state.frozen)
+    shapes = _shapes(state.frozen)
+    check_leaves("gradients", gradients, shapes)
+    check_leaves("params", params, shapes)
     return jax.tree.map(leaf, params, gradients, state.frozen, state.codebooks, _movable(state))
 
 
@@ -78,11 +78,11 @@ def _sums(
 ) -> jax.Array:
     """Return the sums [k] of one codebook, float32."""
     k = centroids.shape[0]
-    parts = SPREAD if weights.size >= _SMALL else 1
+    parts = partial_sums(weights.size)
 
     def step(sums: jax.Array, weights: jax.Array, gradient: jax.Array, frozen: jax.Array):
         codes = assign(weights, centroids).astype(jnp.int32)
-        slot = codes * SPREAD + spread(weights.shape) if parts > 1 else codes
+        slot = codes * parts + spread(weights.shape, parts)
         # `where`, not a product: a free weight's NaN is not the centroid's.
         part = jnp.where(frozen, gradient.astype(jnp.float32), 0.0)
         return sums.at[slot].add(part, mode="promise_in_bounds")
@@ -133,8 +133,8 @@ def set_centroids(params: Any, state: QuantState, codebooks: Any) -> tuple[Any, 
     given, params = params, pure(params, only_parameters=True)
     state, codebooks = pure(state), pure(codebooks)
     _check_state(state)
-    _check("params", params, state.frozen)
-    _check("codebooks", codebooks, state.codebooks)
+    check_leaves("params", params, _shapes(state.frozen))
+    check_leaves("codebooks", codebooks, _shapes(state.codebooks))
     checks.values({f"codebooks: {path}": leaf for path, leaf in leaves_with_paths(codebooks)})
     moved = jax.tree.map(
         lambda old, new, moves: jnp.where(moves, jnp.asarray(new).astype(old.dtype), old),
@@ -170,12 +170,6 @@ def _check_state(state: QuantState) -> None:
         )
 
 
-def _check(name: str, tree: Any, expected: Any) -> None:
-    """Refuse a tree of other leaves or shapes; a scalar is expected where a leaf is left alone."""
-    pairs, own = leaves_with_paths(tree), leaves_with_paths(expected)
-    if [path for path, _ in pairs] != [path for path, _ in own]:
-        odd = sorted({path for path, _ in pairs} ^ {path for path, _ in own})
-        raise ValueError(f"{name}: expected the leaves of the state, they differ in {odd[:3]}")
-    for (path, leaf), (_, like) in zip(pairs, own, strict=True):
-        if like.ndim and jnp.shape(leaf) != like.shape:
-            raise ValueError(f"{name}: {path}: expected shape {like.shape}, got {jnp.shape(leaf)}")
+def _shapes(tree: Any) -> list[tuple[str, tuple[int, ...] | None]]:
+    """Return what `check_leaves` expects: any shape where a leaf is left alone, a scalar here."""
+    return [(path, leaf.shape if leaf.ndim else None) for path, leaf in leaves_with_paths(tree)]

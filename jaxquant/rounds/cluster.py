@@ -122,10 +122,11 @@ def _cluster_scaled(
 ) -> ClusteredBlock:
     """Cluster the weights over their scales."""
     wide = scale.astype(jnp.float32)
-    over = per_block(_divided, (weights,), (jnp.broadcast_to(wide, _tables(layer, 1)),))
+    of_blocks = jnp.broadcast_to(wide, (*layer.all_numbers, 1))
+    over = per_block(_divided, (weights,), (of_blocks,))
     importance = sensitivity
     if layer.scaled:
-        squares = per_block(_filled, (weights,), (jnp.square(wide),))
+        squares = per_block(_filled, (weights,), (jnp.square(of_blocks),))
         importance = squares if sensitivity is None else squares * sensitivity.astype(jnp.float32)
     found = _cluster_blocks(
         over, importance, codebook, frozen_centroids, layer=layer, clustering=clustering
@@ -134,10 +135,6 @@ def _cluster_scaled(
         return found
     square = jnp.square(wide)
     return found._replace(losses=found.losses * square, norm=found.norm * square[..., 0])
-
-
-def _tables(layer: Layer, size: int) -> tuple[int, ...]:
-    return (*layer.all_numbers, size)
 
 
 def _divided(weights: jax.Array, scale: jax.Array) -> jax.Array:
@@ -150,8 +147,7 @@ def _filled(weights: jax.Array, value: jax.Array) -> jax.Array:
 
 def _first_scale(weights: jax.Array, layer: Layer) -> jax.Array:
     """Return scales by which no weight is larger than the largest centroid should be."""
-    *numbers, _ = layer.scale_shape
-    like = jnp.zeros((*numbers, 1), jnp.float32)
+    like = jnp.zeros((*layer.scale_numbers, 1), jnp.float32)
     largest = per_block(_largest, (weights,), (like,), leaf_shaped=False)
     return jnp.where(largest > 0, largest / _LARGEST.get(layer.centroid_dtype, 1.0), 1.0)
 

@@ -153,9 +153,9 @@ def quantize_round(
     NaN or infinite weights, or sensitivities that cannot weigh, is left as it was and reported in
     `finite`; outside of jit it is an error.
 
-    Layers of all sizes share one compiled solver: only the histogram and the passes over the
-    weights are compiled for each shape. Cost: about four reads of the weights, more than twice that
-    for shares of weights.
+    Layers of one shape and setting are clustered by one program, one after the other; what puts
+    their weights on centroids is compiled for each. Cost: about four reads of the weights, more
+    than twice that for shares of weights, and a sort of those of small codebooks.
 
     Weights take the centroid that is nearest. With `moments`, a layer of which nothing is free
     after this round freezes so that what it answers changes least: one input after the other, those
@@ -262,6 +262,10 @@ def _alike(plan: Plan, leaves: list[_Leaf], sensitivities: list[jax.Array] | Non
     def together(members: list[int]) -> _Alike:
         layer, own = layers[members[0]], [leaves[i] for i in members]
         shape = (len(members), *layer.codebook_numbers, layer.k)
+        scale = None
+        if layer.scale_dtype is not None:
+            scale = jnp.stack([leaf.scale for leaf in own])
+            scale = scale.reshape(len(members), *layer.scale_numbers, 1)
         return _Alike(
             layer,
             members,
@@ -270,7 +274,7 @@ def _alike(plan: Plan, leaves: list[_Leaf], sensitivities: list[jax.Array] | Non
             [leaf.frozen for leaf in own],
             jnp.stack([leaf.codebook for leaf in own]).reshape(shape),
             jnp.stack([leaf.frozen_centroids for leaf in own]).reshape(shape),
-            None if layer.scale_dtype is None else jnp.stack([leaf.scale for leaf in own]),
+            scale,
             jnp.stack([by_slice(layers[i], jnp.array(layers[i].groups)) for i in members]),
         )
 
@@ -288,9 +292,29 @@ def _whole(plan: Plan, alike: _Alike) -> jax.Array:
     """Return whether nothing is left to freeze, bool [leaves, *numbers]."""
     if plan.shares_of == "clusters":
         return jnp.all(alike.frozen_centroids, axis=-1)
-    pairs = zip(alike.frozen, _of_blocks(alike.layer, alike.frozen_centroids), strict=True)
-    whole = [per_block(_all, [frozen], [table], leaf_shaped=False) for frozen, table in pairs]
-    return _of_codebooks(alike.layer, jnp.all, jnp.stack(whole))
+    tables = _of_blocks(alike.layer, alike.frozen_centroids)
+    return _looked_up(alike.layer, _all, jnp.all, tables, alike.frozen)
+
+
+def _looked_up(
+    layer: Layer,
+    function: Callable[..., jax.Array],
+    reduce: Callable[..., jax.Array],
+    tables: jax.Array,
+    *arrays: Sequence[Any],
+) -> jax.Array:
+    """Return what a function tells of each block of leaves that are alike, by their codebooks.
+
+    Args:
+      layer: their setting.
+      function: of arrays of a block, and of its entry of the tables.
+      reduce: what joins the blocks that share a codebook.
+      tables: [leaves, *numbers, ...] of the blocks.
+      arrays: like the leaves, a sequence of each kind.
+    """
+    rows = zip(zip(*arrays, strict=True), tables, strict=True)
+    found = [per_block(function, own, [table], leaf_shaped=False) for own, table in rows]
+    return _of_codebooks(layer, reduce, jnp.stack(found))
 
 
 def _all(frozen: jax.Array, _: jax.Array) -> jax.Array:
@@ -330,12 +354,15 @@ def _partition(
     priorities = []
     for part, found, is_active in zip(alike, clustered, active, strict=True):
         own = found.clusters
+        # Of the sizes that they have in the leaf: stored, those of several leaves do not compare.
+        centroids = centroids_of(own.centroids, found.scale, jnp.float32)
+        centroids = _of_codebooks(part.layer, jnp.mean, centroids)
         if key is None:
-            ranked = priority(plan.partition, own.losses, own.centroids)
+            ranked = priority(plan.partition, own.losses, centroids)
         else:
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.array(part.members))
             ranked = jax.vmap(functools.partial(priority, plan.partition))(
-                own.losses, own.centroids, key=keys
+                own.losses, centroids, key=keys
             )
         # A layer that stays as it is takes no other layer's place in the ranking.
         priorities.append(jnp.where(is_active[..., None], ranked, -jnp.inf))
@@ -410,10 +437,15 @@ def _share(
                 new_codebook = new_codebook.at[j].set(moved.astype(new_codebook.dtype))
     frozen_share = jnp.stack(counts).astype(jnp.float32) / math.prod(layer.block)
     by_weights = plan.shares_of == "weights"
-    joined = _used(plan, alike, weights, frozen, tables[0]) if by_weights else chosen
+    joined = chosen
+    if by_weights and plan.clustering.iterations == 0:
+        joined = jnp.ones_like(alike.frozen_centroids)  # of a codebook that stays as it starts
+    elif by_weights:
+        joined = _looked_up(layer, used_centroids, jnp.any, tables[0], weights, frozen)
     frozen_centroids = jnp.where(active[..., None], joined, alike.frozen_centroids)
     if by_weights:
-        free = _free_loss(alike, weights, frozen, tables[0])
+        like_weights = weights, frozen, alike.sensitivities
+        free = _looked_up(layer, free_loss, jnp.sum, tables[0], *like_weights)
     else:
         losses = jnp.where(frozen_centroids, 0.0, clustered.clusters.losses)
         free = jnp.sum(losses, axis=-1)
@@ -440,37 +472,6 @@ def _in_order(centroids: jax.Array) -> tuple[Codebook, jax.Array]:
     last, codes = _over_tables(bounds, centroids.ndim - 1)(centroids.astype(wide))
     codes = codes.astype(jnp.int32)
     return Codebook(last, jnp.take_along_axis(centroids, codes, axis=-1)), codes
-
-
-def _used(
-    plan: Plan,
-    alike: _Alike,
-    weights: list[jax.Array],
-    frozen: list[jax.Array],
-    centroids: jax.Array,
-) -> jax.Array:
-    """Return the centroids [leaves, *numbers, k] that weights are frozen on.
-
-    With a codebook that stays as it starts every centroid is, from a leaf's first round on.
-    """
-    if plan.clustering.iterations == 0:
-        return jnp.ones_like(alike.frozen_centroids)
-    used = [
-        per_block(used_centroids, arrays, [centroids[j]], leaf_shaped=False)
-        for j, arrays in enumerate(zip(weights, frozen, strict=True))
-    ]
-    return _of_codebooks(alike.layer, jnp.any, jnp.stack(used))
-
-
-def _free_loss(
-    alike: _Alike, weights: list[jax.Array], frozen: list[jax.Array], centroids: jax.Array
-) -> jax.Array:
-    """Return the loss [leaves, *numbers] of what is still free under each codebook."""
-    losses = [
-        per_block(free_loss, arrays, [centroids[j]], leaf_shaped=False)
-        for j, arrays in enumerate(zip(weights, frozen, alike.sensitivities, strict=True))
-    ]
-    return _of_codebooks(alike.layer, jnp.sum, jnp.stack(losses))
 
 
 def _compensated(
@@ -610,7 +611,9 @@ def _gather(plan: Plan, *trees: Any) -> list[Any]:
 def _finish(alike: _Alike, shared: _Shared) -> list[_Leaf]:
     """Return the arrays of leaves as they are outside of a round."""
     shape = (len(alike.members), *alike.layer.codebook_shape)
-    scales = [jnp.zeros(())] * len(alike.members) if shared.scale is None else list(shared.scale)
+    scales = [jnp.zeros(())] * len(alike.members)
+    if shared.scale is not None:
+        scales = list(shared.scale.reshape(len(alike.members), *alike.layer.scale_shape))
     tables = list(shared.codebook.reshape(shape)), list(shared.frozen_centroids.reshape(shape))
     rows = zip(shared.weights, shared.frozen, *tables, scales, strict=True)
     return [_Leaf(*row) for row in rows]

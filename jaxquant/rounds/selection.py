@@ -129,6 +129,7 @@ class Layer:
     dtype: str
     k: int = 0
     numbers: tuple[int, ...] | None = None  # of blocks along each axis; None: one for the leaf
+    is_stack: bool = False  # whether the rule takes each entry of axis 0 for itself
     groups: tuple[int, ...] | None = None  # one a slice; None: not yet decided
     depth: int = 0
     scaled: bool = False  # whether blocks share a codebook
@@ -146,11 +147,6 @@ class Layer:
         """Shape of what shares a codebook, or a scale where the leaf is scaled."""
         pairs = zip(self.shape, self.all_numbers, strict=True)
         return tuple(size // number for size, number in pairs)
-
-    @property
-    def is_stack(self) -> bool:
-        """Whether axis 0 stacks layers: no block reaches over two of its entries."""
-        return self.numbers is not None and self.numbers[0] == self.shape[0]
 
     @property
     def stacks(self) -> bool:
@@ -179,7 +175,12 @@ class Layer:
         """Shape of all scales; of a leaf without scales that of a scalar."""
         if self.scale_dtype is None:
             return ()
-        return (*(self.all_numbers if self.scaled else self._shared_numbers), 1)
+        return (1,) if self.numbers is None else (*self.scale_numbers, 1)
+
+    @property
+    def scale_numbers(self) -> tuple[int, ...]:
+        """Numbers of scales along each axis, where there are some."""
+        return self.all_numbers if self.scaled else self._shared_numbers
 
     @property
     def _shared_numbers(self) -> tuple[int, ...]:
@@ -385,8 +386,8 @@ def _setting(path: str, shape: tuple, dtype: Any, rule: LayerRule | None, k: int
     layer = dataclasses.replace(layer, k=k, depth=rule.depth)
     if not _too_few(layer, dtype, rule):
         layer = dataclasses.replace(layer, numbers=_numbers(layer, rule), **_storage(layer, rule))
-        if layer.scale_dtype is not None:
-            layer = dataclasses.replace(layer, numbers=layer.all_numbers)
+        own = rule.block[0] == 1 if rule.block else rule.axis in (0, -len(shape))
+        layer = dataclasses.replace(layer, is_stack=own)
     reason = _reason(layer, dtype, rule)
     if reason is not None:
         return _left_alone(layer, reason)
@@ -429,6 +430,8 @@ def _numbers(layer: Layer, rule: LayerRule) -> tuple[int, ...] | None:
                 f"{where} a block that divides axis {axis} of {layer.shape}, got {own}; near it "
                 f"are {' and '.join(map(str, _divisors_near(size, own)))}"
             )
+    if set(rule.block) == {-1}:
+        return None
     return tuple(1 if own == -1 or not size else size // own for own, size in pairs)
 
 

@@ -304,9 +304,11 @@ def incremental(
             landing = step < began + _LANDING_STEPS
             change = loops.cond(
                 landing,
-                lambda *trees: jax.tree.map(_land, *trees),
-                lambda frozen, codebooks, params, free: free,
-                *(quant.frozen, block_codebooks(quant, pure(params)), pure(params), free),
+                lambda quant, params, free: jax.tree.map(
+                    _land, quant.frozen, block_codebooks(quant, params), params, free
+                ),
+                lambda quant, params, free: free,
+                *(quant, pure(params), free),
             )
             return replaced(updates, change), quant, new, skipped
 
