@@ -19,7 +19,7 @@ import jaxquant as jq
 from benchmarks.common import collective_sizes
 from jaxquant.clustering.codebooks import bounds
 from jaxquant.clustering.kmeans import kmeans
-from jaxquant.rounds.sharing import Codebook, share_clusters, with_equals
+from jaxquant.rounds.sharing import Codebook, join_clusters, share_centroids, with_equals
 
 one_round = jax.jit(jq.quantize_round, static_argnums=0)
 RELEASED = {"init": "power_of_two", "iterations": 10, "zero": True, "partition": "index"}
@@ -523,10 +523,10 @@ def test_members_of_equal_centroids_freeze_together():
     assert with_equals(centroids, chosen).tolist() == [True, True, False]
     last, codes = bounds(centroids)
     codebook, moving = Codebook(last, centroids[codes]), with_equals(centroids, chosen)[codes]
-    free, active = jnp.zeros(4, bool), jnp.bool_(True)
-    weights, frozen, count = share_clusters(weights, free, codebook, moving, active)
-    assert weights.tolist() == [1.0, 1.0, 1.0, 3.0]
-    assert frozen.tolist() == [True, True, True, False] and count == 3
+    tables = codebook, moving, jnp.bool_(True)
+    frozen = join_clusters(jnp.zeros(4, bool), weights, *tables)
+    assert frozen.tolist() == [True, True, True, False]
+    assert share_centroids(frozen, weights, *tables).tolist() == [1.0, 1.0, 1.0, 3.0]
 
 
 @pytest.mark.parametrize(

@@ -3,21 +3,22 @@
 A leaf is cut into equal blocks by the number of them along each of its axes: one everywhere for the
 whole leaf, all the entries of one axis for a codebook a channel, some of each for tiles. Tables of
 the blocks, codebooks above all, are arrays `[*numbers of blocks, ...]`. An axis is split in two,
-`[n] -> [blocks, n / blocks]`, which moves no data and keeps a sharding that divides; `vmap` over
-the axes of blocks does the rest, so a function of one block knows nothing about others.
+`[n] -> [blocks, n / blocks]`, which moves no data and keeps a sharding that divides. What is done
+to each weight is done to all at once, with the tables broadcast (`elementwise`); what is done to
+each block to a batch of them after the other (`by_batch`).
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant import loops
-from jaxquant.clustering.codebooks import assign, reconstruct
+from jaxquant.clustering import passes
+from jaxquant.clustering.codebooks import bounds, entries, pick
 from jaxquant.meshes import compiled
 
 _BATCH_WEIGHTS = 2**16  # that are worked on side by side: what they need besides is in the cache
@@ -47,66 +48,126 @@ def numbers_of(codebook: tuple[int, ...], leaf: tuple[int, ...]) -> tuple[int, .
     return tuple(numbers)
 
 
-def per_block(
-    function: Callable[..., Any],
-    arrays: Sequence[Any],
-    tables: Sequence[Any],
-    *,
-    leaf_shaped: Any = True,
-    **options: Any,
+def elementwise(
+    function: Callable[..., Any], arrays: Sequence[Any], tables: Sequence[Any], **options: Any
 ) -> Any:
-    """Call a function of one block on every block of a leaf.
+    """Call a function of weights and of their blocks' tables on all weights of a leaf at once.
+
+    Nothing is moved in memory: the leaf is seen with its axes split, and the tables broadcast.
 
     Args:
-      function: of arrays of a block's shape, and of the block's entries of the tables; see
-        `compiled` for what it has to be.
+      function: elementwise, of arrays of one shape and of tables `[...]` or `[..., *ones]`, whose
+        own axes come first and whose others broadcast against the arrays; see `compiled` for what
+        it has to be. Its results are of the arrays' shape.
       arrays: shaped like the leaf, or None.
       tables: trees of `[*numbers, ...]`, or of `[...]` for a whole leaf; first the codebooks.
-      leaf_shaped: whether results are shaped like the block, and become like the leaf; else they
-        become tables, `[*numbers, ...]`, without numbers if the tables have none. A bool for all
-        results, or a tree of them that is a prefix of the results.
       options: more arguments of the function, hashable.
     """
     return compiled(
-        _per_block,
+        _elementwise,
         *(tuple(arrays), tuple(tables)),
-        like=jax.tree.map(lambda flag: arrays[0] if flag else None, leaf_shaped),
+        like=arrays[0],
         function=function,
-        leaf_shaped=leaf_shaped,
         options=tuple(sorted(options.items())),
     )
 
 
-def _per_block(
+def _elementwise(
     arrays: tuple[Any, ...],
     tables: tuple[Any, ...],
     *,
     function: Callable[..., Any],
-    leaf_shaped: Any,
     options: tuple[tuple[str, Any], ...],
 ) -> Any:
-    call = functools.partial(function, **dict(options))
+    views, aligned, _ = _aligned(arrays, tables)
+    results = function(*views, *aligned, **dict(options))
+    return jax.tree.map(lambda x: x.reshape(arrays[0].shape), results)
+
+
+def rewrite(
+    steps: Sequence[Callable[..., jax.Array]], arrays: Sequence[jax.Array], tables: Sequence[Any]
+) -> list[jax.Array]:
+    """Replace `arrays[i] = steps[i](*arrays, *tables)`, one after the other.
+
+    Each step reads what those before it made. Long leaves go through in pieces, in place: under
+    jit, arrays that are donated take no memory but for a piece.
+
+    Args:
+      steps: functions as for `elementwise`.
+      arrays: shaped like the leaf; the first ones are replaced.
+      tables: as for `elementwise`.
+    """
+    views, aligned, whole = _aligned(arrays, tables)
+    view = views[0].shape
+    axis, pieces, parts = passes.pieces_of(view)
+
+    def cut(x: jax.Array, piece: jax.Array) -> jax.Array:
+        place = x.ndim - len(view) - len(parts) + 2 + axis
+        return jax.lax.dynamic_index_in_dim(x, piece, place, keepdims=False)
+
+    def of_piece(table: jax.Array, piece: jax.Array) -> jax.Array:
+        if whole:
+            return table
+        own = table.ndim - len(view)
+        apart = parts if table.shape[own + axis] > 1 else (1,) * len(parts)
+        shape = (*table.shape[: own + axis], *apart, *table.shape[own + axis + 1 :])
+        return cut(table.reshape(shape), piece if apart[1] > 1 else jnp.int32(0))
+
+    def body(piece: jax.Array, new: list[jax.Array]) -> list[jax.Array]:
+        own = jax.tree.map(functools.partial(of_piece, piece=piece), aligned)
+        for number, step in enumerate(steps):
+            made = step(*(cut(x, piece) for x in new), *own)
+            new[number] = jax.lax.dynamic_update_index_in_dim(new[number], made, piece, axis + 1)
+        return new
+
+    split = (*view[:axis], *parts, *view[axis + 1 :])
+    new = [x.reshape(split) for x in views]
+    new = body(jnp.int32(0), new) if pieces == 1 else loops.fori_loop(0, pieces, body, new)
+    return [x.reshape(arrays[0].shape) for x in new]
+
+
+def _aligned(arrays: Sequence[Any], tables: Sequence[Any]) -> tuple[list[Any], Any, bool]:
+    """Return a leaf's arrays with cut axes split, tables that broadcast, and if it is not cut.
+
+    The tables of a whole leaf have only their own axes.
+    """
     shape = arrays[0].shape
     first = jax.tree.leaves(tables)[0]
-    if first.ndim == 1:
-        return call(*arrays, *tables)
-    numbers = numbers_of(first.shape, shape)
+    numbers = (1,) * len(shape) if first.ndim == 1 else numbers_of(first.shape, shape)
+    view, inside = _split(shape, numbers)
     cut = [axis for axis, number in enumerate(numbers) if number > 1]
-    sizes = [[n, size // n] if n > 1 else [size] for n, size in zip(numbers, shape, strict=True)]
-    view = tuple(itertools.chain(*sizes))
-    counts = [numbers[axis] for axis in cut]
-    views = jax.tree.map(lambda x: x.reshape(view), arrays)
-    rows = jax.tree.map(lambda x: x.reshape(*counts, *x.shape[len(shape) :]), tables)
-    for axis in reversed(cut):  # the loops around have taken the axes of blocks before this one
-        out_axes = jax.tree.map(lambda flag, axis=axis: axis if flag else 0, leaf_shaped)
-        call = jax.vmap(call, in_axes=(axis,) * len(views) + (0,) * len(rows), out_axes=out_axes)
+    ones = tuple(1 if axis in inside else size for axis, size in enumerate(view)) if cut else ()
 
-    def whole(flag: bool, results: Any) -> Any:
-        if flag:
-            return jax.tree.map(lambda x: x.reshape(shape), results)
-        return jax.tree.map(lambda x: x.reshape(*numbers, *x.shape[len(cut) :]), results)
+    def of_block(table: jax.Array) -> jax.Array:
+        own = table.shape if first.ndim == 1 else table.shape[len(shape) :]
+        table = table.reshape(-1, math.prod(own)).T if cut else table
+        return table.reshape(*own, *ones)
 
-    return jax.tree.map(whole, leaf_shaped, call(*views, *rows))
+    views = [None if x is None else x.reshape(view) for x in arrays]
+    return views, jax.tree.map(of_block, tables), not cut
+
+
+def _split(
+    shape: tuple[int, ...], numbers: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return a leaf's shape with each axis that is cut split in two, and which axes are inside.
+
+    Blocks that have one entry along an axis have none inside.
+    """
+    view, inside = [], []
+    for number, size in zip(numbers, shape, strict=True):
+        if number > 1:
+            view.append(number)
+        if number < max(size, 2):
+            inside.append(len(view))
+            view.append(size // number)
+    return tuple(view), tuple(inside)
+
+
+def reduced(reduce: Callable[..., jax.Array], x: jax.Array, numbers: tuple[int, ...]) -> jax.Array:
+    """Return a table `[*numbers]` of all entries of each block, by a reduction like `jnp.sum`."""
+    view, inside = _split(x.shape, numbers)
+    return reduce(x.reshape(view), axis=inside).reshape(numbers)
 
 
 def by_batch(
@@ -117,9 +178,9 @@ def by_batch(
 ) -> Any:
     """Call a function of one block on every block, a batch of them after the other.
 
-    As `per_block` for results that are tables, where what a block needs besides is more than the
-    block itself. A batch takes its blocks from everywhere along an axis, so that a sharding of the
-    leaf that does not cut blocks is one of the batch: each device works on blocks of its own.
+    Results are tables. A batch takes its blocks from everywhere along an axis, so that a sharding
+    of the leaf that does not cut blocks is one of the batch: each device works on blocks of its
+    own.
 
     Args:
       function: of arrays of a block's shape, and of the block's entries of the tables.
@@ -189,15 +250,15 @@ def _by_batch(
 
     own_arrays, of_arrays = jax.tree.flatten(list(arrays))
     own_tables, of_tables = jax.tree.flatten(list(tables))
-    views, rows = [view(x, 4) for x in own_arrays], [view(x, 3) for x in own_tables]
 
     def batch(number: jax.Array) -> Any:
         index = [i.astype(jnp.int32) for i in jnp.unravel_index(number, pieces)]
         call = function
         for _ in batch_shape:
             call = jax.vmap(call)
-        own = of_arrays.unflatten([cut(x, kept, index, inside) for x, kept in views])
-        return call(*own, *of_tables.unflatten([cut(x, kept, index, ()) for x, kept in rows]))
+        # Views are made here: made outside, XLA computes what they are of once more for them.
+        own = of_arrays.unflatten([cut(*view(x, 4), index, inside) for x in own_arrays])
+        return call(*own, *of_tables.unflatten([cut(*view(x, 3), index, ()) for x in own_tables]))
 
     count = jnp.arange(math.prod(pieces), dtype=jnp.int32)
     _, results = loops.scan(lambda _, number: (None, batch(number)), None, count)
@@ -260,10 +321,51 @@ def centroids_of(codebook: jax.Array, scale: jax.Array | None, dtype: Any) -> ja
     return (codebook.astype(jnp.float32) * scale.astype(jnp.float32)).astype(dtype)
 
 
-def nearest(leaf: jax.Array, codebooks: jax.Array) -> jax.Array:
-    """Return the centroid nearest to each weight, of its block; codebooks `[*numbers, k]`."""
-    return per_block(_nearest, (leaf,), (codebooks,))
+class Ordered(NamedTuple):
+    """Codebooks in ascending order, see `codebooks.bounds`."""
+
+    last: jax.Array  # [..., k - 1] float32 or float64, where a cluster ends
+    codes: jax.Array  # [..., k] of its cluster
 
 
-def _nearest(weights: jax.Array, centroids: jax.Array) -> jax.Array:
-    return reconstruct(assign(weights, centroids), centroids)
+def in_order(codebooks: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> Ordered:
+    """Put codebooks [..., k] in ascending order, for weights of a dtype."""
+    wide = jnp.float64 if jnp.float64 in (dtype, codebooks.dtype) else jnp.float32
+    return Ordered(*bounds(codebooks.astype(wide)))
+
+
+def at_codes(table: jax.Array, codes: jax.Array) -> jax.Array:
+    """Return the entries [..., k] of tables at the codes of the same codebooks."""
+    return jnp.take_along_axis(table, codes.astype(jnp.int32), axis=-1, mode="promise_in_bounds")
+
+
+def assigned(leaf: jax.Array, codebooks: jax.Array) -> jax.Array:
+    """Return for each weight the code of its nearest centroid; codebooks `[*numbers, k]`."""
+    return compiled(_assigned, leaf, codebooks, like=leaf)
+
+
+def _assigned(leaf: jax.Array, codebooks: jax.Array) -> jax.Array:
+    return elementwise(pick, (leaf,), in_order(codebooks, leaf.dtype))
+
+
+def nearest(leaf: jax.Array, codebooks: jax.Array, values: jax.Array | None = None) -> jax.Array:
+    """Return the centroid nearest to each weight, of its block; codebooks `[*numbers, k]`.
+
+    Or what `values`, a table like the codebooks, has in its place.
+    """
+    return compiled(_nearest, leaf, codebooks, values, like=leaf)
+
+
+def _nearest(leaf: jax.Array, codebooks: jax.Array, values: jax.Array | None) -> jax.Array:
+    last, codes = in_order(codebooks, leaf.dtype)
+    table = at_codes(codebooks if values is None else values, codes)
+    return elementwise(pick, (leaf,), (last, table))
+
+
+def reconstructed(codes: jax.Array, codebooks: jax.Array) -> jax.Array:
+    """Return the centroid of each code, of its block; codebooks `[*numbers, k]`."""
+    return elementwise(_entries, (codes,), (codebooks,))
+
+
+def _entries(codes: jax.Array, table: jax.Array) -> jax.Array:
+    return entries(table, codes)

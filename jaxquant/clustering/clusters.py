@@ -122,10 +122,9 @@ def settle(
         more = any_moved & (passes < MAX_SETTLES)
         return jnp.where(more, moved, centroids), clusters, passes + 1, more
 
-    empty = jax.tree.map(
-        lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(measure, x, centroids, sample_weight)
-    )
-    start = (centroids, empty, jnp.int32(0), jnp.bool_(True))
+    zeros = jnp.zeros(centroids.shape, jnp.float32)
+    nothing = Clusters(zeros.astype(jnp.int32), zeros, zeros, zeros, jnp.float32(0.0))
+    start = (centroids, nothing, jnp.int32(0), jnp.bool_(True))
     return loops.while_loop(lambda carry: carry[3], step, start)[:2]
 
 

@@ -15,6 +15,7 @@ from jaxquant.clustering.points import (
 )
 from jaxquant.meshes import compiled
 
+_FEW_ENTRIES = 8192
 MOST_CENTROIDS = 256  # of a codebook whose codes are packed: a code fits a byte
 
 
@@ -67,49 +68,89 @@ def _assign(x: jax.Array, centroids: jax.Array) -> jax.Array:
 
 
 def bounds(centroids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return where the clusters of a codebook end, in ascending order, and their codes.
+    """Return where the clusters of codebooks end, in ascending order, and their codes.
 
     Args:
-      centroids: [k] float32 or float64.
+      centroids: [..., k] float32 or float64.
 
     Returns:
-      The last float [k - 1] of each cluster but the highest, and the code [k] of each: of equal
-      centroids the lowest. See `pick`.
+      The last float [..., k - 1] of each cluster but the highest, and the code [..., k] of each: of
+      equal centroids the lowest. See `pick`.
     """
     ascending, codes = _in_order(centroids)
     # It ascends already. But what XLA can fuse it computes anew for each weight; this it cannot.
-    last = jax.lax.cummax(last_below_middles(ascending))
-    return last, codes.astype(jnp.uint8 if codes.size <= MOST_CENTROIDS else jnp.int32)
+    last = jax.lax.cummax(last_below_middles(ascending), axis=centroids.ndim - 1)
+    return last, codes.astype(jnp.uint8 if codes.shape[-1] <= MOST_CENTROIDS else jnp.int32)
 
 
-def pick(x: jax.Array, last: jax.Array, table: jax.Array) -> jax.Array:
+def pick(
+    x: jax.Array, last: jax.Array, table: jax.Array, *, side_by_side: bool = False
+) -> jax.Array:
     """Return for each entry of x the table's entry of its cluster, elementwise.
 
     Args:
       x: [...] floating point.
-      last: [k - 1] ascending, from `bounds`.
-      table: [k], an entry for each cluster in ascending order.
+      last: [k - 1] ascending, from `bounds`; or of several codebooks [k - 1, ...], where the other
+        axes broadcast against x.
+      table: [k] or [k, ...], an entry for each cluster in ascending order.
+      side_by_side: whether x is one of many under `vmap`.
     """
     x = x.astype(last.dtype)
-    if last.size > MOST_COMPARES:
-        rank = jnp.searchsorted(last, x, method="scan_unrolled")
-        return table.at[rank].get(mode="promise_in_bounds")
+    if len(last) > MOST_COMPARES:
+        return entries(table, _count_below(x, last))
+    if x.size <= _FEW_ENTRIES and not side_by_side:  # slower for each, but a short program
+        last = last.reshape(len(last), *([1] * x.ndim)) if last.ndim == 1 else last
+        return entries(table, jnp.sum(x[None] > last, axis=0, dtype=jnp.int32))
     picked = jnp.broadcast_to(table[0], x.shape)
-    for number in range(last.size):
-        picked = jnp.where(x > last[number], table[number + 1], picked)
+    for bound, entry in zip(last, table[1:], strict=True):
+        picked = jnp.where(x > bound, entry, picked)
     return picked
+
+
+def _count_below(x: jax.Array, last: jax.Array) -> jax.Array:
+    """Return how many of `last` [number, ...] are below each entry of x, int32, by halving."""
+    number = len(last)
+    rank = jnp.zeros(x.shape, jnp.int32)
+    for digit in reversed(range(number.bit_length())):
+        upper = rank + (1 << digit)
+        bound = entries(last, jnp.minimum(upper, number) - 1)
+        rank = jnp.where((upper <= number) & (x > bound), upper, rank)
+    return rank
+
+
+def entries(table: jax.Array, codes: jax.Array) -> jax.Array:
+    """Return the entries of a table [k] at some codes, elementwise.
+
+    Args:
+      table: [k]; or of several codebooks [k, ...], where the other axes broadcast against codes.
+      codes: [...] integers in [0, k).
+    """
+    if table.ndim == 1:
+        return table.at[codes].get(mode="promise_in_bounds")
+    if len(table) <= MOST_COMPARES + 1:
+        picked = jnp.broadcast_to(table[0], codes.shape)
+        for code, entry in enumerate(table[1:], start=1):
+            picked = jnp.where(codes == code, entry, picked)
+        return picked
+    codes = codes.astype(jnp.int32)[None]
+    return jnp.take_along_axis(table, codes, axis=0, mode="promise_in_bounds")[0]
 
 
 def _in_order(centroids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the centroids in ascending order, and the lowest index of those equal to each."""
-    index = jnp.arange(centroids.size, dtype=jnp.int32)
-    if centroids.size > MOST_COMPARES:
-        order = jnp.argsort(centroids)  # stable: of equal centroids the lower index comes first
-        ascending = centroids[order]
-        return ascending, order[jnp.searchsorted(ascending, ascending)]
+    size = centroids.shape[-1]
+    if size > MOST_COMPARES:
+        order = jnp.argsort(centroids, axis=-1)  # stable: of equal ones the lower index comes first
+        ascending = jnp.take_along_axis(centroids, order, axis=-1, mode="promise_in_bounds")
+        new = jnp.diff(ascending, axis=-1) != 0
+        place = jnp.where(new, jnp.expand_dims(jnp.arange(1, size), range(new.ndim - 1)), 0)
+        place = jnp.pad(place, [(0, 0)] * (new.ndim - 1) + [(1, 0)])
+        first = jax.lax.cummax(place, axis=centroids.ndim - 1)
+        return ascending, jnp.take_along_axis(order, first, axis=-1, mode="promise_in_bounds")
     rank = ranks(centroids)  # no sort: there may be a codebook for few weights
-    equal = centroids[:, None] == centroids[None]
-    lowest = jnp.min(jnp.where(equal, index[None], centroids.size), axis=1)
+    equal = centroids[..., :, None] == centroids[..., None, :]
+    index = jnp.expand_dims(jnp.arange(size, dtype=jnp.int32), range(centroids.ndim))
+    lowest = jnp.min(jnp.where(equal, index, size), axis=-1)
     return placed(centroids, rank), placed(lowest, rank)
 
 

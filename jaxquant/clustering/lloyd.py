@@ -59,27 +59,19 @@ def lloyd(
     rank = ranks(start)  # Lloyd passes never change the order
     first, still = placed(to_units(points, start), rank), placed(fixed, rank)
 
-    def update(centroids: jax.Array, edges: jax.Array) -> jax.Array:
-        return jnp.where(still, centroids, means(sums, edges, centroids))
+    most = most if iterations is None else iterations
 
     def step(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         centroids, edges, passes, _ = carry
-        centroids = update(centroids, edges)
         new = edges_of(points, centroids)
-        return centroids, new, passes + 1, jnp.any(new != edges) & (passes + 1 < most)
+        centroids = jnp.where(still, centroids, means(sums, new, centroids))
+        more = jnp.any(new != edges) if iterations is None else jnp.bool_(True)
+        return centroids, new, passes + 1, more & (passes + 1 < most)
 
-    edges = edges_of(points, first)
-    if iterations is None:
-        begin = (first, edges, jnp.int32(0), jnp.bool_(True))
-        centroids, edges, *_ = loops.while_loop(lambda carry: carry[3], step, begin)
-    else:
-
-        def again(_: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            centroids = update(*carry)
-            return centroids, edges_of(points, centroids)
-
-        centroids, edges = loops.fori_loop(0, iterations - 1, again, (first, edges))
-    centroids = jnp.where(still, centroids, _inside(points, edges, update(centroids, edges)))
+    none = jnp.full(first.shape[0] + 1, -1, jnp.int32)
+    begin = first, none, jnp.int32(0), jnp.bool_(True)
+    centroids, edges, *_ = loops.while_loop(lambda carry: carry[3], step, begin)
+    centroids = jnp.where(still, centroids, _inside(points, edges, centroids))
     moved = jnp.where(centroids == first, placed(start, rank), from_units(points, centroids))
     return moved.at[rank].get(mode="promise_in_bounds")
 

@@ -84,8 +84,9 @@ def _coarsen(points: Points, sums: Prefix, cells: int) -> _Cells:
     effort = _cube_root(mass * jnp.square(gap))
     cap = jnp.sum(effort) / cells
     effort = jnp.concatenate([jnp.maximum(effort[:1], jnp.inf), effort[1:]])  # begins a cell
-    for _ in range(_CAPPINGS):
-        cap = jnp.sum(jnp.minimum(effort, cap)) / cells
+    cap = loops.fori_loop(
+        0, _CAPPINGS, lambda _, cap: jnp.sum(jnp.minimum(effort, cap)) / cells, cap
+    )
     distinct = jnp.sum(gap > 0, dtype=jnp.int32) + 1
     few = distinct <= cells
     share = jnp.minimum(effort, cap) / jnp.where(cap > 0, cap, 1.0)

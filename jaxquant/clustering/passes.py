@@ -2,37 +2,36 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from jaxquant import loops
 
+_RUN = 64  # weights that lie together fill lines of the cache
 _CHUNK = 1 << 20  # weights per step of a long pass: its temporaries stay in the cache
 
 
 def fold(step: Callable[..., Any], carry: Any, *arrays: jax.Array) -> Any:
     """Accumulate `carry = step(carry, *pieces)` over all entries of equally shaped arrays.
 
-    Long arrays go through in pieces of about a million entries. The longest axis is cut, along its
-    minor part, so that an array sharded over this axis keeps its sharding.
+    Long arrays go through in pieces of about a million entries, see `pieces_of`.
     """
     shape = arrays[0].shape
     size = math.prod(shape)
-    if size <= 2 * _CHUNK:
-        return step(carry, *arrays)
-    axis, pieces, split = _split(shape)
-    if size // pieces < _CHUNK // 16:  # no good divisor: cut a tail off
+    axis, pieces, parts = pieces_of(shape)
+    if pieces == 1:
         rows = shape[axis]
-        unit = (1 if _contiguous(shape, axis) else 1024) * math.ceil(size / _CHUNK)
+        unit = (1 if _contiguous(shape, axis) else _RUN) * math.ceil(size / _CHUNK)
         main = rows - rows % unit
-        if main in (0, rows):
+        if size <= 2 * _CHUNK or main in (0, rows):
             return step(carry, *arrays)
-        for start, end in ((0, main), (main, rows)):
-            parts = (jax.lax.slice_in_dim(a, start, end, axis=axis) for a in arrays)
-            carry = fold(step, carry, *parts)
+        for start, end in ((0, main), (main, rows)):  # no good divisor: cut a tail off
+            tail = (jax.lax.slice_in_dim(a, start, end, axis=axis) for a in arrays)
+            carry = fold(step, carry, *tail)
         return carry
+    split = (*shape[:axis], *parts, *shape[axis + 1 :])
     views = [a.reshape(split) for a in arrays]
 
     def body(i: jax.Array, carry: Any) -> Any:
@@ -42,47 +41,31 @@ def fold(step: Callable[..., Any], carry: Any, *arrays: jax.Array) -> Any:
     return loops.fori_loop(0, pieces, body, carry)
 
 
-def rewrite(steps: Sequence[Callable[..., jax.Array]], *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Replace `arrays[i] = steps[i](*arrays)`, one after the other, each reading the ones before.
+def pieces_of(shape: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
+    """Return an axis, into how many pieces to cut it, and what it is split in for that.
 
-    Steps are elementwise. Long arrays go through in pieces as in `fold`, in place: under jit, those
-    that are donated take no memory but for a piece. (What else reads them must come before, by
-    dependency, or XLA keeps a copy for it.)
+    The split is (major, pieces, ...), with a major part for all devices where there is such an
+    axis: an array sharded over it keeps its sharding. It is the first such axis, or the longest.
+    There is one piece of a short array, and of one that has no good divisor.
     """
-    shape = arrays[0].shape
-    size = math.prod(shape)
-    axis, pieces, split = _split(shape)
-    if size <= 2 * _CHUNK or size // pieces < _CHUNK // 16:
-        new = list(arrays)
-        for i, step in enumerate(steps):
-            new[i] = step(*new)
-        return tuple(new)
-
-    def body(piece: jax.Array, views: list[jax.Array]) -> list[jax.Array]:
-        cut = functools.partial(
-            jax.lax.dynamic_index_in_dim, index=piece, axis=axis + 1, keepdims=False
-        )
-        for i, step in enumerate(steps):
-            new = step(*map(cut, views))
-            views[i] = jax.lax.dynamic_update_index_in_dim(views[i], new, piece, axis + 1)
-        return views
-
-    views = loops.fori_loop(0, pieces, body, [a.reshape(split) for a in arrays])
-    return tuple(view.reshape(shape) for view in views)
-
-
-def _split(shape: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
-    """Return the longest axis, into how many pieces to cut it, and the shape with it cut so."""
-    axis = shape.index(max(shape))
-    rows = shape[axis]
-    run = 1 if _contiguous(shape, axis) else math.gcd(rows, 1024)  # rows that stay together
-    pieces = _divisor_at_least(rows // run, math.ceil(math.prod(shape) / _CHUNK))
-    inner = (run,) if run > 1 else ()
-    return axis, pieces, (*shape[:axis], rows // (run * pieces), pieces, *inner, *shape[axis + 1 :])
+    size, longest = math.prod(shape), shape.index(max(shape))
+    if size <= 2 * _CHUNK:
+        return longest, 1, (shape[longest], 1)
+    wanted = math.ceil(size / _CHUNK)
+    for axis in (*range(len(shape)), longest):
+        rows = shape[axis]
+        run = 1 if _contiguous(shape, axis) else math.gcd(rows, _RUN)  # rows that stay together
+        pieces = _divisor_at_least(rows // run, wanted)
+        parts = (rows // (run * pieces), pieces, *((run,) if run > 1 else ()))
+        if wanted <= pieces <= 16 * wanted and parts[0] >= jax.device_count():
+            return axis, pieces, parts
+    if size // pieces < _CHUNK // 16:
+        return longest, 1, (rows, 1)
+    return longest, pieces, parts
 
 
 def _contiguous(shape: tuple[int, ...], axis: int) -> bool:
-    return math.prod(shape[axis + 1 :]) >= 64
+    return math.prod(shape[axis + 1 :]) >= _RUN
 
 
 def _divisor_at_least(number: int, least: int) -> int:

@@ -32,9 +32,12 @@ class Points(NamedTuple):
 def scale_of(low: jax.Array, high: jax.Array) -> jax.Array:
     """Return the power of two that takes the larger magnitude to 2**40, or as near as floats go."""
     largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
-    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1.0))
+    largest = jnp.where(jnp.isfinite(largest), largest, 1.0)
+    exponent = (
+        jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23
+    ) - 126  # a fraction times 2**it
     exponent = jnp.clip(jnp.where(largest > 0, _LARGEST - exponent, 0), -126, 126)
-    return jnp.ldexp(jnp.float32(1.0), exponent)
+    return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
 def to_units(points: Points, values: jax.Array) -> jax.Array:
@@ -211,24 +214,30 @@ def means(sums: Prefix, edges: jax.Array, otherwise: jax.Array) -> jax.Array:
 
 
 def ranks(x: jax.Array) -> jax.Array:
-    """Return the place of each entry of a short array in ascending order, int32; ties stay."""
-    size = x.shape[0]
+    """Return the places of entries [..., k] of short rows in ascending order, int32; ties stay."""
+    size = x.shape[-1]
     if size > MOST_COMPARES:
-        order = jnp.argsort(x)
-        return jnp.zeros(size, jnp.int32).at[order].set(jnp.arange(size, dtype=jnp.int32))
+        return jnp.argsort(jnp.argsort(x, axis=-1), axis=-1)
     index = jnp.arange(size)
-    before = (x[None] < x[:, None]) | ((x[None] == x[:, None]) & (index[None] < index[:, None]))
-    return jnp.sum(before, axis=1, dtype=jnp.int32)
+    earlier = jnp.expand_dims(index[None] < index[:, None], range(x.ndim - 1))
+    own, other = x[..., :, None], x[..., None, :]
+    return jnp.sum((other < own) | ((other == own) & earlier), axis=-1, dtype=jnp.int32)
 
 
 def placed(x: jax.Array, rank: jax.Array) -> jax.Array:
-    """Return the entries of a short array at the places that `ranks` gives them."""
-    if x.shape[0] > MOST_COMPARES:
-        return jnp.zeros_like(x).at[rank].set(x)
-    here = rank[None] == jnp.arange(x.shape[0], dtype=rank.dtype)[:, None]
+    """Return the entries [..., k] of short rows at the places that `ranks` gives them."""
+    size = x.shape[-1]
+    if size > MOST_COMPARES:
+        order = jnp.argsort(rank, axis=-1)
+        return jnp.take_along_axis(x, order, axis=-1, mode="promise_in_bounds")
+    place = jnp.expand_dims(jnp.arange(size, dtype=rank.dtype)[:, None], range(x.ndim - 1))
+    here, own = rank[..., None, :] == place, x[..., None, :]
     if x.dtype == bool:
-        return jnp.any(here & x[None], axis=1)
-    return jnp.sum(jnp.where(here, x[None], jnp.zeros((), x.dtype)), axis=1, dtype=x.dtype)
+        return jnp.any(here & own, axis=-1)
+    # As integers: sums of floats XLA does not compute within others, but of a table in memory.
+    bits = jax.lax.bitcast_convert_type(own, f"uint{8 * x.dtype.itemsize}")
+    bits = jnp.sum(jnp.where(here, bits, jnp.zeros((), bits.dtype)), axis=-1, dtype=bits.dtype)
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
 def headroom(largest: jax.Array) -> jax.Array:
@@ -241,18 +250,27 @@ def headroom(largest: jax.Array) -> jax.Array:
 
 
 def last_below_middles(ascending: jax.Array) -> jax.Array:
-    """Return the last float that is not above the middle of each two neighbours, [k - 1].
+    """Return the last float that is not above the middle of each two neighbours, [..., k - 1].
 
     A middle of neighbouring floats is none itself: rounded up, it would be the upper one, and that
     one nearer to the lower. The error of the sum is exact (Knuth, TAOCP 2, 4.2.2, theorem B).
     """
-    scale = headroom(jnp.max(jnp.abs(ascending)))
-    lower, upper = ascending[:-1] * scale, ascending[1:] * scale
+    scale = headroom(jnp.max(jnp.abs(ascending), axis=-1, keepdims=True))
+    lower, upper = ascending[..., :-1] * scale, ascending[..., 1:] * scale
     total = lower + upper
     rest = total - lower
     error = (lower - (total - rest)) + (upper - rest)
-    total = jnp.where(error < 0, jnp.nextafter(total, -jnp.inf), total)
+    total = jnp.where(error < 0, _float_below(total), total)
     last = total * (0.5 / scale)
     # Where that rounds, next to zero, a centroid is still nearest to itself.
-    lower, upper = ascending[:-1], ascending[1:]
-    return jnp.clip(last, lower, jnp.maximum(lower, jnp.nextafter(upper, -jnp.inf)))
+    lower, upper = ascending[..., :-1], ascending[..., 1:]
+    return jnp.clip(last, lower, jnp.maximum(lower, _float_below(upper)))
+
+
+def _float_below(x: jax.Array) -> jax.Array:
+    """Return the next float below each; of float32 in few operations."""
+    if x.dtype != jnp.float32:
+        return jnp.nextafter(x, -jnp.inf)
+    key = to_key(x)
+    below = key - (x > -jnp.inf).astype(jnp.int32)
+    return from_key(jnp.where(x == 0, -2, below))  # -1 is the key of -0.0

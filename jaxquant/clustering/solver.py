@@ -24,8 +24,10 @@ from jaxquant.clustering.lloyd import MOST_PASSES, lloyd, pin
 from jaxquant.clustering.optimum import Optimum, optimum
 from jaxquant.clustering.options import IN_INDEX_ORDER, Clustering
 from jaxquant.clustering.points import (
+    MOST_COMPARES,
     Points,
     count_up_to,
+    edges_of,
     last_below_middles,
     masses,
     placed,
@@ -151,7 +153,7 @@ def solve(
         points, entries = sorted_points(x, sample_weight)
         centroids, fixed, best = find(points)
     else:
-        points, centroids, fixed, best = _find_in_bins(x, sample_weight, find, clustering.bins)
+        points, centroids, fixed, best = _find_in_bins(x, sample_weight, k, find, clustering.bins)
     usable = is_usable(points, sample_weight)
     if clustering.powers_of_two:
         moved = to_powers_of_two(centroids)
@@ -164,7 +166,7 @@ def solve(
             centroids = jnp.where(frozen, start.astype(dtype), centroids)
     width = resolution(points)
     if is_small(x.size):
-        centroids, clusters = _settle_sorted(points, entries, centroids, fixed, width)
+        centroids, clusters = _settle_sorted(points, entries, centroids, fixed, width, quick)
     else:
         centroids, clusters = settle(x, centroids, fixed, width, sample_weight, scale=points.scale)
     weight = weight_scale(sample_weight)
@@ -242,7 +244,7 @@ def is_usable(points: Points, sample_weight: jax.Array | None) -> jax.Array:
 
 
 def _find_in_bins(
-    x: jax.Array, sample_weight: jax.Array | None, find: Any, bins: int
+    x: jax.Array, sample_weight: jax.Array | None, k: int, find: Any, bins: int
 ) -> tuple[Points, jax.Array, jax.Array, Optimum]:
     """Cluster on equal bins, and where these blur the entries once more on bins that do not."""
     if bins < BINS:
@@ -259,9 +261,9 @@ def _find_in_bins(
         return points, *found, jnp.where(more, 1, -1).astype(jnp.int32)
 
     points = histogram(x, sample_weight, bins=bins)
-    shapes = jax.eval_shape(find, points)
-    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    carry = (points, *empty, jnp.int32(0))
+    zeros, unknown = jnp.zeros(k, jnp.float32), jnp.float32(jnp.inf)
+    nothing = zeros, zeros > 0, Optimum(zeros, unknown, unknown)
+    carry = (points, *nothing, jnp.int32(0))
     *result, _ = loops.while_loop(lambda carry: carry[-1] >= 0, attempt, carry)
     return tuple(result)
 
@@ -270,8 +272,10 @@ def _is_blurred(points: Points, centroids: jax.Array) -> jax.Array:
     """Return whether what the bins hide is not small against the loss."""
     mass = masses(points)
     ascending = placed(to_units(points, centroids), ranks(centroids))
-    last = last_below_middles(ascending)
-    loss = jnp.sum(mass * jnp.square(points.value - codebooks.pick(points.value, last, ascending)))
+    edges = edges_of(points, ascending)
+    begins = jnp.zeros(mass.shape, jnp.int32).at[edges[1:-1]].add(1, mode="drop")
+    distance = points.value - ascending.at[jnp.cumsum(begins)].get(mode="promise_in_bounds")
+    loss = jnp.sum(mass * jnp.square(distance))
     return jnp.sum(mass * points.within) > _UNRESOLVED * loss
 
 
@@ -284,49 +288,55 @@ def _settle_sorted(
     centroids: jax.Array,
     fixed: jax.Array,
     width: jax.Array,
+    quick: bool,
 ) -> tuple[jax.Array, Clusters]:
     """Do what `clusters.settle` does, on sorted entries."""
 
-    def at(centroids: jax.Array) -> tuple[Any, ...]:
-        runs = _runs(points.value, to_units(points, centroids))
-        return runs, *onto_equals(centroids, *_extremes(points, runs[2]), fixed, width)
-
     def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        _, _, moved, _, passes = carry
-        return moved, *at(moved), passes + 1
+        centroids, _, passes, _ = carry
+        runs = _runs(points.value, to_units(points, centroids))
+        extremes = _extremes(points, runs.edges)
+        moved, any_moved = onto_equals(centroids, *extremes, fixed, width)
+        more = any_moved & (passes + 1 < MAX_SETTLES)
+        return jnp.where(more, moved, centroids), (runs, extremes), passes + 1, more
 
-    carry = (centroids, *at(centroids), jnp.int32(1))
-    carry = loops.while_loop(lambda carry: carry[3] & (carry[4] < MAX_SETTLES), step, carry)
-    centroids, (ascending, last, (begin, end)) = carry[:2]
-    distance = points.value - codebooks.pick(points.value, last, ascending)
+    zeros = jnp.zeros(centroids.shape, jnp.float32)
+    nowhere = zeros.astype(jnp.int32), zeros.astype(jnp.int32)
+    nothing = _Runs(zeros, zeros[1:], nowhere), (zeros, zeros)
+    carry = centroids, nothing, jnp.int32(0), jnp.bool_(True)
+    centroids, (runs, extremes), *_ = loops.while_loop(lambda carry: carry[3], step, carry)
+    nearest = codebooks.pick(points.value, runs.last, runs.ascending, side_by_side=quick)
     mass = masses(points)
-    sums = prefix_sums(mass * jnp.square(distance))
+    sums = prefix_sums(mass * jnp.square(points.value - nearest))
+    begin, end = runs.edges
     high, low = (part.at[end].get() - part.at[begin].get() for part in sums)
-    counts = end - begin
     if entries is not None:
-        _, _, (first, stop) = _runs(entries, to_units(points, centroids))
-        counts = stop - first
+        begin, end = _runs(entries, to_units(points, centroids)).edges
     norm = jnp.sum(mass * jnp.square(points.value))
-    return centroids, Clusters(counts, high + low, *_extremes(points, (begin, end)), norm)
+    return centroids, Clusters(end - begin, high + low, *extremes, norm)
 
 
-def _runs(
-    values: jax.Array, centroids: jax.Array
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
-    """Return which of some ascending values are nearest to each centroid, from where to where.
+class _Runs(NamedTuple):
+    ascending: jax.Array  # [k] centroids
+    last: jax.Array  # [k - 1] values of all but the last of them
+    edges: tuple[jax.Array, jax.Array]  # [k] from where to where each centroid's values go
 
-    As `assign` has it: of equal centroids the lowest index gets all. Also the centroids in
-    ascending order, and the last values of all but the last of them.
+
+def _runs(values: jax.Array, centroids: jax.Array) -> _Runs:
+    """Return which of some ascending values are nearest to each centroid.
+
+    As `assign` has it: of equal centroids the lowest index gets all.
     """
     rank = ranks(centroids)
     ascending = placed(centroids, rank)
     last = last_below_middles(ascending)
     edges = jnp.pad(count_up_to(values, last), (1, 1), constant_values=(0, values.shape[0]))
-    first = jnp.searchsorted(ascending, ascending)
-    stop = jnp.searchsorted(ascending, ascending, side="right")
+    method = "compare_all" if rank.shape[0] <= MOST_COMPARES else "scan"
+    first = jnp.searchsorted(ascending, ascending, method=method)
+    stop = jnp.searchsorted(ascending, ascending, side="right", method=method)
     end = edges.at[stop].get()
     begin = jnp.where(first == jnp.arange(rank.shape[0]), edges[:-1], end)
-    return ascending, last, (begin.at[rank].get(), end.at[rank].get())
+    return _Runs(ascending, last, (begin.at[rank].get(), end.at[rank].get()))
 
 
 def _extremes(points: Points, runs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -13,8 +13,13 @@ import jax.export
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxquant.clustering.blocks import centroids_of, numbers_of, per_block
-from jaxquant.clustering.codebooks import assign, reconstruct
+from jaxquant.clustering.blocks import (
+    assigned,
+    centroids_of,
+    elementwise,
+    numbers_of,
+    reconstructed,
+)
 from jaxquant.meshes import compiled
 from jaxquant.packing.codes import pack_codes, symbol, unpack_codes
 from jaxquant.rounds.state import QuantState, check_state, stored_tables
@@ -325,7 +330,7 @@ def pack_array(
 def _pack(
     weights: jax.Array, codebook: jax.Array, scale: jax.Array | None, *, shape: tuple[int, ...]
 ) -> jax.Array:
-    codes = per_block(assign, (weights,), (centroids_of(codebook, scale, weights.dtype),))
+    codes = assigned(weights, centroids_of(codebook, scale, weights.dtype))
     return pack_codes(codes.reshape(shape), codebook.shape[-1])
 
 
@@ -340,10 +345,11 @@ def unpack_array(packed: PackedArray) -> jax.Array:
 def _unpack(packed: PackedArray) -> jax.Array:
     codes = unpack_codes(packed.codes, math.prod(packed.rows), packed.k).reshape(packed.shape)
     if packed.scale is None:
-        return per_block(reconstruct, (codes,), (packed.centroids,))
+        return reconstructed(codes, packed.centroids)
     # As `centroids_of`, bit for bit, without its table: of small blocks that is as large as these.
-    plain = per_block(reconstruct, (codes,), (packed.codebook.astype(jnp.float32),))
-    return per_block(_times, (plain,), (packed.scale.astype(jnp.float32),)).astype(packed.dtype)
+    plain = reconstructed(codes, packed.codebook.astype(jnp.float32))
+    scale = packed.scale.astype(jnp.float32)
+    return elementwise(_times, (plain,), (scale,)).astype(packed.dtype)
 
 
 def _times(weights: jax.Array, scale: jax.Array) -> jax.Array:

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.clustering.blocks import centroids_of, numbers_of, per_block
-from jaxquant.clustering.codebooks import assign
+from jaxquant.clustering.blocks import assigned, centroids_of, numbers_of
 from jaxquant.meshes import compiled
 from jaxquant.packing.arrays import (
     ProductArray,
@@ -239,7 +238,7 @@ def _layer(
 
 
 def _codes(leaf: jax.Array, codebook: jax.Array, scale: jax.Array | None) -> jax.Array:
-    return per_block(assign, (leaf,), (centroids_of(codebook, scale, leaf.dtype),))
+    return assigned(leaf, centroids_of(codebook, scale, leaf.dtype))
 
 
 def _by_block(x: np.ndarray, numbers: tuple[int, ...]) -> np.ndarray:

@@ -1,17 +1,15 @@
 """Training the centroids of frozen clusters: their weights move together, and stay shared."""
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant import checks
-from jaxquant.clustering.blocks import by_batch, numbers_of, per_block
+from jaxquant.clustering.blocks import by_batch, nearest, numbers_of
 from jaxquant.clustering.clusters import partial_sums, spread
-from jaxquant.clustering.codebooks import assign, reconstruct
+from jaxquant.clustering.codebooks import assign
 from jaxquant.clustering.passes import fold
-from jaxquant.clustering.solver import is_small
 from jaxquant.meshes import compiled
 from jaxquant.rounds.state import QuantState, check_state
 from jaxquant.trees import check_leaves, leaves_with_paths, pure, replaced
@@ -54,11 +52,7 @@ def centroid_gradients(gradients: Any, params: Any, state: QuantState) -> Any:
     def leaf(weights: Any, gradient: Any, frozen: Any, codebook: Any, moves: Any) -> jax.Array:
         if not codebook.ndim:
             return jnp.zeros((), jnp.float32)
-        arrays, tables = (weights, gradient, frozen), (codebook, moves)
-        numbers = numbers_of(codebook.shape, weights.shape)
-        if codebook.ndim == 1 or not is_small(weights.size // math.prod(numbers)):
-            return per_block(_sums, arrays, tables, leaf_shaped=False)
-        return compiled(_sums_by_batch, arrays, tables, numbers=numbers)
+        return compiled(_sums_of_blocks, (weights, gradient, frozen), (codebook, moves))
 
     gradients, params = (pure(x, only_parameters=True) for x in (gradients, params))
     state = pure(state)
@@ -91,10 +85,11 @@ def _sums(
     return jnp.where(moves, jnp.sum(sums.reshape(k, parts), axis=1), 0.0)
 
 
-def _sums_by_batch(
-    arrays: tuple[jax.Array, ...], tables: tuple[jax.Array, ...], *, numbers: tuple[int, ...]
-) -> jax.Array:
-    return by_batch(_sums, arrays, tables, numbers)
+def _sums_of_blocks(arrays: tuple[jax.Array, ...], tables: tuple[jax.Array, ...]) -> jax.Array:
+    shape = tables[0].shape
+    numbers = numbers_of(shape, arrays[0].shape)
+    own = [table.reshape(*numbers, shape[-1]) for table in tables]
+    return by_batch(_sums, arrays, own, numbers).reshape(shape)
 
 
 def set_centroids(params: Any, state: QuantState, codebooks: Any) -> tuple[Any, QuantState]:
@@ -128,7 +123,7 @@ def set_centroids(params: Any, state: QuantState, codebooks: Any) -> tuple[Any, 
     def leaf(weights: Any, frozen: Any, old: Any, new: Any) -> jax.Array:
         if not old.ndim:
             return weights
-        return per_block(_moved, (weights, frozen), (old, new))
+        return compiled(_moved, weights, frozen, old, new, like=weights)
 
     given, params = params, pure(params, only_parameters=True)
     state, codebooks = pure(state), pure(codebooks)
@@ -148,7 +143,7 @@ def set_centroids(params: Any, state: QuantState, codebooks: Any) -> tuple[Any, 
 
 def _moved(weights: jax.Array, frozen: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     new = new.astype(weights.dtype)  # from that of the centroids, which may be narrower
-    return jnp.where(frozen, reconstruct(assign(weights, old), new), weights)
+    return jnp.where(frozen, nearest(weights, old, new), weights)
 
 
 def _movable(state: QuantState) -> Any:

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import loops
-from jaxquant.clustering.blocks import by_batch, per_block
-from jaxquant.clustering.codebooks import assign, reconstruct
+from jaxquant.clustering.blocks import by_batch, elementwise, nearest, reduced
 from jaxquant.clustering.options import Clustering
 from jaxquant.clustering.solver import ClusteredBlock, cluster_block, is_small
 from jaxquant.rounds.selection import Layer
@@ -123,11 +122,10 @@ def _cluster_scaled(
     """Cluster the weights over their scales."""
     wide = scale.astype(jnp.float32)
     of_blocks = jnp.broadcast_to(wide, (*layer.all_numbers, 1))
-    over = per_block(_divided, (weights,), (of_blocks,))
+    over = elementwise(_divided, (weights,), (of_blocks,))
     importance = sensitivity
     if layer.scaled:
-        squares = per_block(_filled, (weights,), (jnp.square(of_blocks),))
-        importance = squares if sensitivity is None else squares * sensitivity.astype(jnp.float32)
+        importance = elementwise(_weighed, (weights, sensitivity), (jnp.square(of_blocks),))
     found = _cluster_blocks(
         over, importance, codebook, frozen_centroids, layer=layer, clustering=clustering
     )
@@ -141,42 +139,36 @@ def _divided(weights: jax.Array, scale: jax.Array) -> jax.Array:
     return weights.astype(jnp.float32) / scale[0]
 
 
-def _filled(weights: jax.Array, value: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(value[0], weights.shape)
+def _weighed(weights: jax.Array, sensitivity: jax.Array | None, weight: jax.Array) -> jax.Array:
+    """Return the weights' importance, in a block that weighs so much."""
+    if sensitivity is None:
+        return jnp.broadcast_to(weight[0], weights.shape)
+    return weight[0] * sensitivity.astype(jnp.float32)
 
 
 def _first_scale(weights: jax.Array, layer: Layer) -> jax.Array:
     """Return scales by which no weight is larger than the largest centroid should be."""
-    like = jnp.zeros((*layer.scale_numbers, 1), jnp.float32)
-    largest = per_block(_largest, (weights,), (like,), leaf_shaped=False)
+    largest = reduced(jnp.max, jnp.abs(weights.astype(jnp.float32)), layer.scale_numbers)[..., None]
     return jnp.where(largest > 0, largest / _LARGEST.get(layer.centroid_dtype, 1.0), 1.0)
-
-
-def _largest(weights: jax.Array, _: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(weights.astype(jnp.float32)), keepdims=True).reshape(1)
 
 
 def _best_scale(
     weights: jax.Array, sensitivity: jax.Array | None, found: ClusteredBlock, scale: jax.Array
 ) -> jax.Array:
-    """Return the scales of least squares for the codes that weights have under the old ones."""
+    """Return the scales of least squares for the codes that weights have under the old ones.
+
+    Of `sum h (w - s c)**2` the s that makes it least.
+    """
     centroids = found.centroids.astype(jnp.float32)
     tables = jnp.broadcast_to(centroids, (*scale.shape[:-1], centroids.shape[-1]))
-    arrays = weights, sensitivity
-    own = tables, scale.astype(jnp.float32)
-    return per_block(_least_squares, arrays, own, leaf_shaped=False).astype(scale.dtype)
-
-
-def _least_squares(
-    weights: jax.Array, sensitivity: jax.Array | None, centroids: jax.Array, scale: jax.Array
-) -> jax.Array:
-    """Return the scale [1] of one block: of `sum h (w - s c)**2` the s that makes it least."""
-    weights = weights.astype(jnp.float32)
-    shared = reconstruct(assign(weights / scale[0], centroids), centroids)
+    wide = scale.astype(jnp.float32)
+    shared = nearest(elementwise(_divided, (weights,), (wide,)), tables)
     importance = jnp.float32(1.0) if sensitivity is None else sensitivity.astype(jnp.float32)
-    squares = jnp.sum(importance * jnp.square(shared))
-    best = jnp.sum(importance * weights * shared) / jnp.where(squares > 0, squares, 1.0)
-    return jnp.where((squares > 0) & (best > 0), best, scale)
+    numbers = scale.shape[:-1]
+    squares = reduced(jnp.sum, importance * jnp.square(shared), numbers)[..., None]
+    products = reduced(jnp.sum, importance * weights.astype(jnp.float32) * shared, numbers)
+    best = products[..., None] / jnp.where(squares > 0, squares, 1.0)
+    return jnp.where((squares > 0) & (best > 0), best, wide).astype(scale.dtype)
 
 
 def _chosen(better: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:

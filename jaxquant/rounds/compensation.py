@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant import loops
-from jaxquant.clustering.blocks import nearest, numbers_of, per_block
-from jaxquant.clustering.codebooks import MOST_COMPARES, assign, last_below_middles
+from jaxquant.clustering.blocks import assigned, nearest, numbers_of
+from jaxquant.clustering.codebooks import MOST_COMPARES, last_below_middles
 
 _PRECISION = jax.lax.Precision.HIGHEST
 _DAMPING = 0.01  # of the mean second moment, as in GPTQ: inputs that hardly vary do not decide
@@ -117,7 +117,7 @@ def compensate(
     found = _refit(layer, _better(layer, _descend(layer, found), found), centroids.dtype)
     new = found.weights[:inputs][jnp.argsort(order)].reshape(shape)
     tables = found.centroids.reshape(centroids.shape)
-    codes = per_block(assign, (new,), (tables,))
+    codes = assigned(new, tables)
     return Compensated(new, codes, jnp.where(movable, tables.astype(centroids.dtype), centroids))
 
 
@@ -226,7 +226,7 @@ class _Tables(NamedTuple):
 def _tables(centroids: jax.Array) -> _Tables:
     codes = jnp.argsort(centroids, axis=-1)
     values = jnp.take_along_axis(centroids, codes, axis=-1)
-    bounds = jax.vmap(jax.vmap(last_below_middles))(values)
+    bounds = last_below_middles(values)
     codes = codes.astype(jnp.int32)
     return _Tables(*(jnp.moveaxis(x, -1, 1) for x in (bounds, values, codes)))
 

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxquant.clustering.codebooks import assign, reconstruct
 from jaxquant.clustering.passes import fold
+from jaxquant.clustering.points import ranks
+from jaxquant.clustering.solver import is_small
 
 PARTITIONS = ("loss", "magnitude", "index", "random")
 WEIGHT_PARTITIONS = ("loss", "magnitude", "random")
@@ -53,25 +54,23 @@ def choose(priorities: jax.Array, frozen: jax.Array, share: jax.Array) -> jax.Ar
     frozen stays frozen.
 
     Args:
-      priorities: [k], larger is earlier.
-      frozen: [k] bool.
-      share: scalar in [0, 1], cumulative.
+      priorities: [..., k], larger is earlier.
+      frozen: [..., k] bool.
+      share: [...] in [0, 1], cumulative.
 
     Returns:
-      [k] bool.
+      [..., k] bool.
 
     >>> choose(jnp.array([1.0, 3.0, 2.0]), jnp.array([True, False, False]), jnp.float32(2 / 3))
     Array([ True,  True, False], dtype=bool)
     """
-    amount = jnp.floor(share * priorities.shape[0] + 0.5).astype(jnp.int32)
+    amount = jnp.floor(share * priorities.shape[-1] + 0.5).astype(jnp.int32)[..., None]
     finite = jnp.minimum(priorities, jnp.finfo(jnp.float32).max)  # losses may overflow
-    order = jnp.argsort(jnp.where(frozen, jnp.inf, finite), descending=True, stable=True)
-    rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype))
-    return frozen | (rank < amount)
+    return frozen | (ranks(-jnp.where(frozen, jnp.inf, finite)) < amount)
 
 
 def weight_priority(
-    partition: str, weights: jax.Array, centroids: jax.Array, extra: jax.Array | None = None
+    partition: str, weights: jax.Array, nearest: jax.Array, extra: jax.Array | None = None
 ) -> jax.Array:
     """Return how early each weight should freeze; larger is earlier. Elementwise.
 
@@ -81,13 +80,13 @@ def weight_priority(
     Args:
       partition: one of `WEIGHT_PARTITIONS`.
       weights: [...] finite.
-      centroids: [k].
+      nearest: [...] the nearest centroid of each weight, for "loss".
       extra: [...] random bits uint32 for "random"; the weights' sensitivities, or None, for "loss".
 
     Returns:
       [...] uint32.
 
-    >>> priorities = weight_priority("magnitude", jnp.array([-3.0, 1.0, 2.0]), jnp.zeros(1))
+    >>> priorities = weight_priority("magnitude", jnp.array([-3.0, 1.0, 2.0]), jnp.zeros(3))
     >>> jnp.argsort(priorities, descending=True)
     Array([0, 2, 1], dtype=int32)
     """
@@ -100,7 +99,6 @@ def weight_priority(
         )
     size = jnp.abs(weights.astype(jnp.float32))
     if partition == "loss":
-        nearest = reconstruct(assign(weights, centroids), centroids)
         size = jnp.square(weights.astype(jnp.float32) - nearest.astype(jnp.float32))
         size = size if extra is None else size * extra.astype(jnp.float32)
     return jax.lax.bitcast_convert_type(size, jnp.uint32)  # sorts as floats >= 0 do
@@ -114,8 +112,8 @@ def threshold(
 ) -> jax.Array:
     """Return the `amount`-th largest priority among the weights that are not frozen.
 
-    Exact, by counting two digits of 16 bits: two passes over the weights, no sort, and of arrays
-    that are split over devices only the counts are sent.
+    Exact; by a sort of few weights. Of many, by counting two digits of 16 bits: two passes over
+    the weights, and of arrays that are split over devices only the counts are sent.
 
     Args:
       priorities: elementwise function of the arrays' pieces, uint32.
@@ -130,6 +128,10 @@ def threshold(
     >>> threshold(lambda x: x, [x], jnp.array([False, True, False, False]), 2)
     Array(7, dtype=uint32)
     """
+    if is_small(frozen.size):
+        ranked = jnp.sort(jnp.where(frozen, jnp.uint32(0), priorities(*arrays)).reshape(-1))
+        place = jnp.clip(frozen.size - amount, 0, frozen.size - 1)
+        return ranked.at[place].get(mode="promise_in_bounds")
     mask = jnp.uint32(2**_DIGIT_BITS - 1)
 
     def counts(digit: Callable[[jax.Array], tuple[jax.Array, jax.Array]]) -> jax.Array:

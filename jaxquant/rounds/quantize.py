@@ -12,8 +12,14 @@ import jax.core
 import jax.numpy as jnp
 
 from jaxquant import checks, loops
-from jaxquant.clustering.blocks import centroids_of, per_block
-from jaxquant.clustering.codebooks import bounds
+from jaxquant.clustering.blocks import (
+    at_codes,
+    by_batch,
+    centroids_of,
+    in_order,
+    reduced,
+    rewrite,
+)
 from jaxquant.meshes import compiled
 from jaxquant.rounds.cluster import ClusteredLeaf, cluster_leaf
 from jaxquant.rounds.partition import choose, priority
@@ -22,9 +28,12 @@ from jaxquant.rounds.selection import Layer, by_slice
 from jaxquant.rounds.sharing import (
     Codebook,
     compensated,
+    count_frozen,
     free_loss,
-    share_clusters,
-    share_weights,
+    join_clusters,
+    join_weights,
+    least_priority,
+    share_centroids,
     used_centroids,
     with_equals,
 )
@@ -292,8 +301,8 @@ def _whole(plan: Plan, alike: _Alike) -> jax.Array:
     """Return whether nothing is left to freeze, bool [leaves, *numbers]."""
     if plan.shares_of == "clusters":
         return jnp.all(alike.frozen_centroids, axis=-1)
-    tables = _of_blocks(alike.layer, alike.frozen_centroids)
-    return _looked_up(alike.layer, _all, jnp.all, tables, alike.frozen)
+    found = [reduced(jnp.all, frozen, alike.layer.all_numbers) for frozen in alike.frozen]
+    return _of_codebooks(alike.layer, jnp.all, jnp.stack(found))
 
 
 def _looked_up(
@@ -313,12 +322,8 @@ def _looked_up(
       arrays: like the leaves, a sequence of each kind.
     """
     rows = zip(zip(*arrays, strict=True), tables, strict=True)
-    found = [per_block(function, own, [table], leaf_shaped=False) for own, table in rows]
+    found = [by_batch(function, own, [table], layer.all_numbers) for own, table in rows]
     return _of_codebooks(layer, reduce, jnp.stack(found))
-
-
-def _all(frozen: jax.Array, _: jax.Array) -> jax.Array:
-    return jnp.all(frozen)
 
 
 def _cluster(plan: Plan, alike: _Alike) -> ClusteredLeaf:
@@ -369,7 +374,7 @@ def _partition(
     frozen = [part.frozen_centroids for part in alike]
     if not plan.network:
         rows = zip(priorities, frozen, shares, strict=True)
-        return [_over_tables(choose, own.ndim)(ranked, mask, own) for ranked, mask, own in rows]
+        return [choose(*row) for row in rows]
     order = [(place, i, j) for i, part in enumerate(alike) for j, place in enumerate(part.members)]
     order = [(i, j) for _, i, j in sorted(order)]  # ties go to the leaf that comes first
     everything = jnp.concatenate([priorities[i][j].reshape(-1) for i, j in order])
@@ -381,13 +386,6 @@ def _partition(
         jnp.stack([parts[i, j] for j in range(len(mask))]).reshape(mask.shape)
         for i, mask in enumerate(frozen)
     ]
-
-
-def _over_tables(function: Callable[..., Any], axes: int) -> Callable[..., Any]:
-    """Return a function of one codebook for tables with so many axes before."""
-    for _ in range(axes):
-        function = jax.vmap(function)
-    return function
 
 
 def _share(
@@ -408,24 +406,31 @@ def _share(
     layer, dtype = alike.layer, alike.weights[0].dtype
     centroids = centroids_of(clustered.clusters.centroids, clustered.scale, dtype)
     tables = [_of_blocks(layer, table) for table in (centroids, chosen, active)]
-    codebooks, codes = _in_order(tables[0])
+    last, codes = in_order(tables[0], dtype)
+    codebooks = Codebook(last, at_codes(tables[0], codes))
     wanted = tables[1]
     if plan.shares_of == "clusters":
-        wanted = jnp.take_along_axis(with_equals(tables[0], wanted), codes, axis=-1)
-    rows = []
+        wanted = at_codes(with_equals(tables[0], wanted), codes) & tables[2][..., None]
+    weights, frozen, counts = [], [], []
     for j, place in enumerate(alike.members):
-        arrays: list[Any] = [alike.weights[j], alike.frozen[j]]
-        function, options = share_clusters, {}
+        own: list[Any] = [alike.frozen[j], alike.weights[j]]
+        tables_of_leaf = jax.tree.map(lambda table, j=j: table[j], (codebooks, wanted, tables[2]))
+        step: Callable[..., jax.Array] = join_clusters
         if plan.shares_of == "weights":
-            function, options = share_weights, {"partition": plan.partition}
-            noise = None
-            if plan.partition == "random" and key is not None:
+            step = functools.partial(join_weights, partition=plan.partition)
+            if plan.partition == "loss" and alike.sensitivities[j] is not None:
+                own.append(alike.sensitivities[j])
+            elif plan.partition == "random" and key is not None:
                 own_key = jax.random.fold_in(key, place)
-                noise = jax.random.bits(own_key, alike.weights[j].shape, jnp.uint32)
-            arrays += [alike.sensitivities[j], noise]
-        own = jax.tree.map(lambda table, j=j: table[j], (codebooks, wanted, tables[2]))
-        rows.append(per_block(function, arrays, own, leaf_shaped=(True, True, False), **options))
-    weights, frozen, counts = map(list, zip(*rows, strict=True))
+                own.append(jax.random.bits(own_key, own[0].shape, jnp.uint32))
+            codebook, share, is_active = tables_of_leaf
+            least = functools.partial(least_priority, partition=plan.partition)
+            least, some = by_batch(least, own, (codebook, share), layer.all_numbers)
+            tables_of_leaf = codebook, (least, some & is_active), is_active
+        mask, leaf, *_ = rewrite((step, share_centroids), own, tables_of_leaf)
+        weights.append(leaf)
+        frozen.append(mask)
+        counts.append(by_batch(count_frozen, [mask], [], layer.all_numbers))
     new_codebook = clustered.clusters.centroids
     paths = [plan.selection.selected[place].path for place in alike.members]
     for j, path in enumerate(paths):
@@ -464,14 +469,6 @@ def _share(
         frozen_share=_of_codebooks(layer, jnp.mean, frozen_share),
         free_loss=free,
     )
-
-
-def _in_order(centroids: jax.Array) -> tuple[Codebook, jax.Array]:
-    """Return codebooks [..., k] in ascending order, and the codes of their clusters."""
-    wide = jnp.float64 if centroids.dtype == jnp.float64 else jnp.float32
-    last, codes = _over_tables(bounds, centroids.ndim - 1)(centroids.astype(wide))
-    codes = codes.astype(jnp.int32)
-    return Codebook(last, jnp.take_along_axis(centroids, codes, axis=-1)), codes
 
 
 def _compensated(

@@ -1,16 +1,15 @@
-"""What a round does to one block whose clusters are known: which weights take their centroid."""
+"""What a round does to blocks whose clusters are known: which weights take their centroid."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxquant import loops
-from jaxquant.clustering.blocks import per_block
+from jaxquant.clustering.blocks import reconstructed
 from jaxquant.clustering.clusters import measure, weight_scale
-from jaxquant.clustering.codebooks import pick, reconstruct
-from jaxquant.clustering.passes import fold, rewrite
+from jaxquant.clustering.codebooks import pick
+from jaxquant.clustering.passes import fold
 from jaxquant.rounds.compensation import compensate
 from jaxquant.rounds.partition import threshold, weight_priority
 
@@ -18,75 +17,94 @@ from jaxquant.rounds.partition import threshold, weight_priority
 class Codebook(NamedTuple):
     """The clusters of a block in ascending order, see `codebooks.bounds`."""
 
-    last: jax.Array  # [k - 1] float32 or float64, where a cluster ends
-    centroids: jax.Array  # [k] of the weights' dtype
+    last: jax.Array  # [k - 1, ...] float32 or float64, where a cluster ends
+    centroids: jax.Array  # [k, ...] of the weights' dtype
 
 
-def share_clusters(
-    weights: jax.Array, frozen: jax.Array, codebook: Codebook, moving: jax.Array, active: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Freeze clusters of a block: all their weights onto the centroids.
+def join_clusters(
+    frozen: jax.Array,
+    weights: jax.Array,
+    codebook: Codebook,
+    moving: jax.Array,
+    active: jax.Array,
+) -> jax.Array:
+    """Return which weights are frozen once some clusters are, bool. Elementwise.
 
     Args:
-      weights: [...] one block.
-      frozen: bool, like the weights.
-      codebook: of the block.
-      moving: [k] bool, clusters in ascending order that are frozen after the round.
-      active: bool scalar, whether anything may change.
-
-    Returns:
-      Weights and mask, new, and how many are frozen.
+      frozen: [...] bool, as it was.
+      weights: [...].
+      codebook: of their blocks.
+      moving: [k, ...] bool, the clusters in ascending order; none where a block is not active.
+      active: [...] bool, whether anything of a block may change.
     """
-    moving = moving & active
-
-    def joins(weights: jax.Array) -> jax.Array:
-        return pick(weights, codebook.last, moving)
-
-    return _freeze(joins, active, codebook, frozen, weights)
+    del active
+    return frozen | pick(weights, codebook.last, moving)
 
 
-def share_weights(
-    weights: jax.Array,
+def join_weights(
     frozen: jax.Array,
-    sensitivity: jax.Array | None,
-    noise: jax.Array | None,
-    codebook: Codebook,
-    share: jax.Array,
-    active: jax.Array,
-    *,
+    weights: jax.Array,
+    *extra_and_tables: Any,
     partition: str,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Freeze weights, up to a share of the block's, if it is active: those onto their centroids.
+) -> jax.Array:
+    """Return which weights are frozen once those of at least some priority are. Elementwise.
+
+    Args:
+      frozen: [...] bool, as it was.
+      weights: [...].
+      extra_and_tables: what `weight_priority` wants besides, if it does; then the codebook, and
+        from `least_priority` the least priority of a block that freezes and whether any does, not
+        where it is not active.
+      partition: one of `partition.WEIGHT_PARTITIONS`.
+    """
+    *extra, codebook, (least, some), _ = extra_and_tables
+    rank = weight_priority(partition, weights, pick(weights, *codebook), *extra)
+    return frozen | ((rank >= least) & some)
+
+
+def share_centroids(frozen: jax.Array, weights: jax.Array, *others: Any) -> jax.Array:
+    """Return the weights, those frozen in an active block on their centroids. Elementwise.
+
+    Arguments as for `join_clusters`; others may stand before the codebook.
+    """
+    codebook, _, active = others[-3:]
+    return jnp.where(frozen & active, pick(weights, *codebook), weights)
+
+
+def least_priority(
+    frozen: jax.Array, weights: jax.Array, *extra_and_tables: Any, partition: str
+) -> tuple[jax.Array, jax.Array]:
+    """Return which weights of a block freeze, up to a share of it: of what priority, and if any.
 
     Of equal priorities all freeze.
 
     Args:
-      weights: [...] one block.
-      frozen: bool, like the weights.
-      sensitivity: like the weights, or None.
-      noise: random bits, uint32 like the weights, for `partition="random"`.
-      codebook: of the block.
-      share: scalar in [0, 1].
-      active: bool scalar.
+      frozen: [...] bool, one block.
+      weights: [...].
+      extra_and_tables: what `weight_priority` wants besides, if it does; then the block's codebook,
+        and the share, a scalar in [0, 1].
       partition: one of `partition.WEIGHT_PARTITIONS`.
 
     Returns:
-      Weights and mask, new, and how many are frozen.
+      uint32 scalar and bool scalar.
     """
-    extra = {"random": noise, "loss": sensitivity}.get(partition)
-    extras = () if extra is None else (extra,)
+    *extras, codebook, share = extra_and_tables
     number = jnp.floor(share * frozen.size + 0.5).astype(jnp.int32)
-    number = jnp.where(share < 1, number, frozen.size) - _count_frozen(frozen)
+    number = jnp.where(share < 1, number, frozen.size) - count_frozen(frozen)
 
     def rank(weights: jax.Array, *extras: jax.Array) -> jax.Array:
-        return weight_priority(partition, weights, codebook.centroids, *extras)
+        return weight_priority(partition, weights, pick(weights, *codebook), *extras)
 
-    least = threshold(rank, (weights, *extras), frozen, number)
+    return threshold(rank, (weights, *extras), frozen, number), number > 0
 
-    def joins(weights: jax.Array, *extras: jax.Array) -> jax.Array:
-        return (rank(weights, *extras) >= least) & (number > 0)
 
-    return _freeze(joins, active, codebook, frozen, weights, *extras)
+def count_frozen(frozen: jax.Array) -> jax.Array:
+    """Return the number of frozen weights of a block, int32."""
+
+    def count(number: jax.Array, frozen: jax.Array) -> jax.Array:
+        return number + jnp.sum(frozen, dtype=jnp.int32)
+
+    return fold(count, jnp.int32(0), frozen)  # of a whole mask XLA would write integers to memory
 
 
 def used_centroids(weights: jax.Array, frozen: jax.Array, centroids: jax.Array) -> jax.Array:
@@ -127,7 +145,7 @@ def compensated(
 
     def close() -> tuple[jax.Array, jax.Array]:
         found = compensate(weights, frozen, centroids, ~fixed, moments)
-        shared = per_block(reconstruct, (found.codes,), (found.centroids.astype(weights.dtype),))
+        shared = reconstructed(found.codes, found.centroids.astype(weights.dtype))
         return jnp.where(frozen, weights, shared), found.centroids
 
     return loops.cond(whole, close, lambda: (near, centroids))
@@ -141,32 +159,3 @@ def with_equals(centroids: jax.Array, chosen: jax.Array) -> jax.Array:
     """
     equal = centroids[..., :, None] == centroids[..., None, :]
     return jnp.any(equal & chosen[..., None, :], axis=-1)
-
-
-def _freeze(
-    joins: Callable[..., jax.Array],
-    active: jax.Array,
-    codebook: Codebook,
-    frozen: jax.Array,
-    weights: jax.Array,
-    *extras: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Freeze the weights that join, in an active block, and put what is frozen on its centroid."""
-
-    def freeze(frozen: jax.Array, weights: jax.Array, *extras: jax.Array) -> jax.Array:
-        return frozen | (joins(weights, *extras) & active)
-
-    def move(frozen: jax.Array, weights: jax.Array, *_: jax.Array) -> jax.Array:
-        return jnp.where(frozen & active, pick(weights, *codebook), weights)
-
-    frozen, weights, *_ = rewrite((freeze, move), frozen, weights, *extras)
-    return weights, frozen, _count_frozen(frozen)
-
-
-def _count_frozen(frozen: jax.Array) -> jax.Array:
-    """Return the number of frozen weights, int32."""
-
-    def count(number: jax.Array, frozen: jax.Array) -> jax.Array:
-        return number + jnp.sum(frozen, dtype=jnp.int32)
-
-    return fold(count, jnp.int32(0), frozen)  # of a whole mask XLA would write floats to memory
