@@ -60,14 +60,17 @@ def _alike(
     return [alike(branch) for branch in branches]
 
 
-def if_needed(flag: jax.Array, make: Callable[[], Any], otherwise: Any) -> Any:
-    """Return what `make` returns where a flag is set, else arrays that are there.
+def if_needed(flag: jax.Array, make: Callable[..., Any], otherwise: Any, *operands: Any) -> Any:
+    """Return what `make` returns of operands where a flag is set, else arrays that are there.
 
     Under vmap `make` runs if any of the batch needs it, which of `cond` both branches do always.
+    Arrays that it works on must be operands: what depends on others alone XLA takes out of the
+    loop that this is, and computes always.
     """
 
     def step(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        return carry[0] & False, make()
+        flag, own = jax.lax.optimization_barrier((carry[0], operands))
+        return flag & False, make(*own)
 
     return while_loop(lambda carry: carry[0], step, (flag, otherwise))[1]
 

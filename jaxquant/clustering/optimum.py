@@ -19,7 +19,6 @@ from jaxquant.clustering.points import (
 )
 
 _CAPPINGS = 6
-_CHUNK = 16  # ends of clusters that are compared in one loop over memory
 
 
 class Optimum(NamedTuple):
@@ -149,27 +148,14 @@ def _fill_tables(costs: jax.Array, k: int) -> jax.Array:
     is empty, unless all cells are used up.
     """
     cells, layers = costs.shape[:2]
-    chunk = min(_CHUNK, cells)
-    rows = jnp.pad(costs, ((0, -cells % chunk), (0, 0), (0, 0)), constant_values=jnp.inf)
+    own = [costs[:, layer] for layer in range(layers)]
 
     def add(table: jax.Array, rest: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Put a first cluster before those of a table, of which `rest` costs no cells."""
-        after = jnp.concatenate([table[:, 1:], rest[:, None]], axis=1)
-        after = jnp.pad(after, ((0, 0), (0, -cells % chunk)), constant_values=jnp.inf)
-
-        def ends(number: jax.Array, best: list[jax.Array]) -> list[jax.Array]:
-            first = number * chunk
-            own = jax.lax.dynamic_slice_in_dim(rows, first, chunk)
-            then = jax.lax.dynamic_slice_in_dim(after, first, chunk, axis=1)
-            for i in range(chunk):  # in one piece of code, without a table in between
-                best = [jnp.minimum(old, own[i, 0] + then[j, i]) for j, old in enumerate(best)]
-                if layers == 2:
-                    best[1] = jnp.minimum(best[1], own[i, 1] + then[0, i])
-            return best
-
-        best = [jnp.full(cells, jnp.inf, jnp.float32)] * layers
-        number = rows.shape[0] // chunk
-        best = ends(jnp.int32(0), best) if number == 1 else loops.fori_loop(0, number, ends, best)
+        after = jnp.concatenate([table[:, 1:], rest[:, None]], axis=1)[:, :, None]
+        best = [jnp.min(own[0] + then, axis=0) for then in after]
+        if layers == 2:
+            best[1] = jnp.minimum(best[1], jnp.min(own[1] + after[0], axis=0))
         return jnp.stack(best), table
 
     none = jnp.full((layers, cells), jnp.inf, jnp.float32)

@@ -4,6 +4,7 @@ What a round asks of clustering is `cluster_block`: the codebook of one block, a
 are under it.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from jaxquant.clustering.options import IN_INDEX_ORDER, Clustering
 from jaxquant.clustering.points import (
     MOST_COMPARES,
     Points,
+    Prefix,
     count_up_to,
     edges_of,
     last_below_middles,
@@ -192,25 +194,27 @@ def _find(
     if cells is None and quick:
         cells = max(2 * k, min(_CELLS[size >= 2048], size // 4))
 
-    def best() -> Optimum:
+    def best(points: Points, sums: Prefix) -> Optimum:
         return optimum(points, sums, k, zero=clustering.zero, cells=cells)
 
     unknown = jnp.float32(jnp.inf)
-    solution = best() if certify else Optimum(jnp.zeros(k, jnp.float32), unknown, unknown)
+    solution = Optimum(jnp.zeros(k, jnp.float32), unknown, unknown)
+    if certify:
+        solution = best(points, sums)
 
-    def named() -> jax.Array:
+    def named(points: Points, sums: Prefix) -> jax.Array:
         if clustering.init == "optimal":
-            found = solution if certify else best()
+            found = solution if certify else best(points, sums)
             return found.centroids * (1.0 / points.scale)
         return named_start(points, k, clustering.init)
 
     if start is None:
-        begin = named()
+        begin = named(points, sums)
     elif ordered:
         begin = start.astype(jnp.float32)
     else:
         anew = jnp.bool_(True) if frozen is None else ~jnp.any(frozen)
-        begin = loops.if_needed(anew, named, start.astype(jnp.float32))
+        begin = loops.if_needed(anew, named, start.astype(jnp.float32), points, sums)
     begin, fixed = pin(begin, frozen, zero=clustering.zero)
     most = max(_PASSES, size // 32) if quick else MOST_PASSES
     centroids = lloyd(points, begin, fixed, clustering.iterations, sums, most=most)
@@ -253,9 +257,8 @@ def _find_in_bins(
 
     def attempt(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         points, again = carry[0], carry[-1] > 0
-        points = loops.if_needed(
-            again, lambda: refined(x, sample_weight, points, bins=bins), points
-        )
+        gather = functools.partial(refined, bins=bins)
+        points = loops.if_needed(again, gather, points, x, sample_weight, points)
         found = find(points)
         more = ~again & _is_blurred(points, found[0])
         return points, *found, jnp.where(more, 1, -1).astype(jnp.int32)
