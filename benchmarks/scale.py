@@ -16,6 +16,7 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -31,10 +32,12 @@ class Rounds(NamedTuple):
     """What the first rounds on a tree of parameters took."""
 
     compiling: float  # seconds
+    first: float  # seconds of the first, which clusters anew
     seconds: float  # of the fastest
     frozen: float  # share of the weights after the last, mean over layers
     temporary: int  # bytes that a round takes beside what it is given
     peak: int  # bytes of resident memory of the whole process, with interpreter and compiler
+    held: int  # bytes, at most: of parameters and state, and of what rounds take beside them
 
 
 def time_rounds(params: Any, plan: jq.Plan, rounds: int = 3) -> Rounds:
@@ -45,6 +48,8 @@ def time_rounds(params: Any, plan: jq.Plan, rounds: int = 3) -> Rounds:
     compiled = one_round.lower(plan, params, state).compile()
     compiling = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
+    given = sum(leaf.nbytes for leaf in jax.tree.leaves((params, state)))
+    before = _resident(reset_peak=True)
     times, shares = [], []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -52,8 +57,19 @@ def time_rounds(params: Any, plan: jq.Plan, rounds: int = 3) -> Rounds:
         times.append(time.perf_counter() - start)
         shares = [float(share.mean()) for share in info.weights_frozen.values()]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB on Linux
+    held = given + _resident(peak=True) - before
     frozen = sum(shares) / len(shares)
-    return Rounds(compiling, min(times), frozen, memory.temp_size_in_bytes, peak)
+    temporary = memory.temp_size_in_bytes
+    return Rounds(compiling, times[0], min(times), frozen, temporary, peak, held)
+
+
+def _resident(*, peak: bool = False, reset_peak: bool = False) -> int:
+    """Return the bytes of resident memory of this process, now or at most. Linux only."""
+    if reset_peak:
+        Path("/proc/self/clear_refs").write_text("5")
+    name = "VmHWM:" if peak else "VmRSS:"
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
 
 def measure(layers: int) -> list[str]:

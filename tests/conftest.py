@@ -40,10 +40,13 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--run-slow") and config.option.markexpr == "not slow":
         config.option.markexpr = ""
-    # Where there is such an option (later versions of JAX have none), XLA generates code without
+    # XLA would compile a program in parts, one for each core, of which there are more workers; and
+    # where there is such an option (later versions of JAX have none), it generates code without
     # MLIR, which with `quick_to_compile` takes a quarter of the time.
-    if jax.__version_info__ < (0, 11) and not config.getoption("--optimize"):
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # not read yet
+    if not config.getoption("--optimize"):
+        os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"  # not read yet
+        if jax.__version_info__ < (0, 11):
+            os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.trees import pure
+from tests.cases import mostly_slow
 from train import summary
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +86,9 @@ def test_there_is_an_example_for_each_make_of_tree(trees):
 
 
 @pytest.mark.default_promotion
-@pytest.mark.parametrize("title", SELECTED)
+@pytest.mark.parametrize(
+    "title", mostly_slow(SELECTED, *(title for title in SELECTED if "transformer" not in title))
+)
 def test_trees_of_every_make_are_trained_and_quantized(title, trees, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sections, names = trees

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import jaxquant as jq
 from jaxquant.clustering.options import STARTS
+from tests.cases import mostly_slow
 
 pytestmark = pytest.mark.default_promotion  # optax's own arithmetic
 
@@ -295,7 +296,7 @@ def test_under_x64_float32_stays_float32(name):
             assert dtypes(jax.eval_shape(CALLS[name], arrays)) == dtypes(want)
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", mostly_slow(STARTS, "quantile", "inq"))
 def test_under_x64_every_start_clusters_float32_as_ever(start):
     plan = jq.slq(TREE, bits=2, rounds=(1, 3), init=start)
     weights = given().weights
@@ -306,7 +307,12 @@ def test_under_x64_every_start_clusters_float32_as_ever(start):
         assert dtypes(shapes) == jq.KMeansResult("float32", "int32", "float32", "float32")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize(
+    "dtype",
+    mostly_slow(
+        ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"], "bfloat16", "float8_e4m3fn"
+    ),
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_narrow_weights_are_taken(name, dtype):
     if dtype in ("float16", "float8_e5m2") or (name in LONG and dtype != "bfloat16"):

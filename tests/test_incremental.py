@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax import contrib
 
 import jaxquant as jq
+from tests.cases import mostly_slow
 
 SHAPES = {"a": {"kernel": (12, 8), "bias": (8,)}, "b": {"kernel": (8, 6)}}
 ABSTRACT = jax.tree.map(
@@ -104,7 +105,7 @@ def inject(make):
 
 
 @pytest.mark.default_promotion
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", mostly_slow(["float32", "bfloat16"], "bfloat16"))
 @pytest.mark.parametrize(
     "tx",
     [

@@ -16,6 +16,7 @@ from benchmarks.common import collective_sizes
 from jaxquant.clustering.codebooks import start_inq, start_ternary, to_powers_of_two
 from jaxquant.clustering.histogram import histogram
 from jaxquant.rounds.partition import WEIGHT_PARTITIONS, threshold, weight_priority
+from tests.cases import mostly_slow
 from tests.test_quantize import FAST, drift, normal, one_round, run
 
 TWO_BITS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.975, 1.0)
@@ -51,7 +52,10 @@ def port_round(w, mask, share, n1, n2):
 
 
 @pytest.mark.parametrize(
-    ("bits", "shares"), [(5, (0.5, 0.75, 0.875, 1.0)), (3, (0.3, 0.8, 1.0)), (2, TWO_BITS)]
+    ("bits", "shares"),
+    mostly_slow(
+        [(5, (0.5, 0.75, 0.875, 1.0)), (3, (0.3, 0.8, 1.0)), (2, TWO_BITS)], (3, (0.3, 0.8, 1.0))
+    ),
 )
 def test_rounds_are_those_of_a_numpy_port(bits, shares):
     params = {"conv": normal((3, 3, 8, 16)), "dense": normal((64, 10), seed=1), "bias": jnp.ones(3)}
@@ -222,7 +226,7 @@ _threshold = jax.jit(lambda x, frozen, amount: threshold(lambda x: x, [x], froze
 
 
 @pytest.mark.parametrize("partition", WEIGHT_PARTITIONS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", mostly_slow([jnp.float32, jnp.bfloat16], jnp.bfloat16))
 def test_laws_of_shares_of_weights(partition, dtype):
     shares = (0.3, 0.6, 0.61, 1.0)
     before = {"w": normal((30, 50), dtype=dtype)}
@@ -319,8 +323,13 @@ def test_a_layer_of_nan_under_jit_is_left_alone():
     np.testing.assert_array_equal(after.frozen["bad"], state.frozen["bad"])
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("partition", ["magnitude", "random"])
+@pytest.mark.parametrize(
+    ("partition", "axis_type"),
+    mostly_slow(
+        itertools.product(["magnitude", "random"], [AxisType.Auto, AxisType.Explicit]),
+        ("magnitude", AxisType.Auto),
+    ),
+)
 def test_eight_devices_give_the_same_and_send_counts_only(axis_type, partition):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
     params = {"w": normal((256, 512))}  # a small leaf is sorted, and gathered for that

@@ -19,6 +19,7 @@ from jaxquant.clustering.clusters import settle
 from jaxquant.clustering.codebooks import assign
 from jaxquant.clustering.kmeans import kmeans
 from jaxquant.clustering.options import STARTS
+from tests.cases import mostly_slow
 
 _OPTIONS = ("k", "zero", "iterations", "bins", "cells")
 # One trace for each shape and set of options in this file: `start` names a start, `init` is one.
@@ -443,7 +444,7 @@ def test_named_starts_are_what_they_say():
     np.testing.assert_array_equal(power, [0, 8, -8, 4, -4])
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", mostly_slow(STARTS, "optimal", "power_of_two"))
 def test_every_start_improves_to_a_decent_optimum(start):
     x, zero, k = hard("normal"), start != "quantile", 3 if start == "ternary" else 17
     result = cluster(x, k, init=start, zero=zero)
@@ -630,7 +631,9 @@ def test_nan_and_infinity_under_jit_make_the_result_nan():
 # Large and sharded --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(1 << 26,), (8192, 8192), (67_108_859,), (2, 4096, 8192)])
+@pytest.mark.parametrize(
+    "shape", mostly_slow([[1 << 26], [8192, 8192], [67_108_859], [2, 4096, 8192]], [8192, 8192])
+)
 def test_memory_of_a_large_array_stays_near_its_own(shape, request):
     if request.config.getoption("--optimize") and len(shape) == 3:
         reason = "optimized by JAX 0.10, a second copy lies in memory: 1.8 times the array's own"

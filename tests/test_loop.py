@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
+from tests.cases import mostly_slow
 from tests.conftest import _settings as settings
 from tests.test_checkpoints import snapshot
 from train import __main__ as cli
@@ -24,12 +25,11 @@ from train.data import Dataset, Images
 pytestmark = pytest.mark.usefixtures("cached")
 
 METHODS = ("slq", "mlq", "inq", "qcnn", "none")
-LIKE_OTHERS = {"mlq", "inq", "resnet32", "resnet44", "resnet56"}  # left to --run-slow
+LIKE_OTHERS = {"mlq", "inq", "resnet18", "resnet32", "resnet44", "resnet56"}  # left to --run-slow
 
 
 def quick(names):
-    marks = {True: pytest.mark.slow, False: ()}
-    return [pytest.param(name, marks=marks[name in LIKE_OTHERS]) for name in names]
+    return mostly_slow(names, *(name for name in names if name not in LIKE_OTHERS))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import chex
@@ -17,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxquant as jq
 from jaxquant.packing.ops import IMPLEMENTATIONS, api, blocks, intercept_linen, platform
+from tests.cases import mostly_slow
 
 NARROW = ("float8_e4m3fn", "float8_e5m2", "bfloat16", "float16")
 OF_CODES = tuple(name for name in IMPLEMENTATIONS if name != "words")  # see tests/test_product.py
@@ -57,12 +59,16 @@ def one_device(monkeypatch):
 @pytest.mark.parametrize("axis", [None, -1, 0])
 @pytest.mark.parametrize(
     ("implementation", "k"),
-    [
-        (i, k)
-        for i in (None, "unpack", "lookup", "blocks")
-        for k in (2, 3, 4, 5, 6, 10, 11, 16, 17, 200)
-    ]
-    + [(i, k) for i in ("triton", "mosaic") for k in (2, 3, 5, 17, 200)],
+    mostly_slow(
+        [
+            *itertools.product(
+                (None, "unpack", "lookup", "blocks"), (2, 3, 4, 5, 6, 10, 11, 16, 17, 200)
+            ),
+            *itertools.product(("triton", "mosaic"), (2, 3, 5, 17, 200)),
+        ],
+        *itertools.product((None, "lookup", "blocks", "triton", "mosaic"), (3, 17)),
+        *itertools.product(("unpack", "blocks"), (2, 5, 10, 200)),
+    ),
 )
 def test_matmul_is_that_of_the_unpacked_weight(k, axis, implementation):
     packed, x = packed_array(k, (70, 24), axis=axis), normal(2, 3, 70)
@@ -251,7 +257,7 @@ def test_a_slice_of_rows_or_a_column_has_no_tables_but_blocks(one_device):
         assert api._fastest(1, jnp.ones((1, 70)), packed) == "blocks"
 
 
-@pytest.mark.parametrize("k", [3, 5, 16, 17])
+@pytest.mark.parametrize("k", mostly_slow([3, 5, 16, 17], 5))
 @pytest.mark.parametrize("vectors", [1, 8])
 def test_layers_share_the_memory_in_which_they_are_unpacked(vectors, k, one_device):
     layers = [packed_array(k, (256, 512)), packed_array(k, (512, 256))] * 5
@@ -290,7 +296,10 @@ def product_with(packed, implementation=None, **options):
 
 @pytest.mark.parametrize(
     ("implementation", "k"),
-    [(i, k) for i in OF_CODES for k in (3, 5, 17) if supported(i, k, None)],
+    mostly_slow(
+        [(i, k) for i in OF_CODES for k in (3, 5, 17) if supported(i, k, None)],
+        *((i, 5) for i in OF_CODES),
+    ),
 )
 def test_derivatives_are_those_of_the_plain_product(implementation, k):
     packed, x = packed_array(k, (40, 8)), normal(2, 40)

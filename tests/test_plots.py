@@ -17,6 +17,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.image import imread
 from matplotlib.patches import StepPatch
 
+from tests.cases import mostly_slow
 from train import plots
 
 # Where set, the figures of the tests stay there to be looked at.
@@ -347,7 +348,7 @@ def test_empty_and_broken_layers_are_noted(folder):
     assert texts(figure) == ["no finite weights", "2 not finite", "no weights"]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 31])
+@pytest.mark.parametrize("count", mostly_slow([1, 2, 3, 5, 31], 1, 5))
 def test_long_names_stay_apart(folder, count):
     shapes = {f"decoder_{i}/self_attention/MultiHead/query/kernel": (40, 3) for i in range(count)}
     figure = plots.plot_weights(

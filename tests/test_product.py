@@ -16,6 +16,7 @@ import jaxquant as jq
 from jaxquant import meshes, product
 from jaxquant.packing.arrays import pack_product, product_codes, unpack_product
 from jaxquant.packing.ops import api, platform
+from tests.cases import mostly_slow
 
 cluster = jax.jit(product.cluster, static_argnames=("words", "length", "iterations"))
 correct = jax.jit(product.correct, static_argnames="sweeps")
@@ -63,7 +64,12 @@ def test_a_kernel_of_words_by_hand():
 
 
 @pytest.mark.parametrize(
-    "dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2]
+    "dtype",
+    mostly_slow(
+        [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2],
+        jnp.bfloat16,
+        jnp.float8_e4m3fn,
+    ),
 )
 def test_enough_words_of_one_channel_reproduce_a_layer_exactly(dtype):
     kernel = normal((3, 3, 5, 7)).astype(dtype)

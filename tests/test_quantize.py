@@ -20,6 +20,7 @@ from benchmarks.common import collective_sizes
 from jaxquant.clustering.codebooks import bounds
 from jaxquant.clustering.kmeans import kmeans
 from jaxquant.rounds.sharing import Codebook, join_clusters, share_centroids, with_equals
+from tests.cases import mostly_slow
 
 one_round = jax.jit(jq.quantize_round, static_argnums=0)
 RELEASED = {"init": "power_of_two", "iterations": 10, "zero": True, "partition": "index"}
@@ -144,7 +145,9 @@ def follow_released_code(params, bits, rounds):
             yield [np.asarray(x).ravel() for x in ours], theirs
 
 
-@pytest.mark.parametrize(("bits", "rounds"), [(5, (5, 9, 13, 15, 17)), (3, (1, 3, 5))])
+@pytest.mark.parametrize(
+    ("bits", "rounds"), mostly_slow([(5, (5, 9, 13, 15, 17)), (3, (1, 3, 5))], (3, (1, 3, 5)))
+)
 def test_rounds_follow_the_released_code(bits, rounds):
     params = {f"w{n}": normal((n // 4, 4), seed=n) for n in (36, 144, 1000, 2400)}
     shares = []
@@ -189,12 +192,15 @@ def layers(seed=0, dtype=jnp.float32):
 
 @pytest.mark.parametrize(
     ("partition", "dtype", "zero"),
-    [
-        ("loss", jnp.float32, False),
+    mostly_slow(
+        [
+            ("loss", jnp.float32, False),
+            ("loss", jnp.bfloat16, True),
+            ("magnitude", jnp.float16, False),
+            ("random", jnp.bfloat16, False),
+        ],
         ("loss", jnp.bfloat16, True),
-        ("magnitude", jnp.float16, False),
-        ("random", jnp.bfloat16, False),
-    ],
+    ),
 )
 def test_laws_of_freezing(partition, dtype, zero):
     params = layers(dtype=dtype)
@@ -346,7 +352,7 @@ def test_the_network_order_ranks_the_clusters_of_all_layers(partition):
 # Slices -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize("axis", mostly_slow([0, -1], 0))
 def test_slices_are_quantized_like_leaves_of_their_own(axis):
     stack = normal((3, 8, 9)) * jnp.array([1.0, 2.0, 0.5]).reshape(3, 1, 1)
     rules = [jq.LayerRule("w", axis=axis)]
@@ -383,7 +389,9 @@ def test_slices_of_stacked_layers_lie_in_groups_of_their_own():
     np.testing.assert_allclose(results[2][2].clusters_frozen["w"], [1, 1, 2 / 3, 2 / 3])
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((1, 8, 8), 0), ((8, 1, 8), -2)])
+@pytest.mark.parametrize(
+    ("shape", "axis"), mostly_slow([((1, 8, 8), 0), ((8, 1, 8), -2)], ((8, 1, 8), -2))
+)
 def test_an_axis_of_one_slice_is_no_axis(shape, axis):
     params = {"w": normal(shape)}
     plan = jq.slq(params, bits=2, rounds=(3,), rules=[jq.LayerRule("w", axis=axis)], **FAST)

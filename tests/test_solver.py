@@ -12,6 +12,7 @@ from jaxquant.clustering import blocks
 from jaxquant.clustering.kmeans import kmeans
 from jaxquant.clustering.options import Clustering
 from jaxquant.clustering.solver import cluster_block, is_small
+from tests.cases import mostly_slow
 
 LARGE = 70_000
 
@@ -84,7 +85,7 @@ def test_hard_blocks_are_within_a_hundredth_of_the_optimum(name, dtype):
         assert (np.diff(result.centroids) >= 0).all() and result.counts.sum() == x.size
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", mostly_slow([False, True], True))
 def test_blocks_in_batches_are_those_one_by_one(monkeypatch, weighted):
     monkeypatch.setattr(blocks, "_BATCH_WEIGHTS", 256)
     x = jnp.asarray(normal(64 * 32)).reshape(64, 32)
@@ -116,7 +117,9 @@ def test_a_block_without_frozen_centroids_starts_anew_and_reaches_what_kmeans_do
 
 
 @pytest.mark.parametrize("size", [500, LARGE])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn, jnp.int8])
+@pytest.mark.parametrize(
+    "dtype", mostly_slow([jnp.bfloat16, jnp.float8_e4m3fn, jnp.int8], jnp.float8_e4m3fn)
+)
 def test_clusters_are_those_of_the_rounded_centroids(size, dtype):
     x = normal(size) * 30
     result = anew(x, 5, dtype=dtype)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from tests.cases import mostly_slow
 from train import __main__ as cli
 from train import config as configs
 from train import experiment, loop, pretrained
@@ -71,6 +72,7 @@ def write_study(folder):
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_study_runs_what_is_not_done_and_tabulates_all(tmp_path, capsys):
     arguments = ["--config", write_study(tmp_path), "--workdir", str(tmp_path / "runs")]
     assert cli.main(arguments) == 0
@@ -156,7 +158,7 @@ def test_final_weights_lie_on_their_codebooks(finished):
         assert state.quant.frozen[name]["kernel"].all()
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("stop", mostly_slow([1, 2, 3], 2))
 def test_a_stopped_run_ends_as_if_it_had_not_stopped(finished, tmp_path, monkeypatch, stop):
     workdir = tmp_path / "run"
     work = loop._Worker.work

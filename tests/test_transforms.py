@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 
 import chex
 import jax
@@ -15,6 +16,7 @@ from hypothesis.extra import numpy as hnp
 from optax import contrib
 
 from jaxquant.rounds.transforms import freeze_quantized
+from tests.cases import mostly_slow
 
 WARM_STEPS = 2  # with nothing frozen, so that every optimizer has momentum to spend
 FROZEN_STEPS = 3
@@ -214,7 +216,7 @@ with_any_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 
 @runs_optax
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@with_any_dtype
+@pytest.mark.parametrize("dtype", mostly_slow([jnp.float32, jnp.bfloat16], jnp.float32))
 def test_frozen_entries_survive(name, dtype):
     tx = optax.chain(make(name), freeze_quantized())
     assert_only_free_entries_moved(*train(tx, dtype))
@@ -229,17 +231,13 @@ def test_frozen_entries_survive_weight_decay(name, dtype):
 
 
 @runs_optax
-@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize(
-    ("place", "dtype"),
-    [
-        *((place, jnp.float32) for place in PLACES),
-        *((place, jnp.bfloat16) for place in ("inside_multi_steps", "around")),
-        *(
-            pytest.param(place, jnp.bfloat16, marks=pytest.mark.slow)
-            for place in ("outside_multi_steps", "clipped_and_decayed_if_finite")
-        ),
-    ],
+    ("name", "place", "dtype"),
+    mostly_slow(
+        itertools.product(OPTIMIZERS, PLACES, (jnp.float32, jnp.bfloat16)),
+        *((name, "around", jnp.bfloat16) for name in OPTIMIZERS),
+        *itertools.product(("adafactor", "adamw", "lion", "sgd"), PLACES, (jnp.float32,)),
+    ),
 )
 def test_frozen_entries_survive_in_any_place(name, place, dtype):
     assert_only_free_entries_moved(*train(PLACES[place](make(name)), dtype))

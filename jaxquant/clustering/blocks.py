@@ -140,7 +140,9 @@ def _aligned(arrays: Sequence[Any], tables: Sequence[Any]) -> tuple[list[Any], A
 
     def of_block(table: jax.Array) -> jax.Array:
         own = table.shape if first.ndim == 1 else table.shape[len(shape) :]
-        table = table.reshape(-1, math.prod(own)).T if cut else table
+        if cut:
+            table = table.reshape(*(numbers[axis] for axis in cut), *own)
+            table = jnp.moveaxis(table, range(len(cut), table.ndim), range(len(own)))
         return table.reshape(*own, *ones)
 
     views = [None if x is None else x.reshape(view) for x in arrays]

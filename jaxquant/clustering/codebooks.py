@@ -98,7 +98,8 @@ def pick(
     x = x.astype(last.dtype)
     if len(last) > MOST_COMPARES:
         return entries(table, _count_below(x, last))
-    if x.size <= _FEW_ENTRIES and not side_by_side:  # slower for each, but a short program
+    few = not jax.export.is_symbolic_dim(x.size) and x.size <= _FEW_ENTRIES
+    if few and not side_by_side:  # slower for each, but a short program
         last = last.reshape(len(last), *([1] * x.ndim)) if last.ndim == 1 else last
         return entries(table, jnp.sum(x[None] > last, axis=0, dtype=jnp.int32))
     picked = jnp.broadcast_to(table[0], x.shape)

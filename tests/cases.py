@@ -1,0 +1,19 @@
+"""Which cases of a parametrized test every run takes, and which only `--run-slow`."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def mostly_slow(cases: Iterable[Any], *kept: Any) -> list[Any]:
+    """Mark all cases slow but those that are kept: a law that holds alike in many modes."""
+    kept_cases = list(kept)
+    return [
+        case if case in kept_cases else _marked(case if isinstance(case, tuple) else (case,))
+        for case in cases
+    ]
+
+
+def _marked(values: tuple[Any, ...]) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
