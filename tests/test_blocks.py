@@ -66,7 +66,7 @@ BLOCKS = {
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        ("slq", "groups of inputs"),
+        pytest.param("slq", "groups of inputs", marks=pytest.mark.slow),
         ("slq", "outputs of stacked layers"),
         ("inq", "tiles"),
         pytest.param("slq", "outputs", marks=pytest.mark.slow),
@@ -211,6 +211,7 @@ def test_scaled_blocks_share_a_codebook(scaled):
     assert each < error(new["w"], weights) < one
 
 
+@pytest.mark.slow
 def test_turns_of_codebook_and_scales_never_raise_the_error(monkeypatch):
     weights = normal((40, 12))
     rule = jq.LayerRule("w", k=4, block=(10, 1), scaled="float32")
@@ -275,6 +276,7 @@ def test_stored_centroids_are_ranked_by_the_size_that_they_have_in_the_leaf():
     assert state.frozen_centroids["b"].mean() > 0.8 > 0.2 > state.frozen_centroids["a"].mean()
 
 
+@pytest.mark.slow
 def test_a_window_of_one_is_no_stack(tmp_path):
     kernel = normal((1, 1, 12, 16))
     inputs = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 3, 12)), jnp.float32)

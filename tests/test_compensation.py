@@ -487,6 +487,7 @@ def test_a_round_with_moments_answers_better_and_touches_no_other_layer():
     assert error < 0.8 * plain_error
 
 
+@pytest.mark.slow
 def test_moments_say_nothing_before_a_layer_is_whole():
     params, moments = make_tree()
     plan = jq.slq(params, bits=2, rounds=(1, 2, 3))
@@ -516,6 +517,7 @@ def test_a_round_moves_the_centroids_that_are_neither_pinned_nor_frozen():
     assert np.any(found.centroids != centroids)
 
 
+@pytest.mark.slow
 def test_a_layer_without_moments_is_assigned_as_before():
     params, moments = make_tree()
     plan = jq.slq(params, bits=2, rounds=(3,))
@@ -526,6 +528,7 @@ def test_a_layer_without_moments_is_assigned_as_before():
     assert np.any(got["a"]["kernel"] != plain["a"]["kernel"])
 
 
+@pytest.mark.slow
 def test_stacked_layers_are_compensated_for_one_by_one():
     layers = [make_layer(12, 4, seed) for seed in range(3)]
     stack = {"w": jnp.stack([weights for weights, _ in layers])}
@@ -547,6 +550,7 @@ def test_stacked_layers_are_compensated_for_one_by_one():
 @pytest.mark.parametrize(
     "axis_type", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_a_sharded_layer_is_compensated_for_as_a_whole_one(axis_type):
     params, moments = make_tree()
     plan = jq.slq(params, bits=2, rounds=(3,), zero=True)

@@ -47,7 +47,7 @@ def scanned(params, opt_state):
     [
         pytest.param(quantize, lambda p: jq.init(PLAN, p), id="quantize_round"),
         pytest.param(step, TX.init, id="incremental", marks=pytest.mark.slow),
-        pytest.param(scanned, TX.init, id="scan_over_incremental"),
+        pytest.param(scanned, TX.init, id="scan_over_incremental", marks=pytest.mark.slow),
     ],
 )
 def test_it_exports_for_every_platform_and_runs_as_exported(function, start):

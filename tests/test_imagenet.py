@@ -592,6 +592,7 @@ def test_an_epoch_resumed_at_any_step_gives_the_same_bits(prepared):
             np.testing.assert_array_equal(batch.labels[0], whole[1][i])
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_bits(prepared):
     rows = order()
     whole = read(load(prepared).train, rows, at(rows))

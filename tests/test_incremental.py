@@ -91,7 +91,7 @@ incremental = functools.partial(jq.incremental, plan=PLAN, steps_per_round=STEPS
 
 @pytest.mark.default_promotion
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", mostly_slow(OPTIMIZERS, "adamw", "muon", "schedule_free"))
 def test_every_weight_ends_on_its_codebook_and_stays(name, dtype):
     assert_quantized(run(incremental(OPTIMIZERS[name]()), dtype=dtype), STARTS[-1] + 4)
 
@@ -341,6 +341,7 @@ def test_a_run_that_goes_on_by_a_plan_of_fewer_rounds_is_finished(before, after)
         params = new
 
 
+@pytest.mark.slow
 def test_scan_over_steps_and_vmap_over_networks_give_the_same():
     tx = incremental(optax.sgd(0.01, momentum=0.9))
     targets = jax.tree.map(lambda *x: jnp.stack(x), *(tree(1 + i) for i in range(TOTAL)))
@@ -363,6 +364,7 @@ def test_scan_over_steps_and_vmap_over_networks_give_the_same():
     )
 
 
+@pytest.mark.slow
 def test_sensitivity_weighs_the_rounds():
     tx = incremental(optax.sgd(0.0))
     params, sensitivity = tree(0), jax.tree.map(jnp.square, tree(7))

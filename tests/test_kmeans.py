@@ -402,7 +402,7 @@ def test_centroids_ascend_unless_the_start_fixed_their_order():
 # Starts and passes --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("passes", [0, 1, 2, 10])
+@pytest.mark.parametrize("passes", mostly_slow([0, 1, 2, 10], 0, 2))
 @pytest.mark.parametrize("weighted", [False, True])
 def test_iterations_are_that_many_lloyd_passes(passes, weighted):
     x = normal(40, scale=1.0)

@@ -155,6 +155,7 @@ def test_on_eight_devices_weights_masks_and_momentum_lie_in_parts(on_eight):
     [[], pytest.param(["--config.mesh.devices=4"], marks=pytest.mark.slow)],
     ids=["1", "4"],
 )
+@pytest.mark.slow
 def test_a_run_of_eight_devices_goes_on_anywhere(on_one, on_eight, tmp_path, mesh, capsys):
     workdir = tmp_path / "run"
     workdir.mkdir()

@@ -25,7 +25,15 @@ from train.data import Dataset, Images
 pytestmark = pytest.mark.usefixtures("cached")
 
 METHODS = ("slq", "mlq", "inq", "qcnn", "none")
-LIKE_OTHERS = {"mlq", "inq", "resnet18", "resnet32", "resnet44", "resnet56"}  # left to --run-slow
+LIKE_OTHERS = {
+    "mlq",
+    "inq",
+    "googlenet",
+    "resnet18",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+}  # left to --run-slow
 
 
 def quick(names):

@@ -228,6 +228,7 @@ def variables(change):
     return made
 
 
+@pytest.mark.slow
 def test_eval_of_nan_is_no_success(tmp_path, capsys):
     broken = variables(lambda bias: bias.at[3].set(jnp.nan))
     packed = tmp_path / "packed.safetensors"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.cases import mostly_slow
 from train import layers, models
 
 SHAPES = {
@@ -106,7 +107,7 @@ def test_natural_sort_of_kernels_is_depth_order():
     ]
 
 
-@pytest.mark.parametrize("name", ["resnet20", "small_cnn", "lenet5"])
+@pytest.mark.parametrize("name", mostly_slow(["resnet20", "small_cnn", "lenet5"], "small_cnn"))
 def test_every_network_is_called_alike(name):
     module, variables = init(name)
     x = jax.random.normal(jax.random.key(1), SHAPES[name])

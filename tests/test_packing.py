@@ -215,6 +215,7 @@ def test_a_tree_of_the_last_round_packs():
 
 
 @pytest.mark.default_promotion
+@pytest.mark.slow
 def test_a_tree_of_blocks_packs_after_the_last_round(tmp_path):
     rng = np.random.default_rng(0)
     shapes = {"tiles": (8, 128), "scaled": (16, 6), "layers": (2, 8, 6)}

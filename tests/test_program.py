@@ -127,6 +127,7 @@ def experiment(seed, rate, *, partition="loss"):
     ), program.make_steps(epochs)
 
 
+@pytest.mark.slow
 def test_several_seeds_and_learning_rates_run_as_one():
     members = [experiment(seed, rate) for seed, rate in ((0, 0.1), (1, 0.1), (0, 0.3))]
     steps = jax.tree.map(

@@ -353,6 +353,7 @@ def test_the_network_order_ranks_the_clusters_of_all_layers(partition):
 
 
 @pytest.mark.parametrize("axis", mostly_slow([0, -1], 0))
+@pytest.mark.slow
 def test_slices_are_quantized_like_leaves_of_their_own(axis):
     stack = normal((3, 8, 9)) * jnp.array([1.0, 2.0, 0.5]).reshape(3, 1, 1)
     rules = [jq.LayerRule("w", axis=axis)]
