@@ -16,6 +16,7 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+_LONGEST = ("test_train", "test_docs", "test_loop", "test_kmeans", "test_quantize", "test_blocks")
 _LIBRARY = Path(__file__).resolve().parent.parent / "jaxquant"
 
 hypothesis.settings.register_profile(
@@ -47,6 +48,12 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"  # not read yet
         if jax.__version_info__ < (0, 11):
             os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files whose tests take longest: no worker is left alone with one of them."""
+    files = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: files.get(item.path.stem, len(files)))
 
 
 @pytest.fixture(autouse=True)

@@ -60,6 +60,7 @@ def test_layers_come_in_the_order_in_which_they_run():
     assert found[("z",)]["window"] == (3, 3) and found[("a",)] == {}
 
 
+@pytest.mark.slow
 def test_every_kernel_becomes_words_and_nothing_else_changes(quantized):
     _, variables, runs, lines = quantized
     packed, errors = runs[3]

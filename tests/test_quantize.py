@@ -159,6 +159,7 @@ def test_rounds_follow_the_released_code(bits, rounds):
     assert len(shares) == 4 * len(rounds) and shares[-1] == 1
 
 
+@pytest.mark.slow
 def test_rounds_of_a_large_layer_follow_the_released_code():
     # A bin of 65,536 that straddles a boundary goes to one side as a whole: few weights in 10,000.
     shares = []

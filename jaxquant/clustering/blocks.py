@@ -48,9 +48,7 @@ def numbers_of(codebook: tuple[int, ...], leaf: tuple[int, ...]) -> tuple[int, .
     return tuple(numbers)
 
 
-def elementwise(
-    function: Callable[..., Any], arrays: Sequence[Any], tables: Sequence[Any], **options: Any
-) -> Any:
+def elementwise(function: Callable[..., Any], arrays: Sequence[Any], tables: Sequence[Any]) -> Any:
     """Call a function of weights and of their blocks' tables on all weights of a leaf at once.
 
     Nothing is moved in memory: the leaf is seen with its axes split, and the tables broadcast.
@@ -61,26 +59,16 @@ def elementwise(
         it has to be. Its results are of the arrays' shape.
       arrays: shaped like the leaf, or None.
       tables: trees of `[*numbers, ...]`, or of `[...]` for a whole leaf; first the codebooks.
-      options: more arguments of the function, hashable.
     """
-    return compiled(
-        _elementwise,
-        *(tuple(arrays), tuple(tables)),
-        like=arrays[0],
-        function=function,
-        options=tuple(sorted(options.items())),
-    )
+    call = tuple(arrays), tuple(tables)
+    return compiled(_elementwise, *call, like=arrays[0], function=function)
 
 
 def _elementwise(
-    arrays: tuple[Any, ...],
-    tables: tuple[Any, ...],
-    *,
-    function: Callable[..., Any],
-    options: tuple[tuple[str, Any], ...],
+    arrays: tuple[Any, ...], tables: tuple[Any, ...], *, function: Callable[..., Any]
 ) -> Any:
     views, aligned, _ = _aligned(arrays, tables)
-    results = function(*views, *aligned, **dict(options))
+    results = function(*views, *aligned)
     return jax.tree.map(lambda x: x.reshape(arrays[0].shape), results)
 
 

@@ -316,7 +316,7 @@ def _settle_sorted(
     if entries is not None:
         begin, end = _runs(entries, to_units(points, centroids)).edges
     norm = jnp.sum(mass * jnp.square(points.value))
-    return centroids, Clusters(end - begin, high + low, *extremes, norm)
+    return centroids, Clusters(end - begin, high + low, extremes[0], extremes[1], norm)
 
 
 class _Runs(NamedTuple):
