@@ -1,6 +1,6 @@
 r"""Rounds of `jaxquant.quantize_round` with codebooks of blocks: time, memory, compilation.
 
-    python -m benchmarks.blocks                     # about ten minutes on two cores
+    python -m benchmarks.blocks                     # about eight minutes on two cores
     python -m benchmarks.blocks --parts leaves
 
 - leaves: one leaf of float32 weights, each row in a process of its own. Nanoseconds a weight are

@@ -67,13 +67,19 @@ def elementwise(function: Callable[..., Any], arrays: Sequence[Any], tables: Seq
 def _elementwise(
     arrays: tuple[Any, ...], tables: tuple[Any, ...], *, function: Callable[..., Any]
 ) -> Any:
-    views, aligned, _ = _aligned(arrays, tables)
+    shape, first = arrays[0].shape, jax.tree.leaves(tables)[0]
+    if first.ndim == 1:
+        return function(*arrays, *tables)
+    views, aligned, _ = _aligned(arrays, tables, numbers_of(first.shape, shape))
     results = function(*views, *aligned)
     return jax.tree.map(lambda x: x.reshape(arrays[0].shape), results)
 
 
 def rewrite(
-    steps: Sequence[Callable[..., jax.Array]], arrays: Sequence[jax.Array], tables: Sequence[Any]
+    steps: Sequence[Callable[..., jax.Array]],
+    arrays: Sequence[jax.Array],
+    tables: Sequence[Any],
+    numbers: tuple[int, ...],
 ) -> list[jax.Array]:
     """Replace `arrays[i] = steps[i](*arrays, *tables)`, one after the other.
 
@@ -83,9 +89,10 @@ def rewrite(
     Args:
       steps: functions as for `elementwise`.
       arrays: shaped like the leaf; the first ones are replaced.
-      tables: as for `elementwise`.
+      tables: trees of `[*numbers, ...]`.
+      numbers: of blocks along each axis.
     """
-    views, aligned, whole = _aligned(arrays, tables)
+    views, aligned, whole = _aligned(arrays, tables, numbers)
     view = views[0].shape
     axis, pieces, parts = passes.pieces_of(view)
 
@@ -114,20 +121,20 @@ def rewrite(
     return [x.reshape(arrays[0].shape) for x in new]
 
 
-def _aligned(arrays: Sequence[Any], tables: Sequence[Any]) -> tuple[list[Any], Any, bool]:
+def _aligned(
+    arrays: Sequence[Any], tables: Sequence[Any], numbers: tuple[int, ...]
+) -> tuple[list[Any], Any, bool]:
     """Return a leaf's arrays with cut axes split, tables that broadcast, and if it is not cut.
 
-    The tables of a whole leaf have only their own axes.
+    The tables of a leaf that is not have only their own axes then.
     """
     shape = arrays[0].shape
-    first = jax.tree.leaves(tables)[0]
-    numbers = (1,) * len(shape) if first.ndim == 1 else numbers_of(first.shape, shape)
     view, inside = _split(shape, numbers)
     cut = [axis for axis, number in enumerate(numbers) if number > 1]
     ones = tuple(1 if axis in inside else size for axis, size in enumerate(view)) if cut else ()
 
     def of_block(table: jax.Array) -> jax.Array:
-        own = table.shape if first.ndim == 1 else table.shape[len(shape) :]
+        own = table.shape[len(shape) :]
         if cut:
             table = table.reshape(*(numbers[axis] for axis in cut), *own)
             table = jnp.moveaxis(table, range(len(cut), table.ndim), range(len(own)))

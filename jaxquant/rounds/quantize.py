@@ -411,26 +411,27 @@ def _share(
     wanted = tables[1]
     if plan.shares_of == "clusters":
         wanted = at_codes(with_equals(tables[0], wanted), codes) & tables[2][..., None]
-    weights, frozen, counts = [], [], []
+    weights, frozen = [], []
     for j, place in enumerate(alike.members):
         own: list[Any] = [alike.frozen[j], alike.weights[j]]
-        tables_of_leaf = jax.tree.map(lambda table, j=j: table[j], (codebooks, wanted, tables[2]))
-        step: Callable[..., jax.Array] = join_clusters
+        codebook, moving, is_active = jax.tree.map(
+            lambda table, j=j: table[j], (codebooks, wanted, tables[2])
+        )
+        join: Callable[..., jax.Array] = join_clusters
         if plan.shares_of == "weights":
-            step = functools.partial(join_weights, partition=plan.partition)
             if plan.partition == "loss" and alike.sensitivities[j] is not None:
                 own.append(alike.sensitivities[j])
             elif plan.partition == "random" and key is not None:
                 own_key = jax.random.fold_in(key, place)
                 own.append(jax.random.bits(own_key, own[0].shape, jnp.uint32))
-            codebook, share, is_active = tables_of_leaf
             least = functools.partial(least_priority, partition=plan.partition)
-            least, some = by_batch(least, own, (codebook, share), layer.all_numbers)
-            tables_of_leaf = codebook, (least, some & is_active), is_active
-        mask, leaf, *_ = rewrite((step, share_centroids), own, tables_of_leaf)
+            least, some = by_batch(least, own, (codebook, moving), layer.all_numbers)
+            join = functools.partial(join_weights, partition=plan.partition)
+            moving = least, some & is_active
+        own_tables = codebook, moving, is_active
+        mask, leaf, *_ = rewrite((join, share_centroids), own, own_tables, layer.all_numbers)
         weights.append(leaf)
         frozen.append(mask)
-        counts.append(by_batch(count_frozen, [mask], [], layer.all_numbers))
     new_codebook = clustered.clusters.centroids
     paths = [plan.selection.selected[place].path for place in alike.members]
     for j, path in enumerate(paths):
@@ -440,7 +441,6 @@ def _share(
             weights[j], moved = _compensated(plan, alike, j, weights[j], own, own_moments)
             if alike.scale is None:
                 new_codebook = new_codebook.at[j].set(moved.astype(new_codebook.dtype))
-    frozen_share = jnp.stack(counts).astype(jnp.float32) / math.prod(layer.block)
     by_weights = plan.shares_of == "weights"
     joined = chosen
     if by_weights and plan.clustering.iterations == 0:
@@ -449,11 +449,15 @@ def _share(
         joined = _looked_up(layer, used_centroids, jnp.any, tables[0], weights, frozen)
     frozen_centroids = jnp.where(active[..., None], joined, alike.frozen_centroids)
     if by_weights:
+        masks = [by_batch(count_frozen, [mask], [], layer.all_numbers) for mask in frozen]
+        counts = _of_codebooks(layer, jnp.sum, jnp.stack(masks))
         like_weights = weights, frozen, alike.sensitivities
         free = _looked_up(layer, free_loss, jnp.sum, tables[0], *like_weights)
     else:
         losses = jnp.where(frozen_centroids, 0.0, clustered.clusters.losses)
         free = jnp.sum(losses, axis=-1)
+        whole = with_equals(clustered.clusters.centroids, frozen_centroids)
+        counts = jnp.sum(jnp.where(whole, clustered.clusters.counts, 0), axis=-1)
     codebook = jnp.where(active[..., None], new_codebook, alike.codebook)
     scale = alike.scale
     if scale is not None and clustered.scale is not None:
@@ -466,7 +470,7 @@ def _share(
         codebook=codebook,
         frozen_centroids=frozen_centroids,
         scale=scale,
-        frozen_share=_of_codebooks(layer, jnp.mean, frozen_share),
+        frozen_share=counts.astype(jnp.float32) / (math.prod(layer.shape) // layer.codebooks),
         free_loss=free,
     )
 
