@@ -151,6 +151,7 @@ def test_a_block_with_nan_is_left_alone_and_told_of():
     assert state.frozen["w"].all(0).tolist() == [True, True, False, True]
 
 
+@pytest.mark.slow
 def test_blocks_with_moments_answer_better_and_stay_on_their_codebooks():
     weights = normal((12, 6))
     inputs = np.random.default_rng(1).normal(size=(200, 12)) @ np.diag(np.linspace(0.1, 3, 12))

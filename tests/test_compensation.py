@@ -501,6 +501,7 @@ def test_moments_say_nothing_before_a_layer_is_whole():
     assert info.weights_frozen == {"a/kernel": 1, "b/kernel": 1}
 
 
+@pytest.mark.slow
 def test_a_round_moves_the_centroids_that_are_neither_pinned_nor_frozen():
     params, moments = make_tree()
     matrix = params["b"]["kernel"]

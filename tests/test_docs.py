@@ -135,6 +135,7 @@ def test_a_training_job_changes_three_lines_and_moves_to_another_mesh():
 
 
 @pytest.mark.default_promotion
+@pytest.mark.slow
 def test_the_examples_of_other_methods_run(capsys):
     names: dict = {}
     for block in _blocks((ROOT / "docs" / "methods.md").read_text()):
