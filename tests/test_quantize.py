@@ -527,6 +527,20 @@ def test_sharded_parameters_give_the_same_result():
     assert many[0]["w"].sharding.spec == spec
 
 
+def test_a_layer_that_waits_reports_the_weights_that_are_frozen_and_no_others():
+    """Free weights that moved to frozen centroids are not frozen before their layer's next turn."""
+    params = {name: normal((16, 16), seed) for seed, name in enumerate("ab")}
+    plan = jq.mlq(params, groups=2, rules=[jq.LayerRule(".*")], **FAST)
+    state = jq.init(plan, params)
+    for turn in range(plan.num_rounds):
+        if turn == 2:
+            params["a"] = params["a"].at[0, 0].set(jnp.nan)  # such a layer waits, too
+        params, state, info = one_round(plan, params, state)
+        for name, mask in state.frozen.items():
+            np.testing.assert_allclose(info.weights_frozen[name], mask.mean(), rtol=1e-6)
+        params = drift(params, state, turn, scale=0.02)
+
+
 def test_members_of_equal_centroids_freeze_together():
     weights = jnp.array([0.9, 1.0, 1.2, 3.0])
     centroids, chosen = jnp.array([1.0, 1.0, 3.0]), jnp.array([False, True, False])
@@ -572,6 +586,16 @@ def test_a_round_overwrites_what_is_donated_and_takes_no_copy_of_the_network():
     size = 8 * leaf
     assert memory.alias_size_in_bytes >= 1.25 * size  # weights and masks
     assert memory.temp_size_in_bytes < 3 * leaf  # a leaf and its histogram, for more layers too
+
+
+def test_a_round_of_blocks_writes_in_place():
+    params = {"w": jax.ShapeDtypeStruct((4096, 4096), "float32")}
+    rules = [jq.LayerRule("w", block=(-1, 1))]
+    plan = jq.slq(params, bits=2, rounds=(3,), rules=rules, **FAST)
+    state = jax.eval_shape(functools.partial(jq.init, plan), params)
+    donating = jax.jit(jq.quantize_round, static_argnums=0, donate_argnums=(1, 2))
+    memory = donating.lower(plan, params, state).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.5 * 4 * 4096**2  # no copy of the leaf, transposed or not
 
 
 # Trees --------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Codebooks of centroids: how many, where they start, which one a weight is nearest to."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from jaxquant import checks

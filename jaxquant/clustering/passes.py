@@ -52,15 +52,19 @@ def pieces_of(shape: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
     if size <= 2 * _CHUNK:
         return longest, 1, (shape[longest], 1)
     wanted = math.ceil(size / _CHUNK)
-    for axis in (*range(len(shape)), longest):
-        rows = shape[axis]
-        run = 1 if _contiguous(shape, axis) else math.gcd(rows, _RUN)  # rows that stay together
-        pieces = _divisor_at_least(rows // run, wanted)
-        parts = (rows // (run * pieces), pieces, *((run,) if run > 1 else ()))
-        if wanted <= pieces <= 16 * wanted and parts[0] >= jax.device_count():
+
+    def split(axis: int) -> tuple[int, ...]:
+        run = 1 if _contiguous(shape, axis) else math.gcd(shape[axis], _RUN)  # that stay together
+        pieces = _divisor_at_least(shape[axis] // run, wanted)
+        return (shape[axis] // (run * pieces), pieces, *((run,) if run > 1 else ()))
+
+    for axis in range(len(shape)):
+        major, pieces, *_ = parts = split(axis)
+        if wanted <= pieces <= 16 * wanted and major >= jax.device_count():
             return axis, pieces, parts
+    _, pieces, *_ = parts = split(longest)
     if size // pieces < _CHUNK // 16:
-        return longest, 1, (rows, 1)
+        return longest, 1, (shape[longest], 1)
     return longest, pieces, parts
 
 

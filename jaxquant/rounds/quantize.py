@@ -411,7 +411,7 @@ def _share(
     wanted = tables[1]
     if plan.shares_of == "clusters":
         wanted = at_codes(with_equals(tables[0], wanted), codes) & tables[2][..., None]
-    weights, frozen = [], []
+    weights, frozen, counts = [], [], []
     for j, place in enumerate(alike.members):
         own: list[Any] = [alike.frozen[j], alike.weights[j]]
         codebook, moving, is_active = jax.tree.map(
@@ -432,6 +432,7 @@ def _share(
         mask, leaf, *_ = rewrite((join, share_centroids), own, own_tables, layer.all_numbers)
         weights.append(leaf)
         frozen.append(mask)
+        counts.append(by_batch(count_frozen, [mask], [], layer.all_numbers))
     new_codebook = clustered.clusters.centroids
     paths = [plan.selection.selected[place].path for place in alike.members]
     for j, path in enumerate(paths):
@@ -441,6 +442,7 @@ def _share(
             weights[j], moved = _compensated(plan, alike, j, weights[j], own, own_moments)
             if alike.scale is None:
                 new_codebook = new_codebook.at[j].set(moved.astype(new_codebook.dtype))
+    frozen_share = jnp.stack(counts).astype(jnp.float32) / math.prod(layer.block)
     by_weights = plan.shares_of == "weights"
     joined = chosen
     if by_weights and plan.clustering.iterations == 0:
@@ -449,15 +451,11 @@ def _share(
         joined = _looked_up(layer, used_centroids, jnp.any, tables[0], weights, frozen)
     frozen_centroids = jnp.where(active[..., None], joined, alike.frozen_centroids)
     if by_weights:
-        masks = [by_batch(count_frozen, [mask], [], layer.all_numbers) for mask in frozen]
-        counts = _of_codebooks(layer, jnp.sum, jnp.stack(masks))
         like_weights = weights, frozen, alike.sensitivities
         free = _looked_up(layer, free_loss, jnp.sum, tables[0], *like_weights)
     else:
         losses = jnp.where(frozen_centroids, 0.0, clustered.clusters.losses)
         free = jnp.sum(losses, axis=-1)
-        whole = with_equals(clustered.clusters.centroids, frozen_centroids)
-        counts = jnp.sum(jnp.where(whole, clustered.clusters.counts, 0), axis=-1)
     codebook = jnp.where(active[..., None], new_codebook, alike.codebook)
     scale = alike.scale
     if scale is not None and clustered.scale is not None:
@@ -470,7 +468,7 @@ def _share(
         codebook=codebook,
         frozen_centroids=frozen_centroids,
         scale=scale,
-        frozen_share=counts.astype(jnp.float32) / (math.prod(layer.shape) // layer.codebooks),
+        frozen_share=_of_codebooks(layer, jnp.mean, frozen_share),
         free_loss=free,
     )
 
