@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -34,9 +33,7 @@ def rows(path: str, model: str, batches: list[int], turns: int) -> Iterator[list
     packed = pretrained.load(path, variables)
     trees = {"float": jax.jit(jq.unpack)(packed), "packed": packed}
 
-    def apply(variables: Any, images: jax.Array) -> Any:
-        with nn.intercept_methods(jq.intercept_linen):
-            return module.apply(variables, images, train=False)
+    apply = jq.packed(partial(module.apply, train=False))
 
     for batch in batches:
         images = jax.random.normal(jax.random.key(0), (batch, *shape))

@@ -5,11 +5,13 @@ from jaxquant.calibration.moments import input_moments
 from jaxquant.clustering.codebooks import assign, num_centroids, reconstruct
 from jaxquant.clustering.kmeans import KMeansResult, kmeans
 from jaxquant.clustering.options import Clustering
-from jaxquant.packing.arrays import PackedArray, ProductArray, pack, pack_array, unpack
+from jaxquant.packing.arrays import PackedArray, ProductArray, pack_array
+from jaxquant.packing.function import packed
 from jaxquant.packing.lut_b import from_lut_b, to_lut_b
-from jaxquant.packing.ops import conv, intercept_linen, matmul
+from jaxquant.packing.ops import conv, matmul
 from jaxquant.packing.report import LayerReport, Report, report
 from jaxquant.packing.storage import Limits, load, read_metadata, save
+from jaxquant.packing.trees import pack, unpack
 from jaxquant.rounds.centroids import centroid_gradients, set_centroids
 from jaxquant.rounds.quantize import RoundInfo, init, quantize_round
 from jaxquant.rounds.schedules import Plan, inq, mlq, slq
@@ -42,7 +44,6 @@ __all__ = [
     "init",
     "input_moments",
     "inq",
-    "intercept_linen",
     "is_on_codebook",
     "kmeans",
     "load",
@@ -51,6 +52,7 @@ __all__ = [
     "num_centroids",
     "pack",
     "pack_array",
+    "packed",
     "product",
     "quant_state",
     "quantize_round",

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import jaxquant as jq
 from jaxquant import meshes, product
 from jaxquant.packing.arrays import pack_product, product_codes, unpack_product
-from jaxquant.packing.ops import api, platform
+from jaxquant.packing.ops import choice, platform
 from tests.cases import mostly_slow
 
 cluster = jax.jit(product.cluster, static_argnames=("words", "length", "iterations"))
@@ -355,15 +355,15 @@ def test_derivatives_of_sums_of_table_entries_are_those_of_the_product():
 
 def test_few_vectors_are_looked_up_and_many_unpack(monkeypatch):
     monkeypatch.setattr(platform, "is_one_device", lambda: True)
-    monkeypatch.setattr(api, "_FEW_WEIGHTS", 0)
+    monkeypatch.setattr(choice, "_FEW_WEIGHTS", 0)
     array = cluster(normal((12, 9)), words=4, length=3, key=KEY)
     monkeypatch.setattr(platform, "name", lambda: "cpu")
-    assert [api._fastest(n, jnp.ones((n, 12)), array) for n in (1, 16, 17)] == [
+    assert [choice.fastest(n, jnp.ones((n, 12)), array) for n in (1, 16, 17)] == [
         *["words"] * 2,
         "blocks",
     ]
     monkeypatch.setattr(platform, "name", lambda: "gpu")
-    assert api._fastest(1, jnp.ones((1, 12)), array) == "unpack"
+    assert choice.fastest(1, jnp.ones((1, 12)), array) == "unpack"
     assert jq.matmul(jnp.ones((2, 0, 12)), array, implementation="words").shape == (2, 0, 9)
 
 
@@ -381,8 +381,7 @@ def test_linen_layers_run_from_words():
         lambda w: cluster(w, words=8, length=4, key=KEY) if w.ndim > 1 else w, params
     )
     want = module.apply({"params": jq.unpack(packed)}, x)
-    with nn.intercept_methods(jq.intercept_linen):
-        got = jax.jit(module.apply)({"params": packed}, x)
+    got = jq.packed(module.apply)({"params": packed}, x)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 

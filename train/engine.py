@@ -449,10 +449,10 @@ def _count_correct(
     With `mirrored` the answers are those of a mirrored teacher, see `_teach`.
     """
     images = normalize(batch.images, dataset)
-    with nn.intercept_methods(jq.intercept_linen):  # kernels may be packed
-        logits: Any = model.apply(variables, images, train=False)
-        if mirrored:
-            logits = (logits + model.apply(variables, images[:, :, ::-1], train=False)) / 2
+    apply = jq.packed(model.apply)  # kernels may be packed
+    logits: Any = apply(variables, images, train=False)
+    if mirrored:
+        logits = (logits + apply(variables, images[:, :, ::-1], train=False)) / 2
     known, labels = batch.labels >= 0, jnp.maximum(batch.labels, 0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = (jnp.argmax(logits, axis=-1) == labels) & known

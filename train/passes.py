@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 
 import jaxquant as jq
-from jaxquant.packing.ops.layers import zero_padding
 from jaxquant.packing.ops.windows import each_axis
 
 Path = tuple[str, ...]  # of a module
@@ -89,9 +88,21 @@ def _window(name: str, module: nn.Module) -> dict[str, Any]:
     return {
         "window": window,
         "window_strides": each_axis(module.strides or 1, len(window)),
-        "padding": zero_padding(module),
+        "padding": _zero_padding(name, module),
         "kernel_dilation": each_axis(module.kernel_dilation or 1, len(window)),
     }
+
+
+def _zero_padding(name: str, module: nn.Conv) -> str | tuple[tuple[int, int], ...]:
+    """Return the padding of an `nn.Conv` as `jq.conv` takes it."""
+    padding = module.padding
+    if module.mask is not None or padding in ("CIRCULAR", "REFLECT", "CAUSAL"):
+        raise ValueError(f"{name}: expected no mask, and padding of zeros, got {padding}")
+    if isinstance(padding, int):
+        return ((padding, padding),) * len(tuple(cast(Sequence[int], module.kernel_size)))
+    if isinstance(padding, str):
+        return padding
+    return tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
 
 
 def input_moments(

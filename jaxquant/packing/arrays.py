@@ -1,4 +1,4 @@
-"""Weights as packed codes and codebooks: array-like pytrees, and trees of them."""
+"""Weights as packed codes and codebooks: array-like pytrees, and views of them."""
 
 import contextlib
 import dataclasses
@@ -8,7 +8,6 @@ import math
 from typing import Any
 
 import jax
-import jax.core
 import jax.export
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -21,9 +20,8 @@ from jaxquant.clustering.blocks import (
     reconstructed,
 )
 from jaxquant.meshes import compiled
+from jaxquant.packing.axes import PARTS, Axes, in_order, pieces_of, shape_of, whole
 from jaxquant.packing.codes import pack_codes, symbol, unpack_codes
-from jaxquant.rounds.state import QuantState, check_state, stored_tables
-from jaxquant.trees import check_structure, leaves_with_paths, pure, replaced
 
 
 @functools.partial(
@@ -31,9 +29,12 @@ from jaxquant.trees import check_structure, leaves_with_paths, pure, replaced
     data_fields=("codes", "codebook", "scale"),
     meta_fields=("rows", "columns", "dtype"),
 )
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class PackedArray:
     """A weight as packed codes and codebooks; made by `pack`, read by `unpack` and products.
+
+    It is multiplied as it is: `jq.matmul(x, packed)` sums over the rows, `jq.matmul(x, packed.T)`
+    over the columns, and `jq.packed` runs any function on it. Two are equal if they are one object.
 
     The weight is cut into equal blocks, `numbers` of them along its axes, and each weight is the
     centroid of its code: `centroids[*block, code]`, with
@@ -53,7 +54,7 @@ class PackedArray:
       scale: [*numbers, 1] float32 or bfloat16, what the codebooks are times, ones in place of
         numbers likewise, [1] beside [k]; or None.
       rows: sizes of the axes that make the rows.
-      columns: size of the last axis; () for a weight with a single axis.
+      columns: sizes of the axes behind them; () for a weight with a single axis.
       dtype: of the weight, floating point; None stands for that of the codebook.
     """
 
@@ -92,7 +93,8 @@ class PackedArray:
     @property
     def numbers(self) -> tuple[int, ...]:
         """How many blocks there are along each axis of the weight."""
-        return numbers_of((*block_numbers(self.codebook, self.scale), self.k), self.shape)
+        packed = with_block_axes(self)
+        return numbers_of((*block_numbers(packed.codebook, packed.scale), self.k), self.shape)
 
     @property
     def centroids(self) -> jax.Array:
@@ -104,6 +106,45 @@ class PackedArray:
         """Bytes of the codes, of the codebook and of the scale."""
         return self.codes.size + table_bytes(self.codebook, self.scale)
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Sizes of the axes of stacked layers; () of a single one."""
+        return self.codes.shape[:-2]
+
+    @property
+    def T(self) -> "View":  # noqa: N802
+        """The weight with its axes in reverse order, for products that sum over the columns."""
+        return view_of(self).T
+
+    def __getitem__(self, index: Any) -> "PackedArray":
+        """Return one of the stacked layers, or some of them, packed; all of it for `...`.
+
+        Raises:
+          IndexError: for a number out of bounds, and a weight without stacked layers.
+        """
+        if index is Ellipsis:
+            return self  # as variables of NNX read their values
+        if not self.layers:
+            raise IndexError(f"expected stacked layers to take some of, got {self!r}")
+        if isinstance(index, int) and not -self.layers[0] <= index < self.layers[0]:
+            raise IndexError(f"expected the number of one of {self.layers[0]} layers, got {index}")
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+    def astype(self, dtype: Any) -> "PackedArray":
+        """Return the weight in another floating dtype: its centroids are cast, where it is used."""
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"expected a dtype of floating point, got {jnp.dtype(dtype)}")
+        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+
+    def __repr__(self) -> str:
+        """Say what it is, not what is in it."""
+        if not hasattr(self.codes, "shape"):  # axes or shardings in the place of arrays
+            return f"PackedArray({self.codes!r}, {self.codebook!r}, {self.scale!r})"
+        return (
+            f"PackedArray({_short(self.dtype, self.shape)}, k={self.k}, numbers={self.numbers}, "
+            f"{self.nbytes} bytes)"
+        )
+
 
 def table_bytes(*tables: jax.Array | None) -> int:
     """Return the bytes of codebooks and scales."""
@@ -111,7 +152,7 @@ def table_bytes(*tables: jax.Array | None) -> int:
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("codes", "words"), meta_fields=())
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ProductArray:
     """A kernel as codes of words, each a piece of its input dimension; made by `jaxquant.product`.
 
@@ -151,6 +192,11 @@ class ProductArray:
         return self.words.dtype
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """Sizes of the axes of stacked layers: there are none."""
+        return ()
+
+    @property
     def rows(self) -> tuple[int, ...]:
         """Sizes of the axes that products sum over."""
         return self.shape[:-1]
@@ -169,6 +215,91 @@ class ProductArray:
     def nbytes(self) -> int:
         """Bytes of the codes and of the words."""
         return self.codes.codes.size + self.words.size * self.words.dtype.itemsize
+
+    @property
+    def T(self) -> "View":  # noqa: N802
+        """The kernel with its axes in reverse order."""
+        return view_of(self).T
+
+    def __repr__(self) -> str:
+        """Say what it is, not what is in it."""
+        return f"ProductArray({_short(self.dtype, self.shape)}, k={self.k}, {self.nbytes} bytes)"
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("packed",),
+    meta_fields=("axes", "dtype", "path"),
+)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class View:
+    """A packed weight with its axes in another order, split, merged or repeated, and cast.
+
+    Attributes:
+      packed: the weight, whose dtype is the narrowest that it was cast to.
+      axes: what each axis is of its layers, rows and columns, see `jaxquant.packing.axes`.
+      dtype: that it was cast to last.
+      path: of the weight in a tree, where uses are listed; else None.
+    """
+
+    packed: PackedArray | ProductArray
+    axes: Axes
+    dtype: Any
+    path: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of what is seen."""
+        return shape_of(self.axes)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.axes)
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    @property
+    def T(self) -> "View":  # noqa: N802
+        """The view with its axes in reverse order."""
+        return dataclasses.replace(self, axes=self.axes[::-1])
+
+    def __repr__(self) -> str:
+        """Say what it is, not what is in it."""
+        return f"View({_short(self.dtype, self.shape)} of {self.packed!r})"
+
+
+def view_of(packed: PackedArray | ProductArray, path: str | None = None) -> View:
+    """Return a weight as a view of itself."""
+    axes = whole(packed.layers, packed.rows, packed.columns)
+    if isinstance(packed, PackedArray):
+        packed = with_block_axes(packed)
+    return View(packed=packed, axes=axes, dtype=packed.dtype, path=path)
+
+
+def with_block_axes(packed: PackedArray) -> PackedArray:
+    """Return stacked layers with the tables that they have when they are packed together.
+
+    Of layers that were packed one by one and stacked, or that `vmap` packed, tables are [layers, k]
+    where a layer has a codebook.
+    """
+    axes = len(packed.layers)
+    if not axes or packed.codebook.ndim != axes + 1:
+        return packed
+    ones = (1,) * (packed.ndim - axes)
+
+    def apart(table: jax.Array) -> jax.Array:
+        return table.reshape(*packed.layers, *ones, table.shape[-1])
+
+    scale = None if packed.scale is None else apart(packed.scale)
+    return dataclasses.replace(packed, codebook=apart(packed.codebook), scale=scale)
+
+
+def _short(dtype: Any, shape: tuple[int, ...]) -> str:
+    return f"{dtype}[{', '.join(map(str, shape))}]"
 
 
 # So that functions which `jax.export` serializes may take and return both. What is read back comes
@@ -216,7 +347,7 @@ with contextlib.suppress(ValueError):  # where this module is loaded again
         )
 
 
-# Arrays and trees --------------------------------------------------------------------------------
+# Arrays ------------------------------------------------------------------------------------------
 
 
 def block_numbers(codebook: Any, scale: Any) -> tuple[int, ...]:
@@ -226,7 +357,7 @@ def block_numbers(codebook: Any, scale: Any) -> tuple[int, ...]:
 
 
 def split_shape(
-    shape: tuple[int, ...], numbers: tuple[int, ...]
+    shape: tuple[int, ...], numbers: tuple[int, ...], inputs: int | None = None
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Return the axes of a weight that are stacked layers, rows and columns.
 
@@ -237,11 +368,23 @@ def split_shape(
     Args:
       shape: of the weight.
       numbers: see `block_numbers`.
+      inputs: how many axes behind those of layers a product sums over, the first ones, or so many
+        of the last ones if it is negative. These or the others are the rows, whichever come first.
+        None: all but the last.
+
+    Raises:
+      ValueError: unless there are an axis of inputs and one of outputs.
     """
     apart = numbers[:1] == shape[:1] and (shape[0] != 1 or math.prod(numbers) == 1)
     stacked = 1 if len(shape) > 2 and apart else 0
-    columns = 1 if len(shape) > 1 else 0
-    end = len(shape) - columns
+    end = len(shape) - (1 if len(shape) > 1 else 0)
+    if inputs is not None:
+        end = inputs + (stacked if inputs > 0 else len(shape))
+        if not stacked < end < len(shape):
+            raise ValueError(
+                f"expected inputs to leave axes of inputs and of outputs of {shape[stacked:]}, got "
+                f"{inputs}"
+            )
     return shape[:stacked], shape[stacked:end], shape[end:]
 
 
@@ -286,7 +429,11 @@ def for_each_layer(
 
 
 def pack_array(
-    weights: jax.Array, codebook: jax.Array, scale: jax.Array | None = None
+    weights: jax.Array,
+    codebook: jax.Array,
+    scale: jax.Array | None = None,
+    *,
+    inputs: int | None = None,
 ) -> PackedArray:
     """Pack one weight, each entry as the code of its nearest centroid.
 
@@ -297,6 +444,7 @@ def pack_array(
         stay apart.
       scale: [*numbers, 1] float32 or bfloat16, as in `QuantState.scales`, ones in place of some
         numbers of it or of the codebook; or None.
+      inputs: how many axes products sum over, as in `LayerRule`; None: all but the last.
 
     Returns:
       PackedArray of the weights' dtype. Pure, under jit too. On a mesh of explicit axes codes
@@ -313,9 +461,12 @@ def pack_array(
         )
     check_tables(weights.shape, codebook, scale)
     codebook, scale = for_each_layer(weights.shape, codebook, scale)
-    stacked, rows, columns = split_shape(weights.shape, block_numbers(codebook, scale))
+    numbers = block_numbers(codebook, scale)
+    stacked, rows, columns = split_shape(weights.shape, numbers, inputs)
     spec = jax.typeof(weights).sharding.spec
-    by_column = PartitionSpec(*spec[: len(stacked)], None, spec[-1] if columns else None)
+    # The axes of columns are one in the codes, of which the first may be spread over devices.
+    first = spec[len(spec) - len(columns)] if columns else None
+    by_column = PartitionSpec(*spec[: len(stacked)], None, first)
     matrix = (*stacked, math.prod(rows), math.prod(columns))
     return PackedArray(
         codes=compiled(_pack, weights, codebook, scale, like=by_column, shape=matrix),
@@ -336,20 +487,27 @@ def _pack(
 
 def unpack_array(packed: PackedArray) -> jax.Array:
     """Return the weight. Pure, under jit too; costs a pass over the codes."""
+    packed = with_block_axes(packed)
     *stacked, _, columns = jax.typeof(packed.codes).sharding.spec
     rows = (None,) * len(packed.rows)
-    by_column = PartitionSpec(*stacked, *rows, *(columns for _ in packed.columns))
+    by_column = PartitionSpec(*stacked, *rows, *(columns for _ in packed.columns[:1]))
     return compiled(_unpack, packed, like=by_column)
 
 
 def _unpack(packed: PackedArray) -> jax.Array:
     codes = unpack_codes(packed.codes, math.prod(packed.rows), packed.k).reshape(packed.shape)
-    if packed.scale is None:
-        return reconstructed(codes, packed.centroids)
+    return decoded(codes, packed.codebook, packed.scale, packed.dtype)
+
+
+def decoded(
+    codes: jax.Array, codebook: jax.Array, scale: jax.Array | None, dtype: Any
+) -> jax.Array:
+    """Return the weights of codes [...], of the codebooks of their blocks and scales or None."""
+    if scale is None:
+        return reconstructed(codes, centroids_of(codebook, scale, dtype))
     # As `centroids_of`, bit for bit, without its table: of small blocks that is as large as these.
-    plain = reconstructed(codes, packed.codebook.astype(jnp.float32))
-    scale = packed.scale.astype(jnp.float32)
-    return elementwise(_times, (plain,), (scale,)).astype(packed.dtype)
+    plain = reconstructed(codes, codebook.astype(jnp.float32))
+    return elementwise(_times, (plain,), (scale.astype(jnp.float32),)).astype(dtype)
 
 
 def _times(weights: jax.Array, scale: jax.Array) -> jax.Array:
@@ -389,62 +547,22 @@ def unpack_product(array: ProductArray) -> jax.Array:
     return jnp.moveaxis(array.words[subspaces, codes], -1, -2).reshape(array.shape)
 
 
-def pack(params: Any, state: QuantState) -> Any:
-    """Return the tree with every quantized leaf as a `PackedArray`; the others stay as they are.
-
-    Five ternary codes take a byte, three of five centroids seven bits, one of 17 five; see
-    `jaxquant.packing.codes`. What is in memory, or on a device, is really that small. For a file,
-    which can be smaller still, see `save`.
-
-    Args:
-      params: tree of weights, every quantized leaf on its codebook: after the last round.
-      state: from `quantize_round`.
-
-    Returns:
-      Tree with the structure of `params`, each quantized leaf a PackedArray node.
-
-    Raises:
-      ValueError: if the trees differ, or a quantized leaf is not on its codebook; names the leaf.
-
-    >>> import jaxquant as jq
-    >>> params = {"kernel": jnp.arange(32.0).reshape(8, 4) % 3}
-    >>> plan = jq.slq(params, bits=2, rounds=(3,))
-    >>> params, state, _ = jq.quantize_round(plan, params, jq.init(plan, params))
-    >>> jq.pack(params, state)["kernel"].codes.shape
-    (2, 4)
-    """
-    given, params, state = params, pure(params, only_parameters=True), pure(state)
-    check_state(state)
-    check_structure(state.codebooks, params, "params to have the state's structure")
-    packed = [
-        _pack_leaf(path, jnp.asarray(leaf), codebook, scale) if codebook.ndim else leaf
-        for (path, leaf), codebook, scale in zip(
-            leaves_with_paths(params), *stored_tables(state), strict=True
-        )
-    ]
-    packed = jax.tree.unflatten(jax.tree.structure(params), packed)
-    return replaced(given, packed, only_parameters=True)
+def unpack_view(view: View) -> jax.Array:
+    """Return what a view shows. Pure, under jit too; costs a pass over the codes of all of it."""
+    packed, weight = view.packed, unpack_node(view.packed)
+    if view.axes != whole(packed.layers, packed.rows, packed.columns):
+        weight = seen(weight, view.axes)
+    return weight.astype(view.dtype)
 
 
-def _pack_leaf(
-    path: str, weights: jax.Array, codebook: jax.Array, scale: jax.Array | None
-) -> PackedArray:
-    codebook = codebook + jnp.zeros((), codebook.dtype)  # -0.0, which comes and goes, becomes 0.0
-    try:
-        packed = pack_array(weights, codebook, scale)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    off = compiled(_count_other, packed, weights)
-    if not isinstance(off, jax.core.Tracer) and off:
-        raise ValueError(
-            f"{path}: expected every weight on the codebook, as after the last round, "
-            f"got {off} of {weights.size} that are not"
-        )
-    return packed
-
-
-def _count_other(packed: PackedArray, weights: jax.Array) -> jax.Array:
-    return jnp.sum(unpack_array(packed) != weights)
+def seen(weight: jax.Array, axes: Axes) -> jax.Array:
+    """Return a weight, its layers, rows and columns in order, as such axes show it."""
+    own, pieces = pieces_of(axes, *PARTS), pieces_of(axes)
+    stored = in_order(own)
+    weight = weight.reshape([piece.size for piece in stored])
+    weight = weight.transpose([stored.index(piece) for piece in own])
+    weight = weight.reshape([piece.size if piece in own else 1 for piece in pieces])
+    return jnp.broadcast_to(weight, [piece.size for piece in pieces]).reshape(shape_of(axes))
 
 
 def is_packed(node: Any) -> bool:
@@ -458,36 +576,14 @@ def is_product(node: Any) -> bool:
 
 
 def is_quantized(node: Any) -> bool:
-    """Return whether a node of a tree stands for a weight: a PackedArray or a ProductArray."""
-    return isinstance(node, PackedArray | ProductArray)
+    """Return whether a node of a tree stands for a weight, packed or of words, or is its view."""
+    return isinstance(node, PackedArray | ProductArray | View)
 
 
-def unpack(packed: Any) -> Any:
-    """Return the parameters that `pack` packed, equal bit for bit (a -0.0 comes back as 0.0).
-
-    Args:
-      packed: tree with PackedArray nodes, or ProductArrays.
-
-    Returns:
-      The tree with arrays in their place. Pure, under jit too.
-
-    >>> import jaxquant as jq
-    >>> params = {"kernel": jnp.arange(32.0).reshape(8, 4) % 3}
-    >>> plan = jq.slq(params, bits=2, rounds=(3,))
-    >>> params, state, _ = jq.quantize_round(plan, params, jq.init(plan, params))
-    >>> bool(jnp.all(unpack(pack(params, state))["kernel"] == params["kernel"]))
-    True
-    """
-
-    return jax.tree.map(
-        lambda node: unpack_node(node) if is_quantized(node) else node,
-        packed,
-        is_leaf=is_quantized,
-    )
-
-
-def unpack_node(node: PackedArray | ProductArray) -> jax.Array:
+def unpack_node(node: PackedArray | ProductArray | View) -> jax.Array:
     """Return the weight that a node stands for."""
+    if isinstance(node, View):
+        return unpack_view(node)
     if isinstance(node, ProductArray):
         return compiled(unpack_product, node)
     return unpack_array(node)

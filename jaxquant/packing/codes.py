@@ -150,6 +150,43 @@ def unpack_planes(planes: Sequence[jax.Array], k: int) -> list[jax.Array]:
     return codes
 
 
+def unpack_rows(packed: Any, numbers: Any, rows: int, k: int) -> Any:
+    """Return some rows of the codes that `pack_codes` packed; the others' bytes are not read.
+
+    Args:
+      packed: [packed rows, columns] uint8, of JAX or of NumPy.
+      numbers: [...] integers, which rows; out of bounds, any row comes.
+      rows: how many rows of codes there are.
+      k: number of centroids.
+
+    Returns:
+      [..., columns] uint8.
+
+    >>> packed = pack_codes(jnp.array([[3], [16], [0], [9]]), 17)
+    >>> unpack_rows(packed, jnp.array([3, 1]), 4, 17).tolist()
+    [[9], [16]]
+    """
+    digits, bits = symbol(k)
+    arrays = packed.__array_namespace__()
+    if not bits or not rows:
+        return arrays.zeros((*numbers.shape, packed.shape[-1]), dtype=np.uint8)
+    together, count = symbols_together(k), num_symbols(rows, k)
+    length = count // together  # of a plane
+    number = numbers % count
+    plane, place = number // length, number % length
+    symbols, start, low = None, 0, 0
+    for width in field_widths(bits):
+        step = together * width // 8
+        read = packed[(start + plane % step) * length + place]
+        shift = (plane // step * width).astype(np.uint8)[..., None]
+        field = ((read >> shift) & np.uint8(2**width - 1)) << np.uint8(low)
+        symbols = field if symbols is None else symbols | field
+        start, low = start + step, low + width
+    powers = arrays.asarray([k**digit % 256 for digit in range(digits)], dtype=np.uint8)
+    power = powers[numbers // count % digits][..., None]
+    return symbols // power % np.uint8(k % 256) if k < 256 else symbols
+
+
 def unpack_symbols(planes: Sequence[jax.Array], k: int) -> list[jax.Array]:
     """Return the planes of symbols in the planes of bytes; see `unpack_planes`.
 

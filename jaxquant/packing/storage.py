@@ -761,7 +761,7 @@ def _check_packed(entry: Mapping[str, Any]) -> None:
     if "scale" in entry:
         _check_scale(entry["scale"], shape, codebook)
     fits = len(codebook) == 1 or _is_in_blocks(codebook[:-1], shape)
-    if not fits or len(entry["columns"]) > 1 or len(entry["stacked"]) > 1:
+    if not fits or len(entry["stacked"]) > 1:
         raise _InvalidError(
             f"expected a codebook for weights of shape {shape}, got shape {codebook}"
         )

@@ -1,4 +1,4 @@
-"""Products with packed weights: `matmul`, `conv`, and Linen layers that use them.
+"""Products with packed weights: `matmul` and `conv`.
 
 One public function each; `implementation` says how. "unpack" unpacks the weight inside the
 compiled product: it runs everywhere, shards, and is the oracle of the others. Those, for `matmul`
@@ -9,6 +9,5 @@ in the module of its name.
 """
 
 from jaxquant.packing.ops.api import IMPLEMENTATIONS, conv, matmul
-from jaxquant.packing.ops.layers import intercept_linen
 
-__all__ = ["IMPLEMENTATIONS", "conv", "intercept_linen", "matmul"]
+__all__ = ["IMPLEMENTATIONS", "conv", "matmul"]

@@ -2,50 +2,41 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.custom_batching
 import jax.numpy as jnp
 
 from jaxquant import checks
-from jaxquant.packing.arrays import PackedArray, ProductArray
-from jaxquant.packing.ops import blocks, lookup, mosaic, platform, reference, triton, windows, words
-
-_PARTIAL = {
-    "lookup": lookup,
-    "blocks": blocks,
-    "triton": triton,
-    "mosaic": mosaic,
-    "words": words,
-}
-IMPLEMENTATIONS = ("unpack", *_PARTIAL)
-Product = Callable[[jax.Array, Any], jax.Array]
-_OF_PLATFORM = {"cpu": ("words", "lookup", "blocks"), "gpu": ("triton",), "tpu": ("mosaic",)}
-_FEW_FOR_WORDS = 16  # vectors; tables are read for each, a kernel is unpacked once for all
-_FEW_VECTORS = 64  # more are bound by arithmetic, for which XLA's own product is the best on GPUs
-_FEW_WEIGHTS = 2**14  # which are unpacked before a loop would start
+from jaxquant.packing.arrays import PackedArray, ProductArray, View
+from jaxquant.packing.axes import COLUMNS, ROWS, is_whole
+from jaxquant.packing.ops import choice, reference, windows, words
+from jaxquant.packing.ops.choice import IMPLEMENTATIONS
+from jaxquant.packing.ops.primitive import product
+from jaxquant.packing.parts import with_one_axis_of_columns
 
 
 def matmul(
     x: jax.Array,
-    packed: PackedArray | ProductArray,
+    packed: PackedArray | ProductArray | View,
     *,
     implementation: str | None = None,
     preferred_element_type: Any = None,
 ) -> jax.Array:
     """Return `x @ unpack(packed)`; if the weight is unpacked, then inside of this product only.
 
-    The axes of the weight before its last one are summed over, with the last axes of x. Products
-    and sums are in float32 (or float64, if x or the weight is). Differentiable by x, codebook and
+    The rows of the weight (all axes but its last, if it was packed without `inputs`) are summed
+    over, with the last axes of x; of `packed.T` the columns are, from the same codes. Products and
+    sums are in float32 (or float64, if x or the weight is). Differentiable by x, codebook and
     scale, in both modes; no float weight is kept for the backward pass. Runs under jit, vmap,
     scan and, as "unpack", on sharded arrays; on several devices the others need `jax.shard_map`.
     Exports for symbolic numbers of vectors, but not as "triton" and "mosaic".
 
     Args:
       x: [..., rows] floating point; `rows` may be several axes, as those of the weight.
-      packed: weight [rows, columns]; a PackedArray or a ProductArray.
+      packed: weight [rows, columns]; a PackedArray or a ProductArray, or the `.T` of one of two
+        axes.
       implementation: one of `IMPLEMENTATIONS`; None: by platform and shape, so that a whole network
         is fast and takes no more memory than with floats; of a single product of several vectors
         on CPU, another may be faster.
@@ -54,7 +45,7 @@ def matmul(
         of x.
 
     Returns:
-      [..., columns].
+      [..., columns], or [..., rows].
 
     Raises:
       ValueError: if the shapes do not fit, or the implementation is unknown or not for it.
@@ -65,74 +56,48 @@ def matmul(
     [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     """
     _check_implementation(implementation)
-    _check_weight(packed)
-    x, axes = jnp.asarray(x), len(packed.rows)
-    if x.ndim < axes or x.shape[x.ndim - axes :] != packed.rows:
-        raise ValueError(f"expected x of shape [..., {_text(packed.rows)}], got {x.shape}")
+    packed, transposed = _weight(packed)
+    inputs = packed.columns if transposed else packed.rows
+    x, axes = jnp.asarray(x), len(inputs)
+    if x.ndim < axes or x.shape[x.ndim - axes :] != inputs:
+        raise ValueError(f"expected x of shape [..., {_text(inputs)}], got {x.shape}")
     dtype = preferred_element_type or reference.common_dtype(x.dtype, packed.dtype)
     vectors = math.prod(x.shape[: x.ndim - axes])
     chosen = implementation is None
     if implementation is None:
-        implementation = _fastest(vectors, x, packed)
-    elif implementation in _PARTIAL and not _supports(implementation, vectors, x, packed):
+        implementation = choice.fastest(vectors, x, packed, transposed)
+    elif implementation != "unpack" and not choice.supports(
+        implementation, vectors, x, packed, transposed
+    ):
         raise ValueError(
             f"expected a product that {implementation!r} supports, got {_describe(packed)}, "
-            f"x of {x.dtype} and shape {x.shape}; None chooses"
+            f"{'transposed, ' * transposed}x of {x.dtype} and shape {x.shape}; None chooses"
         )
     if isinstance(vectors, int) and vectors == 0:
         implementation = "unpack"  # all others count on one
-    return _matmul(x, packed, implementation, chosen, jnp.dtype(dtype))
+    return _matmul(x, packed, implementation, chosen, transposed, jnp.dtype(dtype))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))  # outside of jit nothing compiles anew
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))  # outside of jit nothing compiles anew
 def _matmul(
-    x: jax.Array, packed: PackedArray | ProductArray, implementation: str, chosen: bool, dtype: Any
+    x: jax.Array,
+    packed: PackedArray | ProductArray,
+    implementation: str,
+    chosen: bool,
+    transposed: bool,
+    dtype: Any,
 ) -> jax.Array:
-    batch = x.shape[: x.ndim - len(packed.rows)]
-    x = x.reshape(*batch, math.prod(packed.rows))
-    if implementation == "unpack":
-        y = _remade(reference.matmul)(x, packed)
+    inputs, outputs = packed.rows, packed.columns
+    if transposed:
+        inputs, outputs = outputs, inputs
+    batch = x.shape[: x.ndim - len(inputs)]
+    if implementation == "unpack":  # which leaves the axes to XLA, as they may be spread
+        x = x.reshape(*batch, math.prod(inputs))
     else:
-        product = _chosen_product(implementation) if chosen else _PARTIAL[implementation].matmul
-        y = _partial_product(product, x.reshape(math.prod(batch), x.shape[-1]), packed)
-    return y.reshape(*batch, *packed.columns).astype(dtype)
-
-
-# What is unpacked for a product is unpacked again in the backward pass: kept for it, the float
-# weights of all layers would add up.
-_remade = jax.checkpoint
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _partial_product(
-    product: Product, x: jax.Array, packed: PackedArray | ProductArray
-) -> jax.Array:
-    return product(x, packed)
-
-
-@_partial_product.defjvp
-def _partial_product_jvp(
-    product: Product, primals: Any, tangents: Any
-) -> tuple[jax.Array, jax.Array]:
-    _, tangent = jax.jvp(_remade(reference.matmul), primals, tangents)
-    return _partial_product(product, *primals), tangent
-
-
-@functools.cache
-def _chosen_product(implementation: str) -> Product:
-    """Return a product for which `vmap` over vectors chooses again: there are more of them then."""
-    product = jax.custom_batching.custom_vmap(_PARTIAL[implementation].matmul)
-
-    @product.def_vmap
-    def of_batch(size: int, batched: Any, x: jax.Array, packed: Any) -> tuple[jax.Array, bool]:
-        of_x, of_packed = batched
-        if any(jax.tree.leaves(of_packed)):
-            axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
-            return jax.vmap(_PARTIAL[implementation].matmul, axes)(x, packed), True
-        x = x.reshape(*x.shape[:-1], *packed.rows)
-        return matmul(x, packed, preferred_element_type=reference.accumulator(x, packed)), of_x
-
-    return product
+        packed = with_one_axis_of_columns(packed)
+        x = x.reshape(math.prod(batch), math.prod(inputs))
+    y = product(x, packed, name=implementation, chosen=chosen, transposed=transposed)
+    return y.reshape(*batch, *outputs).astype(dtype)
 
 
 def conv(
@@ -218,33 +183,8 @@ def _conv(
     options: tuple[tuple[str, Any], ...],
 ) -> jax.Array:
     convolve = functools.partial(words.conv if by_words else reference.conv, **dict(options))
-    return (convolve if by_words else _remade(convolve))(x, packed).astype(dtype)
-
-
-def _fastest(vectors: int, x: jax.Array, packed: PackedArray | ProductArray) -> str:
-    """Return the implementation for so many vectors; a symbolic number of them may be any."""
-    known = isinstance(vectors, int)
-    if platform.is_one_device() and packed.size > _FEW_WEIGHTS:
-        for name in _OF_PLATFORM.get(platform.name(), ()):
-            if _supports(name, vectors, x, packed) and (
-                name == "blocks" or (known and vectors <= _most_vectors(name, packed))
-            ):
-                return name
-    return "unpack"  # which XLA takes apart as the arrays are
-
-
-def _most_vectors(name: str, packed: PackedArray | ProductArray) -> int:
-    if name == "lookup":  # what is read from a table is read for each, a weight unpacked for all
-        return lookup.reads(packed.k)
-    return _FEW_FOR_WORDS if name == "words" else _FEW_VECTORS
-
-
-def _supports(name: str, vectors: int, x: jax.Array, packed: PackedArray | ProductArray) -> bool:
-    if isinstance(packed, ProductArray) and name not in ("words", "blocks"):
-        return False
-    if name in ("triton", "mosaic") and not isinstance(vectors, int):
-        return False  # what a kernel does follows from their number
-    return _PARTIAL[name].supports(x, packed)
+    # As in products: an unpacked kernel is not kept for the backward pass.
+    return (convolve if by_words else jax.checkpoint(convolve))(x, packed).astype(dtype)
 
 
 def _describe(packed: PackedArray | ProductArray) -> str:
@@ -261,12 +201,25 @@ def _check_implementation(implementation: str | None) -> None:
         )
 
 
+def _weight(packed: PackedArray | ProductArray | View) -> tuple[PackedArray | ProductArray, bool]:
+    """Return the weight, and whether its columns are summed over: of a transposed weight."""
+    transposed = False
+    if isinstance(packed, View):
+        if packed.ndim != 2 or not all(
+            is_whole(packed.axes, (axis,), (part,)) for axis, part in enumerate((COLUMNS, ROWS))
+        ):
+            raise ValueError(f"expected a weight or a transposed matrix, got {packed}")
+        packed, transposed = packed.packed, True
+    _check_weight(packed)
+    return packed, transposed
+
+
 def _check_weight(packed: PackedArray | ProductArray) -> None:
     if isinstance(packed, ProductArray):
         return
     if not isinstance(packed, PackedArray):
         raise ValueError(f"expected a PackedArray or a ProductArray, got {type(packed).__name__}")
-    if packed.codes.ndim > 2:
+    if packed.layers:
         raise ValueError(
             f"expected the weight of one layer, got stacked layers {packed.shape}: vmap or scan"
         )

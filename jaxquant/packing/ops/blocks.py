@@ -1,4 +1,4 @@
-"""The product for CPU: a block of columns at a time, which stays in the cache.
+"""The products for CPU: a block of columns, or of rows, at a time, which stays in the cache.
 
 Unpacking the whole weight first writes it to main memory and reads it back, at 20 times the bytes
 of ternary codes. And XLA on CPU starts what it can as early as it can: the weights of all layers,
@@ -6,7 +6,6 @@ which wait for no input, would be unpacked at once. A loop it starts when its in
 the blocks of all loops share their memory.
 """
 
-import dataclasses
 import math
 
 import jax
@@ -14,7 +13,9 @@ import jax.numpy as jnp
 
 from jaxquant import loops
 from jaxquant.packing.arrays import PackedArray, ProductArray
-from jaxquant.packing.ops import reference
+from jaxquant.packing.codes import byte_planes, unpack_planes
+from jaxquant.packing.ops import planes, reference
+from jaxquant.packing.parts import columns_of_a_block, decoded_rows, run_of_columns
 
 _WEIGHTS = 2**18  # unpacked at a time, 1 MB: the cache of one core holds them
 
@@ -28,11 +29,11 @@ def supports(x: jax.Array, packed: PackedArray | ProductArray) -> bool:
 def matmul(x: jax.Array, packed: PackedArray | ProductArray) -> jax.Array:
     """Return [vectors, columns] from x [vectors, prod(rows)], in float32 or wider."""
     (columns,) = packed.columns
-    width = _width(math.prod(packed.rows), columns, _block_columns(packed))
+    width = _width(math.prod(packed.rows), columns, columns_of_a_block(packed))
     last = columns - width  # where the last block starts, over columns that were there before
 
     def block(number: jax.Array | int) -> PackedArray | ProductArray:
-        return cut(packed, jnp.minimum(number * width, last), width)
+        return run_of_columns(packed, jnp.minimum(number * width, last), width)
 
     # Cut out a step ahead: XLA would not vectorize what unpacks bytes from a place that varies.
     def add(number: jax.Array, carry: tuple[jax.Array, PackedArray | ProductArray]):
@@ -60,30 +61,38 @@ def _width(rows: int, columns: int, own: int) -> int:
     return min(parts, key=lambda part: abs(math.log(part / width)))
 
 
-def _block_columns(packed: PackedArray | ProductArray) -> int:
-    """Return how many columns make a block of the weight; of one block along them, all."""
-    (columns,) = packed.columns
-    number = packed.numbers[-1] if isinstance(packed, PackedArray) else 1
-    return columns // number
+def matmul_transposed(x: jax.Array, packed: PackedArray) -> jax.Array:
+    """Return [vectors, prod(rows)] from x [vectors, columns], in float32 or wider.
 
+    Rows of bytes are taken some at a time, with all the rows of codes that they hold: row j of code
+    plane p is row p B + j of the weight, see `packing.planes`.
+    """
+    codes, count = byte_planes(packed.codes, packed.k), planes.count(packed.k)
+    length, columns = codes.shape[-2:]
+    rows, dtype = math.prod(packed.rows), reference.accumulator(x, packed)
+    # Two steps at least: a loop of one would not be left a loop.
+    height = -(-length // min(length, max(2, -(-count * length * columns // _WEIGHTS))))
+    last = length - height
 
-def cut(
-    packed: PackedArray | ProductArray, start: jax.Array, width: int
-) -> PackedArray | ProductArray:
-    """Return some columns of a weight, from the first on: whole blocks, or columns of one."""
-    if isinstance(packed, ProductArray):
-        return dataclasses.replace(packed, codes=cut(packed.codes, start, width))
-    own = _block_columns(packed)
+    def first(number: jax.Array | int) -> jax.Array:
+        return jnp.minimum(number * height, last)
 
-    def of_blocks(table: jax.Array | None) -> jax.Array | None:
-        if table is None or table.ndim == 1 or table.shape[-2] == 1:
-            return table
-        return jax.lax.dynamic_slice_in_dim(table, start // own, max(1, width // own), axis=-2)
+    def read(number: jax.Array | int) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(codes, first(number), height, axis=1)
 
-    return dataclasses.replace(
-        packed,
-        codes=jax.lax.dynamic_slice_in_dim(packed.codes, start, width, axis=1),
-        codebook=of_blocks(packed.codebook),
-        scale=of_blocks(packed.scale),
-        columns=(width,),
-    )
+    # Cut out a step ahead, as in `matmul`.
+    def add(number: jax.Array, carry: tuple[jax.Array, jax.Array]):
+        y, ahead = carry
+        own = jnp.concatenate(unpack_planes(list(ahead), packed.k))
+        rows_of_plane = first(number) + jnp.arange(height)
+        places = jnp.arange(count)[:, None] * length + rows_of_plane[None]
+        numbers = jnp.minimum(places.reshape(-1), rows - 1)  # bytes hold some codes of no row
+        weights = decoded_rows(packed, own, numbers).astype(dtype)
+        part = jnp.matmul(x.astype(dtype), weights.T, precision=jax.lax.Precision.HIGHEST)
+        part = part.reshape(-1, count, height)
+        y = jax.lax.dynamic_update_slice_in_dim(y, part, first(number), axis=2)
+        return y, read(number + 1)
+
+    y = jnp.zeros((x.shape[0], count, length), dtype)
+    y, _ = loops.fori_loop(0, -(-length // height), add, (y, read(0)))
+    return y.reshape(-1, count * length)[:, :rows]

@@ -14,8 +14,15 @@ from jaxquant.packing.arrays import PackedArray, ProductArray, unpack_node
 def matmul(x: jax.Array, packed: PackedArray | ProductArray) -> jax.Array:
     """Return [..., columns] from x [..., prod(rows)], in float32 or wider."""
     dtype = accumulator(x, packed)
-    weight = unpack_node(packed).reshape(math.prod(packed.rows), *packed.columns)
+    weight = unpack_node(packed).reshape(math.prod(packed.rows), math.prod(packed.columns))
     return jnp.matmul(x.astype(dtype), weight.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+
+
+def matmul_transposed(x: jax.Array, packed: PackedArray | ProductArray) -> jax.Array:
+    """Return [..., prod(rows)] from x [..., prod(columns)], in float32 or wider."""
+    dtype = accumulator(x, packed)
+    weight = unpack_node(packed).reshape(math.prod(packed.rows), math.prod(packed.columns))
+    return jnp.matmul(x.astype(dtype), weight.T.astype(dtype), precision=jax.lax.Precision.HIGHEST)
 
 
 def conv(x: jax.Array, packed: PackedArray | ProductArray, **options: Any) -> jax.Array:

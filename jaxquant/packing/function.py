@@ -1,0 +1,146 @@
+"""Functions on packed weights: `packed`, and what becomes of the weights in them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxquant.packing.arrays import View, is_quantized, unpack_node, view_of
+from jaxquant.packing.interpreter import Interpreter, Use
+from jaxquant.trees import leaves_with_paths
+
+
+class PackedFunction:
+    """A function that also takes packed weights; made by `packed`."""
+
+    def __init__(self, function: Callable[..., Any]):
+        """Keep the function; nothing is traced yet."""
+        functools.update_wrapper(self, function)
+        self._function = function
+        self._jitted = jax.jit(self._run, static_argnums=0)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the function does of the unpacked weights, from packed ones."""
+        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=is_quantized)
+        if not any(map(is_quantized, leaves)):
+            return self._function(*args, **kwargs)
+        call = _Call(structure, tuple(None if _is_array(leaf) else (leaf,) for leaf in leaves))
+        arrays = [leaf for leaf in leaves if _is_array(leaf)]
+        try:
+            hash(call)
+        except TypeError:  # an option that cannot be: traced at each call
+            return self._run(call, arrays)
+        return self._jitted(call, arrays)
+
+    def report(self, *args: Any, **kwargs: Any) -> "Uses":
+        """Return where the function uses packed weights, and where it has to unpack one.
+
+        Nothing is computed; arrays may be shape and dtype structs.
+        """
+        pairs = leaves_with_paths((args, kwargs), is_quantized)
+        structure = jax.tree.structure((args, kwargs), is_leaf=is_quantized)
+        constants = tuple(None if _is_array(leaf) else (leaf,) for _, leaf in pairs)
+        uses: list[Use] = []
+        views = [
+            view_of(leaf, path.split("/", 2)[-1]) if is_quantized(leaf) else leaf
+            for path, leaf in pairs
+            if _is_array(leaf)
+        ]
+        call = functools.partial(self._run, _Call(structure, constants), uses=uses)
+        jax.eval_shape(call, views)
+        return Uses(tuple(uses))
+
+    def _run(self, call: "_Call", values: list[Any], uses: list[Use] | None = None) -> Any:
+        """Trace the function with the unpacked weights' types, and evaluate that with packed."""
+        out = None
+
+        def flat(*arrays: jax.Array) -> list[jax.Array]:
+            nonlocal out
+            rest = iter(arrays)
+            leaves = [next(rest) if own is None else own[0] for own in call.constants]
+            args, kwargs = jax.tree.unflatten(call.structure, leaves)
+            results, out = jax.tree.flatten(self._function(*args, **kwargs))
+            return results
+
+        views = [_as_view(value) if is_quantized(value) else value for value in values]
+        types = [_unpacked_type(value) if is_quantized(value) else value for value in values]
+        jaxpr = jax.make_jaxpr(flat)(*types)
+        results = Interpreter(uses).arrays(jaxpr, views)
+        assert out is not None
+        return jax.tree.unflatten(out, results)
+
+
+class _Call(NamedTuple):
+    """What a call has beside arrays."""
+
+    structure: Any
+    constants: tuple[tuple[Any] | None, ...]  # what is no array; None stands for an array
+
+
+class Uses(tuple[Use, ...]):
+    """Where a function uses packed weights, in its order; prints as a table."""
+
+    @property
+    def unpacked(self) -> "Uses":
+        """Those for which a weight is unpacked outside of a product."""
+        return Uses(use for use in self if use.float_bytes)
+
+    def __str__(self) -> str:
+        """Return a table in Markdown."""
+        rows = [
+            f"| {use.path} | {'x'.join(map(str, use.shape))} | {use.operation} | {use.how} | "
+            f"{use.float_bytes:,} |"
+            for use in self
+        ]
+        head = "| weight | seen as | operation | how | float bytes |"
+        return "\n".join([head, "| --- | --- | --- | --- | --- |", *rows])
+
+
+def packed(function: Callable[..., Any]) -> PackedFunction:
+    """Return a function that also takes packed weights, wherever it takes arrays.
+
+    `packed(f)(*packed_args)` is `f(*unpack(packed_args))` to rounding, but no float weight exists
+    outside of the product that uses it. The function is traced with the types of the unpacked
+    weights; where a packed weight, or a view of one (transposed, cast, reshaped, a slice of its
+    layers, columns or rows), meets a product, a convolution or a look-up of rows, the packed one
+    runs. Into `jit`, `checkpoint`, `scan`, `while_loop`, `cond` and functions with derivatives of
+    their own it goes inside. Everywhere else the weight is unpacked there, and
+    `packed(f).report(...)` lists it.
+
+    It knows nothing of the library that made the layers: Linen, NNX, Equinox, Haiku and plain
+    functions are all the same. Runs under jit, vmap and grad; differentiable by whatever is not
+    packed, and by codebooks and scales. No unpacked weight is kept for the backward pass.
+
+    Args:
+      function: of trees of arrays, in which some may be packed. Arguments that are no arrays
+        (numbers and flags of Python, strings) are constants of the program. As under `jax.jit`, it
+        should return arrays and have no side effects.
+
+    Returns:
+      The function, with a method `report` that takes the same arguments and lists where weights
+      are used. Outside of jit it compiles once for the shapes and constants.
+
+    >>> import jax.numpy as jnp, jaxquant as jq
+    >>> weight = jq.pack_array(jnp.eye(3), jnp.array([0.0, 1.0]))
+    >>> attend = packed(lambda embedding, x: x @ embedding.T)
+    >>> attend(weight, jnp.arange(3.0)).tolist()
+    [0.0, 1.0, 2.0]
+    >>> print(attend.report(weight, jnp.arange(3.0))[0].how)
+    transposed product
+    """
+    return PackedFunction(function)
+
+
+def _is_array(leaf: Any) -> bool:
+    kinds = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+    return is_quantized(leaf) or isinstance(leaf, kinds)
+
+
+def _as_view(value: Any) -> View:
+    return value if isinstance(value, View) else view_of(value)
+
+
+def _unpacked_type(value: Any) -> Any:
+    return jax.eval_shape(unpack_node, value)

@@ -1,0 +1,701 @@
+"""Any function on packed weights: what it answers, and what of it stays packed."""
+
+import itertools
+
+import chex
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+import jaxquant as jq
+from jaxquant.packing.arrays import is_quantized
+from jaxquant.packing.ops import choice, platform
+
+pytestmark = pytest.mark.default_promotion
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(params=["unpack", "in parts"])
+def implementation(request, monkeypatch):
+    """Products as on several devices, and as on one, where no weight is unpacked as a whole."""
+    if request.param == "in parts":
+        monkeypatch.setattr(platform, "is_one_device", lambda: True)
+        monkeypatch.setattr(choice, "_FEW_WEIGHTS", 0)
+        jax.clear_caches()  # of programs for several devices
+    yield request.param
+    if request.param == "in parts":
+        jax.clear_caches()
+
+
+def normal(*shape, seed=0, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def weight(*shape, k=5, seed=0, inputs=None, stacked=False, numbers=None, dtype=jnp.float32):
+    """Return a packed weight on k levels; of stacked layers each has its own."""
+    levels = jnp.linspace(-1, 1, k).astype(dtype)
+    if stacked:
+        numbers = (shape[0], *(1,) * (len(shape) - 1))
+    if numbers:
+        levels = levels * (1 + jnp.arange(np.prod(numbers))[:, None] / 8).astype(dtype)
+        levels = levels.reshape(*numbers, k)
+    return jq.pack_array(normal(*shape, seed=seed, dtype=dtype), levels, inputs=inputs)
+
+
+def pack_tree(tree, inputs=None):
+    """Return a tree with all leaves of two axes or more packed; `inputs` by the end of a path."""
+    pairs, structure = jax.tree_util.tree_flatten_with_path(tree)
+    levels, made = jnp.linspace(-0.4, 0.4, 5), []
+    for path, leaf in pairs:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        own = next((n for end, n in (inputs or {}).items() if name.endswith(end)), None)
+        is_weight = jnp.ndim(leaf) > 1 and "bias" not in name
+        made.append(jq.pack_array(leaf, levels, inputs=own) if is_weight else leaf)
+    return jax.tree.unflatten(structure, made)
+
+
+def check(function, *args, unpacked=(), **tolerances):
+    """Compare a function on packed weights with itself on unpacked; return what became of them."""
+    expected = jax.jit(function)(*jq.unpack(args))
+    got = jq.packed(function)(*args)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
+    chex.assert_trees_all_close(got, expected, **({"rtol": 1e-4, "atol": 1e-4} | tolerances))
+    uses = jq.packed(function).report(*args)
+    assert sorted({use.operation for use in uses.unpacked}) == sorted(unpacked), str(uses)
+    assert not any("unpacked in" in use.how for use in uses), str(uses)
+    return [use.how for use in uses]
+
+
+# Layers of every make ----------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)(x, x)
+
+
+class Tied(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(11, 8)
+        return embed.attend(nn.Dense(8)(embed(tokens)))
+
+
+class Recurrent(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.RNN(nn.LSTMCell(6))(x)
+
+
+class Stack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.tanh(nn.Dense(8)(x)), None
+
+        layers = nn.scan(
+            nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )
+        return layers()(x, None)[0]
+
+
+ATTENTION = {"query/kernel": 1, "key/kernel": 1, "value/kernel": 1}
+TOKENS = jnp.array([[1, 4, 10], [0, 3, 3]])
+LINEN = {
+    "Dense": (nn.Dense(6), normal(3, 8), None),
+    "DenseGeneral": (nn.DenseGeneral((2, 3)), normal(3, 8), {"kernel": 1}),
+    "DenseGeneral over two axes": (nn.DenseGeneral(6, axis=(-2, -1)), normal(3, 2, 4), None),
+    "DenseGeneral with a batch axis": (
+        nn.DenseGeneral(6, axis=-1, batch_dims=(0,)),
+        normal(3, 5, 8),
+        "stacked",
+    ),
+    "attention": (Attention(), normal(2, 3, 8), ATTENTION),
+    "Embed and its transpose": (Tied(), TOKENS, None),
+    "Einsum": (nn.Einsum((8, 2, 3), "bd,dhe->bhe"), normal(4, 8), {"kernel": 1}),
+    "Conv in 1 dimension": (nn.Conv(6, (3,)), normal(2, 7, 4), None),
+    "Conv in 2 dimensions": (nn.Conv(6, (3, 3), strides=2), normal(2, 7, 7, 4), None),
+    "Conv in 3 dimensions": (nn.Conv(6, (2, 2, 2)), normal(1, 4, 4, 4, 3), None),
+    "Conv with circular padding": (nn.Conv(6, (3,), padding="CIRCULAR"), normal(2, 7, 4), None),
+    "grouped Conv": (nn.Conv(6, (3, 3), feature_group_count=2), normal(2, 5, 5, 4), None),
+    "depthwise Conv": (nn.Conv(4, (3, 3), feature_group_count=4), normal(2, 5, 5, 4), None),
+    "ConvTranspose": (nn.ConvTranspose(6, (3, 3), strides=(2, 2)), normal(2, 5, 5, 4), None),
+    "LSTM": (Recurrent(), normal(2, 4, 5), None),
+    "GRU": (nn.RNN(nn.GRUCell(6)), normal(2, 4, 5), None),
+    "bfloat16": (nn.Dense(6, dtype=jnp.bfloat16), normal(3, 8), None),
+}
+
+
+@pytest.mark.parametrize("name", LINEN)
+def test_layers_of_linen(name, implementation):
+    module, x, inputs = LINEN[name]
+    variables = jax.jit(module.init)(KEY, x)
+    if inputs == "stacked":
+        levels = jnp.linspace(-0.4, 0.4, 5)[None, None, None].repeat(3, 0)
+        kernel = jq.pack_array(variables["params"]["kernel"], levels)
+        variables = {"params": {"kernel": kernel, "bias": variables["params"]["bias"]}}
+    else:
+        variables = pack_tree(variables, inputs)
+    tolerance = 0.05 if name == "bfloat16" else 1e-4
+    check(module.apply, variables, x, rtol=tolerance, atol=tolerance)
+
+
+def test_stacked_layers_of_linen_under_remat(implementation):
+    module, x = Stack(), normal(3, 8)
+    variables = jax.jit(module.init)(KEY, x)
+    packed = jax.tree.map(
+        lambda leaf: (
+            jq.pack_array(leaf, jnp.linspace(-0.4, 0.4, 5)[None, None, None].repeat(3, 0))
+            if leaf.ndim == 3
+            else leaf
+        ),
+        variables,
+    )
+    assert check(module.apply, packed, x) == ["product"]
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(11, 8, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.general = nnx.LinearGeneral(8, (2, 4), rngs=rngs)
+        self.einsum = nnx.Einsum("btij,ijo->bto", (2, 4, 8), (8,), rngs=rngs)
+        self.conv = nnx.Conv(8, 8, (3,), rngs=rngs)
+        self.transposed = nnx.ConvTranspose(8, 8, (3,), rngs=rngs)
+        self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
+        self.cell = nnx.RNN(nnx.GRUCell(8, 8, rngs=rngs))
+        self.out = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.attention(self.embed(tokens))
+        x = self.transposed(self.conv(self.einsum(self.general(x))))
+        return self.embed.attend(self.out(self.cell(self.norm(x))))
+
+
+def test_layers_of_nnx(implementation):
+    model = NnxNet(nnx.Rngs(0))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    inputs = {f"{end}/value": n for end, n in (ATTENTION | {"general/kernel": 1}).items()}
+    packed = pack_tree(params, inputs)
+    assert any(map(is_quantized, jax.tree.leaves(packed, is_leaf=is_quantized)))
+
+    def apply(params, tokens):
+        return nnx.merge(graph, params, rest, copy=True)(tokens)
+
+    check(apply, packed, TOKENS)
+
+
+def test_a_model_of_nnx_runs_with_packed_variables():
+    model = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
+    plan = jq.slq(model, bits=2, rounds=(3,))
+    params, state, _ = jq.quantize_round(plan, model, jq.init(plan, model))
+    nnx.update(model, params)
+    x = normal(3, 8)
+    expected = model(x)
+    nnx.update(model, jq.pack(params, state))
+    got = jq.packed(lambda model, x: model(x))(model, x)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    assert repr(model.kernel[...]).startswith("PackedArray(float32[8, 6], k=3")
+
+
+def equinox_modules():
+    return {
+        "Linear": (eqx.nn.Linear(8, 6, key=KEY), normal(8)),
+        "MLP": (eqx.nn.MLP(8, 6, 8, 2, key=KEY), normal(8)),
+        "attention": (eqx.nn.MultiheadAttention(2, 8, key=KEY), normal(3, 8)),
+        "Conv1d": (eqx.nn.Conv1d(4, 6, 3, key=KEY), normal(4, 7)),
+        "Conv2d": (eqx.nn.Conv2d(4, 6, 3, padding=1, key=KEY), normal(4, 7, 7)),
+        "ConvTranspose2d": (eqx.nn.ConvTranspose2d(4, 6, 3, key=KEY), normal(4, 5, 5)),
+        "grouped": (eqx.nn.Conv2d(4, 6, 3, groups=2, key=KEY), normal(4, 7, 7)),
+        "LSTM": (eqx.nn.LSTMCell(8, 6, key=KEY), normal(8)),
+        "GRU": (eqx.nn.GRUCell(8, 6, key=KEY), normal(8)),
+        "Embedding": (eqx.nn.Embedding(11, 8, key=KEY), jnp.array(3)),
+    }
+
+
+@pytest.mark.parametrize("name", equinox_modules())
+def test_layers_of_equinox(name, implementation):
+    module, x = equinox_modules()[name]
+    params, static = eqx.partition(module, eqx.is_inexact_array)
+    packed = pack_tree(params)
+
+    def apply(params, x):
+        module = eqx.combine(params, static)
+        if name == "attention":
+            return module(x, x, x)
+        if name == "LSTM":
+            return module(x, (jnp.zeros(6), jnp.ones(6)))
+        return module(x, jnp.zeros(6)) if name == "GRU" else module(x)
+
+    check(apply, packed, x)
+    if name == "Linear":
+        check(jax.vmap(apply, (None, 0)), packed, normal(4, 8))
+
+
+def test_dictionaries_as_of_haiku(implementation):
+    params = {"mlp/~/linear_0": {"w": weight(8, 6), "b": jnp.ones(6)}, "head": {"w": weight(6, 3)}}
+
+    def apply(params, x):
+        first = params["mlp/~/linear_0"]
+        return jnp.tanh(x @ first["w"] + first["b"]) @ params["head"]["w"]
+
+    assert check(apply, params, normal(4, 8)) == ["product", "product"]
+    uses = jq.packed(apply).report(params, normal(4, 8))
+    assert [use.path for use in uses] == ["mlp/~/linear_0/w", "head/w"]
+    assert "| mlp/~/linear_0/w | 8x6 | dot_general | product | 0 |" in str(uses)
+
+
+# Operations --------------------------------------------------------------------------------------
+
+PRODUCTS = {
+    "rows": (lambda w, x: x @ w, (8, 6), (3, 8), None, "product"),
+    "columns": (lambda w, x: x @ w.T, (8, 6), (3, 6), None, "transposed product"),
+    "the weight first": (lambda w, x: w @ x, (8, 6), (6, 3), None, "transposed product"),
+    "the weight first, transposed": (lambda w, x: w.T @ x, (8, 6), (8,), None, "product"),
+    "a vector": (lambda w, x: jnp.dot(x, w), (8, 6), (8,), None, "product"),
+    "kept axes": (
+        lambda w, x: jnp.einsum("btd,dhe->bhte", x, w), (8, 2, 3), (2, 4, 8), 1, "product",
+    ),
+    "kept axes, back": (
+        lambda w, x: jnp.einsum("bhte,dhe->btd", x, w), (8, 2, 3), (2, 2, 4, 3), 1,
+        "transposed product",
+    ),
+    "contracted axes": (
+        lambda w, x: jnp.einsum("bthe,hed->btd", x, w), (2, 3, 8), (2, 4, 2, 3), None, "product",
+    ),
+    "contracted axes out of order": (
+        lambda w, x: jnp.einsum("beth,hed->dbt", x, w), (2, 3, 8), (2, 3, 4, 2), None, "product",
+    ),
+    "contracted axes, the last": (
+        lambda w, x: jnp.einsum("ohe,bhe->bo", w, x), (8, 2, 3), (4, 2, 3), -2,
+        "transposed product",
+    ),
+    "split heads": (
+        lambda w, x: jnp.einsum("bd,dhe->bhe", x, w.reshape(8, 2, 3)), (8, 6), (4, 8), None,
+        "product",
+    ),
+    "merged heads": (
+        lambda w, x: x @ w.reshape(6, 8), (2, 3, 8), (4, 6), None, "product",
+    ),
+    "tensordot": (
+        lambda w, x: jnp.tensordot(w, x, ((0, 1), (1, 0))), (2, 3, 8), (3, 2, 4), None, "product",
+    ),
+    "cast": (
+        lambda w, x: (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32),
+        (8, 6), (3, 8), None, "product",
+    ),
+    "some columns": (lambda w, x: x @ w[:, 2:5], (8, 6), (3, 8), None, "product"),
+    "fused heads": (
+        lambda w, x: [x @ part for part in jnp.split(w, 3, axis=1)][1], (8, 6), (3, 8), None,
+        "product",
+    ),
+    "a barrier": (
+        lambda w, x: x @ lax.optimization_barrier((w, x))[0], (8, 6), (3, 8), None, "product"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_of_every_form_stay_packed(name, implementation):
+    function, shape, x_shape, inputs, how = PRODUCTS[name]
+    tolerance = 0.05 if name == "cast" else 1e-4
+    for numbers in (None, (2, *(1,) * (len(shape) - 1)), (*(1,) * (len(shape) - 1), shape[-1])):
+        packed = weight(*shape, inputs=inputs, numbers=numbers if numbers != shape else None)
+        uses = check(function, packed, normal(*x_shape), rtol=tolerance, atol=tolerance)
+        assert set(uses) == {how}, (name, numbers)
+
+
+def test_layers_are_batch_axes_and_are_taken_one_by_one(implementation):
+    packed, x = weight(3, 8, 6, stacked=True), normal(3, 4, 8)
+    assert check(lambda w, x: jnp.einsum("lbd,lde->lbe", x, w), packed, x) == ["product"]
+    assert check(lambda w, x: jnp.einsum("lbe,lde->bld", x, w), packed, normal(3, 4, 6)) == [
+        "transposed product"
+    ]
+    assert check(lambda w, x: jnp.einsum("bd,lde->leb", x, w), packed, x[0]) == ["product"]
+    assert check(jax.vmap(lambda w, x: jnp.tanh(x @ w)), packed, x) == ["product"]
+    assert check(lambda w, x: x @ w[1], packed, x[0]) == ["product"]
+    assert check(lambda w, x, i: x @ w[i], packed, x[0], jnp.array(2)) == ["product"]
+    assert check(lambda w, x: jnp.einsum("lbd,lde->lbe", x, w[1:]), packed, x[1:]) == ["product"]
+
+
+@pytest.mark.parametrize("k", [2, 3, 5, 16, 17, 200])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_rows_are_read_by_themselves(k, stacked):
+    for numbers in (None, (11, 1), (1, 2), (11, 6)):
+        if stacked:
+            table, axis = weight(3, 11, 6, k=k, stacked=True), 1
+        else:
+            table, axis = weight(11, 6, k=k, numbers=numbers), 0
+        assert check(lambda w, i, axis=axis: jnp.take(w, i, axis=axis), table, TOKENS) == ["rows"]
+
+
+def test_look_ups_of_every_kind(implementation):
+    table = weight(12, 6)
+    assert check(lambda w: w[3], table) == ["rows"]
+    assert check(lambda w, i: w[i], table, TOKENS) == ["rows"]
+    assert check(lambda w, i: w[i], table, jnp.array(7)) == ["rows"]
+    assert check(lambda w: w[4:9:2], table) == ["rows"]
+    assert check(lambda w, i: lax.dynamic_slice_in_dim(w, i, 3), table, jnp.array(11)) == ["rows"]
+    assert check(lambda w, i: w.reshape(4, 3, 6)[i], table, jnp.array([2, 0])) == ["rows"]
+    assert check(lambda w, i: w.reshape(4, 3, 6)[:, i], table, jnp.array([2, 0])) == ["rows"]
+    outside = jnp.array([-13, -1, 0, 11, 12, 99])
+    for mode in ("fill", "clip", "wrap"):
+        check(lambda w, i, mode=mode: jnp.take(w, i, axis=0, mode=mode), table, outside)
+    # Columns are packed again, and are unpacked where they leave the function.
+    check(lambda w, i: jnp.take(w, i, axis=1, mode="clip"), table, TOKENS, unpacked=["result"])
+
+
+def test_what_knows_no_packed_weight_gets_an_unpacked_one():
+    packed, x = weight(8, 6), normal(8, 6)
+    for name, function in {
+        "add": lambda w, x: w + x,
+        "mul": lambda w, x: (w * x) @ w.T,
+        "sort": lambda w, x: jnp.sort(w) + x,
+        "reduce_sum": lambda w, x: w.sum() * x,
+        "result": lambda w, x: (w.T, x),
+    }.items():
+        check(function, packed, x, unpacked=[name])
+    (use,) = jq.packed(lambda w, x: w + x).report(packed, x).unpacked
+    assert (use.path, use.shape, use.float_bytes) == ("0", (8, 6), 192)
+
+
+def test_a_product_over_a_part_of_the_rows_is_unpacked_in_it():
+    packed, x = weight(8, 2, 3), normal(4, 8)  # packed for products over 8 x 2
+
+    def function(w, x):
+        return jnp.einsum("bd,dhe->bhe", x, w)
+
+    chex.assert_trees_all_close(
+        jq.packed(function)(packed, x), function(jq.unpack(packed), x), rtol=1e-5
+    )
+    (use,) = jq.packed(function).report(packed, x)
+    assert use.how == "unpacked in product" and use.float_bytes == 0
+
+
+# Control flow and transformations ----------------------------------------------------------------
+
+
+def test_calls_of_every_kind_go_inside_packed(implementation):
+    packed, x = weight(8, 8), normal(3, 8)
+
+    @jax.custom_jvp
+    def jvp(w, x):
+        return jnp.tanh(x @ w)
+
+    @jvp.defjvp
+    def _(primals, tangents):
+        (w, x), (w_dot, x_dot) = primals, tangents
+        return jvp(w, x), 2 * (x_dot @ w + x @ w_dot)  # twice, to be told from the plain one
+
+    @jax.custom_vjp
+    def vjp(w, x):
+        return jnp.sin(x @ w)
+
+    vjp.defvjp(lambda w, x: (jnp.sin(x @ w), (w, x)), lambda r, g: (r[1].T @ g, 3 * g @ r[0].T))
+
+    functions = {
+        "jit": jax.jit(lambda w, x: x @ w),
+        "remat": jax.checkpoint(lambda w, x: jnp.sin(x @ w)),
+        "custom_jvp": jvp,
+        "custom_vjp": vjp,
+        "cond": lambda w, x: lax.cond(x.sum() > 0, lambda: x @ w, lambda: x @ w.T),
+        "switch": lambda w, x: lax.switch(1, [lambda w, x: x, lambda w, x: x @ w], w, x),
+        "while": lambda w, x: lax.while_loop(
+            lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ w)), (0, x)
+        )[1],
+        "while, in its carry": lambda w, x: lax.while_loop(
+            lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1], jnp.tanh(c[2] @ c[1])), (0, w, x)
+        )[2],
+        "fori": lambda w, x: lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ w), x),
+        "scan": lambda w, x: lax.scan(lambda x, _: (jnp.tanh(x @ w), x @ w.T), x, length=3),
+        "scan, in its carry": lambda w, x: lax.scan(
+            lambda c, _: ((c[0], jnp.tanh(c[1] @ c[0])), None), (w, x), length=3
+        )[0][1],
+        "map": lambda w, x: lax.map(lambda x: x @ w, x),
+    }
+    for name, function in functions.items():
+        uses = check(function, packed, x)
+        assert uses and set(uses) <= {"product", "transposed product"}, name
+        if not name.startswith("while"):
+
+            def loss(x, w, function=function):
+                return sum(jnp.sum(y**2) for y in jax.tree.leaves(function(w, x)))
+
+            got = jax.grad(lambda x: jq.packed(loss)(x, packed))(x)
+            want = jax.grad(loss)(x, jq.unpack(packed))
+            chex.assert_trees_all_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_stacked_layers_are_scanned_packed(reverse, implementation):
+    layers = {"w": weight(3, 8, 8, stacked=True), "b": normal(3, 8)}
+
+    def function(layers, x):
+        def step(x, layer):
+            return jnp.tanh(x @ layer["w"] + layer["b"]), x.sum()
+
+        return lax.scan(step, x, layers, reverse=reverse)
+
+    assert check(function, layers, normal(4, 8)) == ["product"]
+    # One codebook for all layers: a layer's rows are read in its step.
+    one = {"w": weight(3, 8, 8), "b": normal(3, 8)}
+    assert check(function, one, normal(4, 8)) == ["rows"]
+
+
+def test_a_carry_that_changes_is_unpacked_before_its_loop():
+    packed, x = weight(8, 8), normal(3, 8)
+
+    def function(w, x):
+        return lax.fori_loop(0, 2, lambda _, c: (c[0] * 0.5, c[1] @ c[0]), (w, x))[1]
+
+    check(function, packed, x, unpacked=["scan"])
+
+
+def test_it_is_transformed_as_other_functions_are(implementation):
+    params, x = {"w": weight(8, 6), "b": normal(6)}, normal(5, 8)
+
+    def function(params, x):
+        return jnp.tanh(x @ params["w"] + params["b"])
+
+    packed, floats = jq.packed(function), jq.unpack(params)
+    want = function(floats, x)
+    chex.assert_trees_all_close(jax.jit(packed)(params, x), want, rtol=1e-5)
+    chex.assert_trees_all_close(jax.vmap(packed, (None, 0))(params, x), want, rtol=1e-5)
+    several = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), params)
+    both = jax.vmap(packed, (0, None))(several, x)
+    chex.assert_trees_all_close(both, jnp.stack([want, want]), rtol=1e-5)
+    assert jax.eval_shape(packed, params, x).shape == (5, 6)
+
+    def loss(rest, x, apply, w):
+        return jnp.sum(apply(rest | {"w": w}, x) ** 2)
+
+    rest = {"b": params["b"]}
+    got = jax.grad(loss, (0, 1))(rest, x, packed, params["w"])
+    want = jax.grad(loss, (0, 1))(rest, x, function, floats["w"])
+    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
+    tangent = jax.jvp(lambda x: packed(params, x), (x,), (x,))[1]
+    want = jax.jvp(lambda x: function(floats, x), (x,), (x,))[1]
+    chex.assert_trees_all_close(tangent, want, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_by_codebooks_are_those_by_their_members():
+    packed, x = weight(8, 6, k=3), normal(5, 8)
+
+    def loss(packed):
+        return jnp.sum(jq.packed(lambda w, x: jnp.tanh(x @ w))(packed, x) ** 2)
+
+    got = jax.grad(loss, allow_int=True)(packed).codebook
+    by_weight = jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w) ** 2))(jq.unpack(packed))
+    want = [jnp.sum(by_weight * (jq.unpack(packed) == c)) for c in packed.codebook]
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_a_low_rank_adapter_trains_on_a_packed_base(implementation):
+    base = {"up": weight(8, 12), "down": weight(12, 8)}
+    lora = {name: (normal(w.shape[0], 2), normal(2, w.shape[1])) for name, w in base.items()}
+    x = normal(5, 8)
+
+    def apply(base, lora, x):
+        for name in ("up", "down"):
+            a, b = lora[name]
+            x = jnp.tanh(x @ base[name] + x @ a @ b)
+        return jnp.mean(x**2)
+
+    got = jax.jit(jax.grad(jq.packed(apply), 1))(base, lora, x)
+    want = jax.grad(apply, 1)(jq.unpack(base), lora, x)
+    chex.assert_trees_all_close(got, want, rtol=1e-3, atol=1e-5)
+
+
+def test_options_of_python_are_constants_and_nothing_compiles_twice():
+    traced = []
+
+    def function(params, x, double, *, shift=0):
+        traced.append(double)
+        y = x @ params
+        return (2 * y if double else y) + shift
+
+    apply, packed, x = jq.packed(function), weight(8, 6), normal(3, 8)
+    want = x @ jq.unpack(packed)
+    for _ in range(3):
+        np.testing.assert_allclose(apply(packed, x, True, shift=1), 2 * want + 1, rtol=1e-4)
+    assert traced == [True]
+    np.testing.assert_allclose(apply(packed, x, False), want, rtol=1e-4)
+    np.testing.assert_allclose(apply(jq.unpack(packed), x, False), want, rtol=1e-4)
+    assert apply.__name__ == "function"
+
+
+def test_errors_of_the_function_are_its_own():
+    with pytest.raises(TypeError, match="dot_general requires contracting dimensions"):
+        jq.packed(lambda w, x: x @ w)(weight(8, 6), normal(3, 7))
+
+
+def test_half_precision_is_rounded_as_the_weights_are():
+    packed, x = weight(8, 6, k=200), normal(3, 8)
+
+    def narrow_and_wide(w, x):
+        return x @ w.astype(jnp.bfloat16).astype(jnp.float32)
+
+    expected = narrow_and_wide(jq.unpack(packed), x)
+    got = jq.packed(narrow_and_wide)(packed, x)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+    assert np.abs(got - x @ jq.unpack(packed)).max() > 1e-4
+
+
+# PackedArray -------------------------------------------------------------------------------------
+
+
+def test_a_packed_array_is_an_array_as_far_as_it_goes():
+    packed, x = weight(8, 6), normal(3, 6)
+    np.testing.assert_allclose(jq.matmul(x, packed.T), x @ jq.unpack(packed).T, rtol=1e-5)
+    np.testing.assert_array_equal(jq.unpack(packed.T), jq.unpack(packed).T)
+    assert packed.T.shape == (6, 8) and packed.T.T.shape == (8, 6)
+    assert packed.astype(jnp.bfloat16).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        jq.unpack(packed.astype(jnp.bfloat16)), jq.unpack(packed).astype(jnp.bfloat16)
+    )
+    with pytest.raises(ValueError, match="a dtype of floating point, got int32"):
+        packed.astype(jnp.int32)
+    assert packed == packed and packed != weight(8, 6) and len({packed, packed}) == 1
+    assert repr(packed) == "PackedArray(float32[8, 6], k=5, numbers=(1, 1), 62 bytes)"
+    assert repr(packed.T).startswith("View(float32[6, 8] of PackedArray")
+    with pytest.raises(ValueError, match=r"expected x of shape \[..., 6\]"):
+        jq.matmul(normal(3, 8), packed.T)
+    with pytest.raises(ValueError, match="a product that 'lookup' supports"):
+        jq.matmul(x, packed.T, implementation="lookup")
+
+
+def test_leading_axes_are_indexed():
+    stack = weight(3, 8, 6, stacked=True)
+    weights = jq.unpack(stack)
+    np.testing.assert_array_equal(jq.unpack(stack[1]), weights[1])
+    assert isinstance(stack[1], jq.PackedArray) and stack[1].shape == (8, 6)
+    np.testing.assert_array_equal(jq.unpack(stack[1:]), weights[1:])
+    np.testing.assert_array_equal(jq.unpack(stack[jnp.array([2, 0])]), weights[jnp.array([2, 0])])
+    np.testing.assert_array_equal(jq.unpack(stack[-1]), weights[-1])
+    one_by_one = jax.tree.map(lambda *leaves: jnp.stack(leaves), weight(8, 6), weight(8, 6, seed=1))
+    floats = jnp.stack([jq.unpack(weight(8, 6, seed=seed)) for seed in (0, 1)])
+    np.testing.assert_array_equal(jq.unpack(one_by_one), floats)
+    assert repr(one_by_one).startswith("PackedArray(float32[2, 8, 6], k=5, numbers=(2, 1, 1)")
+    with pytest.raises(IndexError, match="one of 3 layers, got 3"):
+        stack[3]
+    with pytest.raises(IndexError, match="stacked layers"):
+        weight(8, 6)[0]
+    assert len(list(stack)) == 3
+
+
+@pytest.mark.parametrize("k", [2, 3, 5, 7, 16, 17, 33, 256])
+@pytest.mark.parametrize("numbers", [None, (20, 1), (4, 3), (1, 6), (20, 6)])
+def test_the_transposed_product_is_that_of_the_transposed_weight(k, numbers, monkeypatch):
+    monkeypatch.setattr("jaxquant.packing.ops.blocks._WEIGHTS", 60)
+    packed, x = weight(20, 6, k=k, numbers=numbers), normal(3, 6)
+    want = x @ jq.unpack(packed).T
+    for implementation in ("unpack", "blocks"):
+        got = jq.matmul(x, packed.T, implementation=implementation)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("inputs", [1, 2, -1, -2])
+def test_inputs_say_which_axes_are_rows(inputs, tmp_path):
+    for stacked, numbers in itertools.product([False, True], [None, "all"]):
+        shape = (2, 4, 3, 6) if stacked else (4, 3, 6)
+        own = {"stacked": True} if stacked else {"numbers": (2, 3, 1) if numbers else None}
+        packed = weight(*shape, inputs=inputs, **own)
+        rows = inputs if inputs > 0 else 3 + inputs
+        assert packed.rows == shape[-3:][:rows] and packed.columns == shape[-3:][rows:]
+        floats = jq.unpack(packed)
+        assert floats.shape == shape
+        jq.save(tmp_path / "a.safetensors", {"w": packed})
+        loaded = jq.load(tmp_path / "a.safetensors")["w"]
+        chex.assert_trees_all_equal(loaded, packed)
+        assert (loaded.rows, loaded.columns) == (packed.rows, packed.columns)
+        if not stacked:
+            x = normal(5, *packed.rows)
+            want = jnp.tensordot(x, floats, rows)
+            for implementation in ("unpack", "blocks"):
+                got = jq.matmul(x, packed, implementation=implementation)
+                np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="expected inputs to leave axes of inputs and of outputs"):
+        weight(4, 6, inputs=2)
+
+
+def test_packed_functions_and_arrays_are_exported():
+    packed, x = weight(8, 6), normal(3, 8)
+    apply = jax.jit(jq.packed(lambda w, x: x @ w + (x @ w) @ w.T @ w))
+    (batch,) = jax.export.symbolic_shape("b")
+    shapes = packed, jax.ShapeDtypeStruct((batch, 8), jnp.float32)
+    exported = jax.export.export(apply)(*shapes).serialize()
+    got = jax.export.deserialize(exported).call(packed, x)
+    np.testing.assert_allclose(got, apply(packed, x), rtol=1e-5)
+
+
+# Programs ----------------------------------------------------------------------------------------
+
+
+def decoder(layers, width, *, stacked):
+    keys = iter(jax.random.split(KEY, 4 * layers + 1))
+
+    def make(*shape, inputs=None):
+        levels = jnp.linspace(-0.3, 0.3, 16)
+        return jq.pack_array(jax.random.normal(next(keys), shape) / 8, levels, inputs=inputs)
+
+    blocks = [
+        {
+            "qkv": make(width, 3, width, inputs=1),
+            "out": make(width, width),
+            "up": make(width, 2 * width),
+            "down": make(2 * width, width),
+        }
+        for _ in range(layers)
+    ]
+    if stacked:
+        blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    return {"embed": make(4 * width, width), "blocks": blocks}
+
+
+def decode(params, tokens, shift):
+    def block(x, layer):
+        q, k, v = jnp.einsum("td,dne->nte", x, layer["qkv"])
+        x = x + jax.nn.softmax(q @ k.T) @ v @ layer["out"]
+        return x + jax.nn.gelu(x @ layer["up"]) @ layer["down"]
+
+    x = params["embed"][tokens] + shift
+    if isinstance(params["blocks"], list):
+        for layer in params["blocks"]:
+            x = block(x, layer)
+    else:
+        x = lax.scan(lambda x, layer: (block(x, layer), None), x, params["blocks"])[0]
+    return x @ params["embed"].T
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_no_float_weight_outlives_its_product(stacked, differentiated, optimized, monkeypatch):
+    monkeypatch.setattr(platform, "is_one_device", lambda: True)
+    jax.clear_caches()
+    params, width = decoder(4, 512, stacked=stacked), 512
+    args = params, jnp.arange(4), jnp.ones(width)
+
+    def temporaries(function):
+        if differentiated:
+
+            def gradient(params, tokens, shift):
+                return jax.grad(lambda shift: jnp.sum(function(params, tokens, shift) ** 2))(shift)
+
+        else:
+            gradient = function
+        compiled = jax.jit(gradient).lower(*args).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    weights = [leaf.size for leaf in jax.tree.leaves(params, is_leaf=is_quantized)]
+    packed = temporaries(jq.packed(decode))
+    unpacked = temporaries(lambda params, *rest: decode(jq.unpack(params), *rest))
+    assert packed < 4 * 2**20 + sum(weights) / 2 < 4 * sum(weights) / 2 < unpacked
+    jax.clear_caches()
