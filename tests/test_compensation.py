@@ -487,6 +487,58 @@ def test_a_round_with_moments_answers_better_and_touches_no_other_layer():
     assert error < 0.8 * plain_error
 
 
+KERNELS = [  # shape, inputs, blocks, and the same kernel as [inputs, outputs]
+    ((8, 2, 3), 1, (-1, 1, -1), (-1, 3)),
+    ((2, 3, 8), -1, (1, 1, -1), (-1, 1)),
+    ((6, 2, 4), -2, (-1, 2, -1), (4, -1)),
+]
+
+
+def test_moments_are_of_the_axes_that_a_rule_says():
+    names = [f"w{i}" for i in range(len(KERNELS))]
+    tree, flat, rules, flat_rules, moments = {}, {}, [], [], {}
+    for name, (shape, inputs, block, flat_block) in zip(names, KERNELS, strict=True):
+        weights, moments[name] = make_layer(8, 6)
+        flat[name] = jnp.asarray(weights)
+        # [inputs, outputs] with the axes of either side split.
+        own = shape[:inputs] if inputs > 0 else shape[inputs:]
+        others = shape[inputs:] if inputs > 0 else shape[:inputs]
+        kernel = weights.reshape(*own, *others)
+        tree[name] = (
+            kernel if inputs > 0 else np.moveaxis(kernel, range(len(own)), range(inputs, 0))
+        )
+        assert tree[name].shape == shape
+        rules.append(jq.LayerRule(name, inputs=inputs, block=block))
+        flat_rules.append(jq.LayerRule(name, block=flat_block))
+
+    def frozen(tree, rules):
+        plan = jq.slq(tree, rounds=(3,), bits=2, rules=rules)
+        return one_round(plan, tree, jq.init(plan, tree), moments=moments)[0]
+
+    found, expected = frozen(jax.tree.map(jnp.asarray, tree), rules), frozen(flat, flat_rules)
+    for name, (shape, inputs, *_) in zip(names, KERNELS, strict=True):
+        kernel = np.asarray(found[name])
+        if inputs < 0:
+            kernel = np.moveaxis(kernel, range(inputs, 0), range(-inputs))
+        np.testing.assert_allclose(kernel.reshape(8, 6), expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rule", "size", "message"),
+    [
+        ({"inputs": 1}, 16, r"moments: w: expected shape \(8, 8\), got \(16, 16\)"),
+        ({"inputs": 3}, 8, r"w: rule 'w' expected inputs to leave axes of inputs and of outputs"),
+        ({"inputs": 0}, 8, "rule 'w': expected inputs to be 1, -1 or more, got 0"),
+        ({"inputs": 1, "block": (-1, -1, 1)}, 8, "w: expected blocks that cut no axis of outputs"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(rule, size, message):
+    tree = {"w": jnp.ones((8, 2, 3))}
+    with pytest.raises(ValueError, match=message):
+        plan = jq.slq(tree, rounds=(2,), bits=2, rules=[jq.LayerRule("w", **rule)])
+        jq.quantize_round(plan, tree, jq.init(plan, tree), moments={"w": jnp.eye(size)})
+
+
 @pytest.mark.slow
 def test_moments_say_nothing_before_a_layer_is_whole():
     params, moments = make_tree()

@@ -66,6 +66,21 @@ def test_codes_take_the_fewest_whole_bits_and_come_back(k, bits):
             assert 8 * packed.shape[0] / rows == pytest.approx(bits)
 
 
+def test_rows_of_codes_are_those_of_all_codes():
+    random, unpack_rows = (
+        np.random.default_rng(0),
+        jax.jit(layout.unpack_rows, static_argnums=(2, 3)),
+    )
+    for k in range(1, 257):
+        for rows in (1, 17, 100):
+            codes = random.integers(0, k, (rows, 5))
+            packed, numbers = layout.pack_codes(codes, k), random.integers(0, rows, (3, 4))
+            found = layout.unpack_rows(packed, numbers, rows, k)
+            np.testing.assert_array_equal(found, codes[numbers])
+            if k in (3, 5, 17) and rows == 17:
+                np.testing.assert_array_equal(unpack_rows(packed, numbers, rows, k), found)
+
+
 def test_every_k_has_the_smallest_symbol():
     for k in range(1, 257):
         digits, bits = layout.symbol(k)

@@ -71,6 +71,8 @@ def reshaped(axes: Axes, shape: Sequence[int]) -> Axes | None:
     >>> shape_of(joined), reshaped(joined, (4, 30))
     ((2, 3, 20), None)
     """
+    if 0 in (*shape_of(axes), *shape):
+        return None
     left = [piece for axis in axes for piece in axis]
     made = []
     for size in shape:
@@ -88,7 +90,7 @@ def reshaped(axes: Axes, shape: Sequence[int]) -> Axes | None:
             axis.append(piece)
             size //= piece.size
         made.append(_merged(axis))
-    return None if left or 0 in shape else tuple(made)
+    return None if left else tuple(made)
 
 
 def repeated(axes: Axes, shape: Sequence[int], places: Sequence[int]) -> Axes:
@@ -99,6 +101,24 @@ def repeated(axes: Axes, shape: Sequence[int], places: Sequence[int]) -> Axes:
         if sizes[axis] == shape[place]:
             made[place] = axes[axis]
     return tuple(made)
+
+
+def stored_axes(
+    pieces: Sequence[Piece], layers: Sequence[int], rows: Sequence[int], columns: Sequence[int]
+) -> tuple[int, ...]:
+    """Return the axes of a weight, as it was packed, that some pieces are runs of, from the end.
+
+    >>> stored_axes([Piece("rows", 3, 4)], (), (3, 4), (5,))
+    (-3,)
+    """
+    axes, found = whole(layers, rows, columns), set()
+    for piece in pieces:
+        for axis, own in enumerate(axes):
+            for run in own:
+                first, end = piece.stride, piece.stride * piece.size
+                if piece.part == run.part and first < run.stride * run.size and end > run.stride:
+                    found.add(axis - len(axes))
+    return tuple(sorted(found))
 
 
 def is_whole(axes: Axes, own: Sequence[int], parts: Sequence[str]) -> bool:

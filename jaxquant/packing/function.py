@@ -1,13 +1,16 @@
 """Functions on packed weights: `packed`, and what becomes of the weights in them."""
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.packing.arrays import View, is_quantized, unpack_node, view_of
+from jaxquant.packing.arrays import PackedArray, View, is_quantized, unpack_node, view_of
+from jaxquant.packing.codes import packed_rows
 from jaxquant.packing.interpreter import Interpreter, Use
 from jaxquant.trees import leaves_with_paths
 
@@ -39,17 +42,63 @@ class PackedFunction:
 
         Nothing is computed; arrays may be shape and dtype structs.
         """
-        pairs = leaves_with_paths((args, kwargs), is_quantized)
+        return self._uses(leaves_with_paths((args, kwargs), is_quantized), args, kwargs)
+
+    def inputs(self, params: Any, *args: Any, **kwargs: Any) -> dict[str, int]:
+        """Return how many axes of each weight the function's products sum over.
+
+        For `pack(params, state, inputs=...)`, before anything is packed: see `LayerRule.inputs`.
+        The weights are in the first argument. Nothing is computed; arrays may be shape and dtype
+        structs.
+
+        Returns:
+          By path in `params`, a number for each floating array of two axes or more whose products
+          all sum over its first axes, or its last, behind those of stacked layers.
+
+        >>> import jax.numpy as jnp
+        >>> heads = packed(lambda params, x: jnp.einsum("td,dhe->the", x, params["query"]))
+        >>> heads.inputs({"query": jnp.ones((8, 2, 4))}, jnp.ones((3, 8)))
+        {'query': 1}
+        """
+        arguments = (params, *args), kwargs
+        pairs = leaves_with_paths(arguments, is_quantized)
+        weights = dict(leaves_with_paths(params, is_quantized))
+
+        def uses_with(stacks: set[str]) -> Uses:
+            stand_ins = [
+                (path, _stand_in(leaf, _argument(path) in stacks) if path[:3] == "0/0" else leaf)
+                for path, leaf in pairs
+            ]
+            return self._uses(stand_ins, *arguments)
+
+        stacks: set[str] = set()
+        while True:  # a scan inside of a scan shows its stacks only where the outer ones are known
+            uses = uses_with(stacks)
+            scanned = {use.path for use in uses if use.operation == "scan" and use.how == "rows"}
+            if scanned <= stacks:
+                break
+            stacks |= scanned
+        found: dict[str, set[int]] = {}
+        for use in uses:
+            path = use.path if use.path in weights else ""  # of a weight that is the argument
+            if use.summed:
+                first = int(use.path in stacks) - len(jnp.shape(weights[path]))
+                first = max([first, *(axis + 1 for axis in use.shared)])
+                number = _signed(use.summed, range(first, 0))
+                found.setdefault(path, set()).add(number)
+        return {path: min(own) for path, own in found.items() if len(own) == 1 and 0 not in own}
+
+    def _uses(self, pairs: Sequence[tuple[str, Any]], args: Any, kwargs: Any) -> "Uses":
+        """Return where weights that stand for leaves of the arguments are used."""
         structure = jax.tree.structure((args, kwargs), is_leaf=is_quantized)
         constants = tuple(None if _is_array(leaf) else (leaf,) for _, leaf in pairs)
         uses: list[Use] = []
         views = [
-            view_of(leaf, path.split("/", 2)[-1]) if is_quantized(leaf) else leaf
+            view_of(leaf, _argument(path)) if is_quantized(leaf) else leaf
             for path, leaf in pairs
             if _is_array(leaf)
         ]
-        call = functools.partial(self._run, _Call(structure, constants), uses=uses)
-        jax.eval_shape(call, views)
+        jax.eval_shape(functools.partial(self._run, _Call(structure, constants), uses=uses), views)
         return Uses(tuple(uses))
 
     def _run(self, call: "_Call", values: list[Any], uses: list[Use] | None = None) -> Any:
@@ -131,6 +180,31 @@ def packed(function: Callable[..., Any]) -> PackedFunction:
     transposed product
     """
     return PackedFunction(function)
+
+
+def _argument(path: str) -> str:
+    """Return the path of a leaf in its argument; of an argument that is one, its number or name."""
+    return path.split("/", 2)[-1]
+
+
+def _signed(summed: tuple[int, ...], axes: range) -> int:
+    """Return how many of the axes are summed over: less than 0 for the last ones, 0 for others."""
+    number = len(summed)
+    if summed == tuple(axes[:number]):
+        return number
+    return -number if summed == tuple(axes[len(axes) - number :]) else 0
+
+
+def _stand_in(leaf: Any, is_stack: bool) -> Any:
+    """Return an array of two axes or more as a packed weight of rows alone, of shapes only."""
+    is_floating = _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    if is_quantized(leaf) or not is_floating or len(leaf.shape) < 2:
+        return leaf
+    layers, rows = leaf.shape[: int(is_stack)], leaf.shape[int(is_stack) :]
+    codes = jax.ShapeDtypeStruct((*layers, packed_rows(math.prod(rows), 2), 1), jnp.uint8)
+    table = (*layers, *(1,) * len(rows), 2) if layers else (2,)
+    codebook = jax.ShapeDtypeStruct(table, leaf.dtype)
+    return PackedArray(codes=codes, codebook=codebook, rows=rows, columns=())
 
 
 def _is_array(leaf: Any) -> bool:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from jaxquant.packing.arrays import View, unpack_view
-from jaxquant.packing.axes import repeated, reshaped, transposed
+from jaxquant.packing.axes import repeated, reshaped, stored_axes, transposed
 from jaxquant.packing.ops import general
 
 
@@ -28,6 +28,8 @@ class Use(NamedTuple):
     how: str  # "product", "transposed product", "convolution", "rows", or "unpacked"
     shape: tuple[int, ...]  # of what the operation sees
     float_bytes: int  # of what is unpacked outside of a product; 0 of what stays packed
+    summed: tuple[int, ...] = ()  # the weight's axes, from the end, that a product sums over
+    shared: tuple[int, ...] = ()  # those that the other operand of the product has, too
 
 
 Value = Any  # an array or a View
@@ -72,10 +74,24 @@ class Interpreter:
         self.note(value, operation, "unpacked", value.size * jnp.dtype(value.dtype).itemsize)
         return unpack_view(value)
 
-    def note(self, view: View, operation: str, how: str, float_bytes: int = 0) -> None:
-        """Keep a use of a weight, where that is asked for."""
-        if self.uses is not None:
-            self.uses.append(Use(view.path or "", operation, how, view.shape, float_bytes))
+    def note(
+        self,
+        view: View,
+        operation: str,
+        how: str,
+        float_bytes: int = 0,
+        summed: Sequence[int] = (),
+        shared: Sequence[int] = (),
+    ) -> None:
+        """Keep a use of a weight, where that is asked for; axes are those of the view."""
+        if self.uses is None:
+            return
+        sizes = view.packed.layers, view.packed.rows, view.packed.columns
+        own = [
+            stored_axes([piece for axis in axes for piece in view.axes[axis]], *sizes)
+            for axes in (summed, shared)
+        ]
+        self.uses.append(Use(view.path or "", operation, how, view.shape, float_bytes, *own))
 
     def called(self, jaxpr: Any, name: str) -> Callable[..., Any]:
         """Return a jaxpr as a jitted function, the same one each time.
@@ -299,11 +315,11 @@ def _product(interpreter: Interpreter, equation: JaxprEqn, operands: list[Value]
     if part is not None and jnp.issubdtype(x.dtype, jnp.floating):
         dimensions = (x_contracted, view_contracted), (x_batch, view_batch)
         made = general.dot_general(x, view, dimensions, dtype, weight_first=weight_first)
+    how = {general.ROWS: "product", general.COLUMNS: "transposed product"}.get(part or "")
+    how = "unpacked in product" if made is None or how is None else how
+    interpreter.note(view, name, how, 0, view_contracted, view_batch)
     if made is not None:
-        how = "product" if part == general.ROWS else "transposed product"
-        interpreter.note(view, name, how)
         return [made]
-    interpreter.note(view, name, "unpacked in product")
 
     def multiply(x: jax.Array, view: View) -> jax.Array:
         weight = unpack_view(view)

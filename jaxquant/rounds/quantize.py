@@ -27,6 +27,7 @@ from jaxquant.rounds.schedules import Plan
 from jaxquant.rounds.selection import Layer, by_slice
 from jaxquant.rounds.sharing import (
     Codebook,
+    can_join,
     compensated,
     count_frozen,
     free_loss,
@@ -181,8 +182,9 @@ def quantize_round(
       sensitivity: tree like `params` of non-negative squared gradients (diagonal Fisher). They
         weigh the clustering and the loss of the clusters. Leaves left alone are not read.
       moments: of the inputs of some layers, by path, from `input_moments`: [D, D] for a kernel
-        [..., N] with D entries for each of N outputs, [slices, D, D] for layers stacked along axis
-        0. For layers without, the nearest centroid. Plans of shares of clusters only.
+        [..., N] with D entries for each of N outputs (of the axes that the rule's `inputs` tells,
+        where it does), [slices, D, D] for layers stacked along axis 0. For layers without, the
+        nearest centroid. Plans of shares of clusters only.
       key: typed key, for `partition="random"` only.
 
     Returns:
@@ -503,7 +505,8 @@ def _compensated(
         fixed = frozen | ((centroids == 0) & clustering.zero)
     whole = active & jnp.all(chosen, axis=-1)
     whole = jnp.all(whole, axis=tuple(range(int(layer.stacks), whole.ndim)))
-    compensate = jax.vmap(compensated) if layer.stacks else compensated
+    compensate = functools.partial(compensated, input_axes=layer.input_axes)
+    compensate = jax.vmap(compensate) if layer.stacks else compensate
     arrays = alike.weights[number], alike.frozen[number], near, centroids, fixed, whole, moments
     return compensate(*arrays)
 
@@ -591,8 +594,14 @@ def _check_moments(plan: Plan, moments: dict[str, jax.Array]) -> None:
         lead = layer.shape[:1] if layer.stacks else ()
         if len(layer.shape) < 2 + len(lead):
             raise ValueError(f"moments: {path}: expected inputs and outputs, got {layer.shape}")
-        inputs = math.prod(layer.shape[len(lead) : -1])
+        inputs = math.prod(layer.shape[len(lead) + axis] for axis in layer.input_axes)
         check_shape(f"moments: {path}", own, (*lead, inputs, inputs))
+        sizes, numbers = layer.shape[len(lead) :], layer.all_numbers[len(lead) :]
+        if not can_join(sizes, numbers, layer.input_axes):
+            raise ValueError(
+                f"moments: {path}: expected blocks that cut no axis of outputs after one that they "
+                f"leave whole, got blocks of {layer.block} for {layer.shape}"
+            )
     checks.values({f"moments: {path}": own for path, own in moments.items()})
     energies = {
         f"moments: {path}: the diagonal": jnp.diagonal(own, axis1=-2, axis2=-1)

@@ -39,6 +39,10 @@ class LayerRule:
       min_ndim: leaves of fewer dimensions (biases, normalization) are left alone.
       depth: leaves of a greater number are deeper, whatever their names; those of the same number
         are in natural order of their paths, see `Selection.by_depth`.
+      inputs: how many axes a product with the weight sums over, behind those of stacked layers: the
+        first ones, as in an attention kernel [features, heads, head size] with 1, or so many of
+        the last ones if it is negative, as in [outputs, inputs] with -1. None: all but the last.
+        Moments are of these axes, and `pack` takes it for its rows, see `Selection.inputs`.
     """
 
     pattern: str
@@ -53,6 +57,7 @@ class LayerRule:
     block: Sequence[int] | None = None
     scaled: bool | str = False
     centroid_dtype: Any = None
+    inputs: int | None = None
 
     def __post_init__(self):
         """Check what can be checked without parameters; NumPy's integers become Python's."""
@@ -66,10 +71,12 @@ class LayerRule:
             raise ValueError(f"rule {self.pattern!r}: expected bits or k, got both")
         if self.bits is not None:
             num_centroids(self.bits)
-        for name in ("bits", "k", "group", "axis", "min_ndim", "depth", "block"):
+        for name in ("bits", "k", "group", "axis", "min_ndim", "depth", "block", "inputs"):
             object.__setattr__(self, name, self._whole(name, getattr(self, name)))
         if self.k is not None and self.k < 1:
             raise ValueError(f"rule {self.pattern!r}: expected k to be at least 1, got {self.k!r}")
+        if self.inputs == 0:
+            raise ValueError(f"rule {self.pattern!r}: expected inputs to be 1, -1 or more, got 0")
         if self.block is not None and self.axis is not None:
             raise ValueError(f"rule {self.pattern!r}: expected axis or block, got both")
         if self.block is not None and not all(size == -1 or size > 0 for size in self.block):
@@ -135,6 +142,7 @@ class Layer:
     scaled: bool = False  # whether blocks share a codebook
     centroid_dtype: str = ""  # of the codebook as it is stored
     scale_dtype: str | None = None  # None: without a scale
+    inputs: int | None = None  # how many axes products sum over, see `LayerRule`
     reason: str | None = None
 
     @property
@@ -152,6 +160,13 @@ class Layer:
     def stacks(self) -> bool:
         """Whether axis 0 stacks layers that have axes of inputs and outputs of their own."""
         return self.is_stack and len(self.shape) > 2
+
+    @property
+    def input_axes(self) -> tuple[int, ...]:
+        """The axes that products with one layer of it sum over, counted behind that of layers."""
+        ndim = len(self.shape) - self.stacks
+        inputs = ndim - 1 if self.inputs is None else self.inputs
+        return tuple(range(ndim)[:inputs] if inputs > 0 else range(ndim)[inputs:])
 
     @property
     def codebook_numbers(self) -> tuple[int, ...]:
@@ -217,6 +232,11 @@ class Selection:
     def selected(self) -> tuple[Layer, ...]:
         """The leaves that are quantized."""
         return tuple(layer for layer in self.layers if layer.reason is None)
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """How many axes products sum over, by path, where a rule says so; for `pack`."""
+        return {layer.path: layer.inputs for layer in self.selected if layer.inputs is not None}
 
     def by_depth(self) -> tuple[Layer, ...]:
         """The leaves that are quantized, from input to output as far as rules and names tell.
@@ -387,7 +407,8 @@ def _setting(path: str, shape: tuple, dtype: Any, rule: LayerRule | None, k: int
     if not _too_few(layer, dtype, rule):
         layer = dataclasses.replace(layer, numbers=_numbers(layer, rule), **_storage(layer, rule))
         own = rule.block[0] == 1 if rule.block else rule.axis in (0, -len(shape))
-        layer = dataclasses.replace(layer, is_stack=own)
+        layer = dataclasses.replace(layer, is_stack=own, inputs=rule.inputs)
+        _check_inputs(layer, rule)
     reason = _reason(layer, dtype, rule)
     if reason is not None:
         return _left_alone(layer, reason)
@@ -433,6 +454,15 @@ def _numbers(layer: Layer, rule: LayerRule) -> tuple[int, ...] | None:
     if set(rule.block) == {-1}:
         return None
     return tuple(1 if own == -1 or not size else size // own for own, size in pairs)
+
+
+def _check_inputs(layer: Layer, rule: LayerRule) -> None:
+    own = layer.shape[int(layer.stacks) :]
+    if rule.inputs is not None and not 0 < abs(rule.inputs) < len(own):
+        raise ValueError(
+            f"{layer.path}: rule {rule.pattern!r} expected inputs to leave axes of inputs and of "
+            f"outputs of {own}, got {rule.inputs}"
+        )
 
 
 def _storage(layer: Layer, rule: LayerRule) -> dict[str, Any]:

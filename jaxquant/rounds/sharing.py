@@ -130,25 +130,55 @@ def compensated(
     fixed: jax.Array,
     whole: jax.Array,
     moments: jax.Array,
+    *,
+    input_axes: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array]:
     """Return the weights and the centroids of a layer that is to answer as well as it can.
 
     Args:
-      weights: [..., N] the layer as it was before the round.
+      weights: [...] the layer as it was before the round.
       frozen: bool, like the weights, as it was.
       near: like the weights, all that freezes on its nearest centroid.
       centroids: [*numbers, k] of the layer's blocks; those that move are rounded to their dtype.
       fixed: bool, like the centroids, those that keep their value.
       whole: bool scalar, whether nothing of the layer is free after the round; else it is `near`.
       moments: [D, D] float32.
+      input_axes: those that the D inputs are of; all others are of outputs.
     """
+    others = tuple(axis for axis in range(weights.ndim) if axis not in input_axes)
+    order = (*input_axes, *others)
+    back = tuple(order.index(axis) for axis in range(weights.ndim))
+
+    def inputs_first(x: jax.Array) -> jax.Array:
+        """Return weights [inputs, outputs], or a table of their blocks, with one axis of outputs.
+
+        Blocks cut it into as many runs, see `can_join`.
+        """
+        rest = tuple(range(weights.ndim, x.ndim))
+        x = x.transpose((*order, *rest))
+        return x.reshape(*x.shape[: len(input_axes)], -1, *x.shape[weights.ndim :])
+
+    def as_before(x: jax.Array, like: jax.Array) -> jax.Array:
+        rest = tuple(range(weights.ndim, like.ndim))
+        return x.reshape([like.shape[axis] for axis in (*order, *rest)]).transpose((*back, *rest))
 
     def close() -> tuple[jax.Array, jax.Array]:
-        found = compensate(weights, frozen, centroids, ~fixed, moments)
-        shared = reconstructed(found.codes, found.centroids.astype(weights.dtype))
-        return jnp.where(frozen, weights, shared), found.centroids
+        tables = [inputs_first(table) if table.ndim > 1 else table for table in (centroids, ~fixed)]
+        found = compensate(*map(inputs_first, (weights, frozen)), *tables, moments)
+        new = found.centroids if centroids.ndim == 1 else as_before(found.centroids, centroids)
+        shared = reconstructed(as_before(found.codes, weights), new.astype(weights.dtype))
+        return jnp.where(frozen, weights, shared), new
 
     return loops.cond(whole, close, lambda: (near, centroids))
+
+
+def can_join(sizes: tuple[int, ...], numbers: tuple[int, ...], input_axes: tuple[int, ...]) -> bool:
+    """Return whether blocks stay runs of equal length where all axes of outputs are made one."""
+    own = [
+        (n, s) for a, (n, s) in enumerate(zip(numbers, sizes, strict=True)) if a not in input_axes
+    ]
+    first = next((i for i, (number, size) in enumerate(own) if number != size), len(own))
+    return all(number == 1 for number, _ in own[first + 1 :])
 
 
 def with_equals(centroids: jax.Array, chosen: jax.Array) -> jax.Array:
