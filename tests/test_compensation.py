@@ -489,8 +489,8 @@ def test_a_round_with_moments_answers_better_and_touches_no_other_layer():
 
 KERNELS = [  # shape, inputs, blocks, and the same kernel as [inputs, outputs]
     ((8, 2, 3), 1, (-1, 1, -1), (-1, 3)),
-    ((2, 3, 8), -1, (1, 1, -1), (-1, 1)),
-    ((6, 2, 4), -2, (-1, 2, -1), (4, -1)),
+    ((2, 3, 8), -1, (-1, -1, 2), (2, -1)),
+    ((6, 2, 4), -2, (-1, 1, -1), (4, -1)),
 ]
 
 
@@ -516,7 +516,7 @@ def test_moments_are_of_the_axes_that_a_rule_says():
         return one_round(plan, tree, jq.init(plan, tree), moments=moments)[0]
 
     found, expected = frozen(jax.tree.map(jnp.asarray, tree), rules), frozen(flat, flat_rules)
-    for name, (shape, inputs, *_) in zip(names, KERNELS, strict=True):
+    for name, (_, inputs, *_) in zip(names, KERNELS, strict=True):
         kernel = np.asarray(found[name])
         if inputs < 0:
             kernel = np.moveaxis(kernel, range(inputs, 0), range(-inputs))
