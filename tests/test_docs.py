@@ -45,7 +45,7 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
     }
     blocks = _blocks(README.read_text())
     for block in blocks:
-        if "intercept_linen" in block:  # of a network that is this layer alone
+        if "module.apply" in block:  # of a network that is this layer alone
             names["packed"] = names["packed"]["dense"]
         exec(block, names)
     assert len(blocks) >= 5
@@ -69,6 +69,7 @@ SELECTED = {
         "blocks/down/kernel",
         "blocks/up/kernel",
     ],
+    "LoRA on a packed base": ["Dense_0/kernel", "Dense_1/kernel"],
 }
 
 
@@ -105,7 +106,7 @@ def test_trees_of_every_make_are_trained_and_quantized(title, trees, tmp_path, m
         values = np.unique(np.asarray(leaves[layer.path]))
         if layer.reason is None:
             assert len(values) <= layer.k * layer.slices, layer.path
-        else:
+        elif "LoRA" not in title:  # which trains nothing of the base
             assert len(values) > 3, layer.path  # left alone, and trained
 
 
