@@ -32,7 +32,7 @@ ELSEWHERE = {
     "load": "runs on the host: test_storage",
     "read_metadata": "runs on the host: test_storage",
     "report": "runs on the host: test_metrics",
-    "intercept_linen": "a hook of Linen's: test_ops",
+    "packed": "makes a function: `both_ways` stands for it",
     "freeze_quantized": "makes a transformation: `freeze_update` stands for it",
     "incremental": "makes a transformation: `incremental_init` and `_update` stand for it",
 }
@@ -107,7 +107,14 @@ def correct(g):
     return jq.product.correct(product_of(g), response, sweeps=1)
 
 
+@jq.packed
+def both_ways(weights, inputs):
+    outputs = inputs @ weights
+    return outputs, outputs @ weights.T, weights[jnp.array([3, 1])]
+
+
 CALLS = {
+    "packed": lambda g: both_ways(packed(g), g.inputs),
     "kmeans": lambda g: jq.kmeans(g.weights, 3),
     "kmeans weighed": lambda g: jq.kmeans(
         g.weights, 3, sample_weight=g.sensitivity, zero=True, iterations=2, bins=64, cells=16
@@ -158,7 +165,14 @@ NAMES = list(CALLS)
 # long, some places only see the trace, at which what cannot stand there fails.
 LONG = ("quantize_round by moments", "quantize_round inq", "incremental_update", "product.correct")
 RUN = ("kmeans weighed", "assign many", "quantize_round", "set_centroids", "pack", "conv")
-RUN += ("matmul", "matmul by lookup", "matmul by blocks", "matmul of words", "input_moments")
+RUN += (
+    "packed",
+    "matmul",
+    "matmul by lookup",
+    "matmul by blocks",
+    "matmul of words",
+    "input_moments",
+)
 
 
 def test_every_public_function_is_in_the_table():
@@ -230,9 +244,10 @@ def test_programs_are_counted(compiles):
 def test_arrays_that_are_closed_over_may_stand_in_any_trace(name):
     arrays = given()
     shapes = jax.eval_shape(lambda: CALLS[name](arrays))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), expected(name)
-    )
+    assert dtypes(shapes) == dtypes(expected(name))
+    assert [x.shape for x in jax.tree.leaves(shapes)] == [
+        x.shape for x in jax.tree.leaves(expected(name))
+    ]
     jax.jit(lambda: CALLS[name](arrays)).lower()  # XLA would fold what is known, for long
 
 
@@ -283,7 +298,7 @@ def test_inside_shard_map_each_device_gets_its_own(name):
 
 
 def dtypes(tree):
-    return jax.tree.map(lambda x: x.dtype, tree)
+    return jax.tree.structure(tree), [x.dtype for x in jax.tree.leaves(tree)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -391,7 +406,11 @@ def test_what_is_no_integer_is_refused(call, value):
 EXPORTED = {
     "assign": lambda g: jq.assign(g.inputs, jnp.array(CENTROIDS)),
     "reconstruct": lambda g: jq.reconstruct(g.inputs.astype(jnp.int32), jnp.array(CENTROIDS)),
-    **{name: CALLS[name] for name in CALLS if name.startswith(("matmul", "conv", "input_mom"))},
+    **{
+        name: CALLS[name]
+        for name in CALLS
+        if name.startswith(("packed", "matmul", "conv", "input_mom"))
+    },
 }
 
 

@@ -5,7 +5,9 @@ CPU, which are threads of one pool, can wait for each other when several are on 
 """
 
 import contextlib
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -117,3 +119,54 @@ def test_packed_codes_of_explicit_axes_are_sharded_as_layers_and_columns():
     assert jax.typeof(packed["matrix"].codes).sharding.spec == P(None, "y")
     assert jax.typeof(packed["stack"].codes).sharding.spec == P(None, None, "y")
     assert jax.typeof(jq.unpack(packed)["matrix"]).sharding.spec == P(None, "y")
+
+
+def forward(params, x):
+    x = jnp.tanh(x @ params["columns"])
+    x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["stack"])[0]
+    return x @ params["columns"].T, params["columns"][jnp.array([3, 1])]
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_packed_functions_run_from_columns_and_layers_on_several_devices(axis_type):
+    levels = jnp.linspace(-0.5, 0.5, 5)
+    params = {
+        "columns": jq.pack_array(jnp.asarray(RNG.normal(size=(16, 24)), jnp.float32), levels),
+        "stack": jq.pack_array(
+            jnp.asarray(RNG.normal(size=(4, 24, 24)), jnp.float32),
+            jnp.broadcast_to(levels, (4, 1, 1, 5)),
+        ),
+    }
+    x = jnp.asarray(RNG.normal(size=(8, 16)), jnp.float32)
+    function = forward
+    if axis_type == AxisType.Explicit:  # `scan` takes no such axis apart, `@` sums over none
+
+        def function(params, x):
+            return (jnp.tanh(x @ params["columns"]),)
+
+    expected = function(jq.unpack(params), x)
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(axis_type,) * 2)
+
+    def placed(array, spec):
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    by_column, by_layer = params["columns"], params["stack"]
+    placed_params = {
+        "columns": dataclasses.replace(
+            by_column,
+            codes=placed(by_column.codes, P(None, "y")),
+            codebook=placed(by_column.codebook, P()),
+        ),
+        "stack": dataclasses.replace(
+            by_layer,
+            codes=placed(by_layer.codes, P("x")),
+            codebook=placed(by_layer.codebook, P("x")),
+        ),
+    }
+    with jax.set_mesh(mesh) if axis_type == AxisType.Explicit else contextlib.nullcontext():
+        run = jax.jit(jq.packed(function)).lower(placed_params, placed(x, P("x"))).compile()
+        got = run(placed_params, placed(x, P("x")))
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    text = run.as_text()
+    assert not re.search(r"f32\[[\d,]*\]\S* all-gather\(.*(16,24|4,24,24)", text)
