@@ -6,13 +6,15 @@ r"""One token of a whole decoder from packed weights, beside the same decoder in
 Width 1024, 8 layers of seven products, a head of 32,000 words, 123 million weights: what a step
 costs where XLA sees all products at once, as no benchmark of single products tells. For each number
 of centroids, with the layers in a list and stacked under `lax.scan`: milliseconds in float32 and
-from packed weights, by the default and by each implementation that knows such codes, as medians of
-turns; and in brackets the MiB that a step takes beside its arguments.
+from packed weights, by `jq.packed` of the same step and by each implementation that knows such
+codes, as medians of turns; in brackets the MiB that a step takes beside its arguments; and how long
+the two are traced, in milliseconds, the least of a few.
 """
 
 import argparse
 import functools
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -104,9 +106,11 @@ def programs(k: int, batch: int, stacked: bool, names: list[str]) -> dict[str, P
         packed, floats = ({**tree, "layers": stack(tree["layers"])} for tree in (packed, floats))
     made = {"float32": Program(functools.partial(step, jnp.matmul), floats, cache, x)}
     for name in names:
-        product = functools.partial(jq.matmul, implementation=None if name == "default" else name)
+        function = jq.packed(functools.partial(step, jnp.matmul))
+        if name != "packed":
+            function = functools.partial(step, functools.partial(jq.matmul, implementation=name))
         try:
-            made[name] = Program(functools.partial(step, product), packed, cache, x)
+            made[name] = Program(function, packed, cache, x)
         except ValueError:
             continue  # not for these codes
     return made
@@ -129,7 +133,23 @@ def rows(ks: list[int], batches: list[int], turns: int, names: list[str]) -> Ite
                         else ""
                         for n in ("float32", *names)
                     ),
+                    *trace_times(made),
                 ]
+
+
+def trace_times(made: dict[str, Program]) -> list[str]:
+    """Return the milliseconds that the step is traced for, in floats and by `jq.packed`."""
+    function = functools.partial(step, jnp.matmul)
+    if "packed" not in made:
+        return ["", ""]
+    times = {"float32": [], "packed": []}
+    for _ in range(5):
+        for name, transform in (("float32", functools.partial), ("packed", jq.packed)):
+            jax.clear_caches()
+            started = time.perf_counter()
+            jax.jit(transform(function)).trace(*made[name].args)
+            times[name].append(time.perf_counter() - started)
+    return [f"{1e3 * min(spent):.0f}" for spent in times.values()]
 
 
 def medians(functions: dict[str, Program], turns: int) -> dict[str, float]:
@@ -148,11 +168,12 @@ def main() -> None:
     parser.add_argument("--k", nargs="+", type=int, default=[3, 5, 16, 17])
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--turns", type=int, default=20)
-    parser.add_argument("--implementations", nargs="*", default=["default", *IMPLEMENTATIONS])
+    parser.add_argument("--implementations", nargs="*", default=["packed", *IMPLEMENTATIONS])
     options = parser.parse_args()
     print(common.machine())
     header = ["layers", "k", "vectors", "float32, ms (MiB)"]
     header += [f"{name}, ms (MiB)" for name in options.implementations]
+    header += ["traced, float32", "traced, packed"]
     table = rows(options.k, options.batch, options.turns, options.implementations)
     print(common.markdown(header, table), flush=True)
 

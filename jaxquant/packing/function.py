@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.meshes import is_explicit
 from jaxquant.packing.arrays import PackedArray, View, is_quantized, unpack_node, view_of
 from jaxquant.packing.codes import packed_rows
 from jaxquant.packing.interpreter import Interpreter, Use
@@ -217,4 +218,7 @@ def _as_view(value: Any) -> View:
 
 
 def _unpacked_type(value: Any) -> Any:
+    """Return the type of an unpacked weight; on a mesh it says how it is spread."""
+    if jax.sharding.get_abstract_mesh().empty and not any(map(is_explicit, jax.tree.leaves(value))):
+        return jax.ShapeDtypeStruct(value.shape, value.dtype)
     return jax.eval_shape(unpack_node, value)

@@ -93,8 +93,8 @@ def dot_general(
         return None
     if any(pieces[label].part == REPEATED for label in own):
         return None
-    x = x.transpose((*x_batch, *x_free, *x_contracted))
-    x = x.reshape([sizes[label] for label in (*shared, *of_x, *summed)])
+    x = _moved(x, range(x.ndim), (*x_batch, *x_free, *x_contracted))
+    x = _shaped(x, [sizes[label] for label in (*shared, *of_x, *summed)])
     lead = layers if is_shared else []
     vectors = [*repeated, *of_x]
     wanted = [*lead, *vectors, *stored(summed, ROWS, COLUMNS)]
@@ -104,17 +104,22 @@ def dot_general(
     y = _product(x, view, part, wide, len(lead), len(vectors))
     if sum_layers:
         y, layers = jnp.sum(y, axis=0).astype(dtype), []
-    y = y.reshape([sizes[label] for label in (*layers, *vectors, *outputs)])
+    y = _shaped(y, [sizes[label] for label in (*layers, *vectors, *outputs)])
     middle = [*own, *of_x] if weight_first else [*of_x, *own]
     y = _moved(y, [*layers, *vectors, *outputs], [*shared, *middle])
     shapes = [view.shape[axis] for axis in free], list(of_x.values())
     first, second = shapes if weight_first else shapes[::-1]
-    return y.reshape([*(view.shape[axis] for axis in batch), *first, *second])
+    return _shaped(y, [*(view.shape[axis] for axis in batch), *first, *second])
 
 
 def _moved(array: jax.Array, labels: Sequence[Any], wanted: Sequence[Any]) -> jax.Array:
     """Return an array whose axes have labels with its axes in the order of other labels."""
-    return array.transpose([labels.index(label) for label in wanted])
+    order = [labels.index(label) for label in wanted]
+    return array if order == list(range(array.ndim)) else array.transpose(order)
+
+
+def _shaped(array: jax.Array, shape: Sequence[int]) -> jax.Array:
+    return array if array.shape == tuple(shape) else array.reshape(shape)
 
 
 def _product(x: jax.Array, view: View, part: str, dtype: Any, lead: int, vectors: int) -> jax.Array:
@@ -136,11 +141,12 @@ def _product(x: jax.Array, view: View, part: str, dtype: Any, lead: int, vectors
 
     def multiply(x: jax.Array, packed: PackedArray | ProductArray) -> jax.Array:
         weight = packed if part == ROWS else _transposed(packed)
-        x = x.reshape(*x.shape[:vectors], *inputs)
+        x = _shaped(x, (*x.shape[:vectors], *inputs))
         y = matmul(x, weight, preferred_element_type=dtype)
-        return y.reshape(*x.shape[:vectors], math.prod(outputs))
+        return _shaped(y, (*x.shape[:vectors], math.prod(outputs)))
 
-    x = x.reshape(*([math.prod(layers)] if lead else []), *x.shape[lead : lead + vectors], -1)
+    stacked = [math.prod(layers)] if lead else []
+    x = _shaped(x, (*stacked, *x.shape[lead : lead + vectors], math.prod(inputs)))
     if not layers:
         return multiply(x, packed)
     return jax.vmap(multiply, (0 if lead else None, 0))(x, packed)
