@@ -5,6 +5,7 @@ import ctypes
 import gc
 import os
 import resource
+import sys
 from pathlib import Path
 
 # Read when JAX starts its CPU backend, so it must be set before anything imports jax.
@@ -22,7 +23,7 @@ _LIBRARY = Path(__file__).resolve().parent.parent / "jaxquant"
 hypothesis.settings.register_profile(
     "jaxquant",
     deadline=None,  # the first example of a law compiles
-    max_examples=30,
+    max_examples=30 if "--run-slow" in sys.argv else 10,
     derandomize="CI" in os.environ,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )

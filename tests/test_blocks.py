@@ -17,6 +17,7 @@ from benchmarks.common import COLLECTIVES, collective_sizes
 from jaxquant.clustering import blocks
 from jaxquant.clustering.kmeans import kmeans
 from jaxquant.rounds import cluster
+from tests.cases import mostly_slow
 
 one_round = jax.jit(jq.quantize_round, static_argnums=0)
 
@@ -68,7 +69,7 @@ BLOCKS = {
     [
         pytest.param("slq", "groups of inputs", marks=pytest.mark.slow),
         ("slq", "outputs of stacked layers"),
-        ("inq", "tiles"),
+        pytest.param("inq", "tiles", marks=pytest.mark.slow),
         pytest.param("slq", "outputs", marks=pytest.mark.slow),
         pytest.param("slq", "tiles", marks=pytest.mark.slow),
         pytest.param("slq", "inputs of a convolution", marks=pytest.mark.slow),
@@ -193,7 +194,7 @@ def test_frozen_blocks_stay_in_an_optimizer_and_land_on_their_codebooks():
 # Scales and dtypes -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scaled", ["bfloat16", "float32"])
+@pytest.mark.parametrize("scaled", mostly_slow(["bfloat16", "float32"], "bfloat16"))
 def test_scaled_blocks_share_a_codebook(scaled):
     weights = normal((48, 32))
     rule = jq.LayerRule("w", k=8, block=(-1, 1), scaled=scaled)
@@ -302,9 +303,9 @@ def test_a_window_of_one_is_no_stack(tmp_path):
 @pytest.mark.parametrize(
     ("block", "spec", "options"),
     [
-        ((-1, 1), P(None, "x"), {}),
+        pytest.param((-1, 1), P(None, "x"), {}, marks=pytest.mark.slow),
         ((8, 64), P("x", None), {}),
-        ((64, 1), P("y", "x"), {}),
+        pytest.param((64, 1), P("y", "x"), {}, marks=pytest.mark.slow),
         ((-1, 1), P(None, "x"), {"scaled": True}),
     ],
 )

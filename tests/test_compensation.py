@@ -471,6 +471,7 @@ def test_rounds_with_moments_freeze_for_good_and_end_on_the_codebook(dtype, orde
     jax.tree.map(np.testing.assert_array_equal, jq.unpack(packed), params)
 
 
+@pytest.mark.slow
 def test_a_round_with_moments_answers_better_and_touches_no_other_layer():
     params, moments = make_tree()
     plan = jq.mlq(params, groups=2, order="layer_by_layer")

@@ -472,6 +472,7 @@ def test_moments_are_means_over_batches_of_what_layers_get():
     assert plain.guides(*args)["moments"] is None
 
 
+@pytest.mark.slow
 def test_a_round_freezes_by_the_moments_it_is_given():
     config = Config(quantize=Quantize(moment_batches=4), batch_size=10)
     dataset = make_dataset()

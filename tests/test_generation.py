@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from benchmarks import generation
+from benchmarks import generation, gguf
 from jaxquant.packing.ops import choice, platform
 
 pytestmark = pytest.mark.default_promotion
@@ -150,7 +150,7 @@ def test_reads_every_format(tmp_path):
         "eight": ((32,), 8, np.float16(2).tobytes() + np.arange(-16, 16, dtype="i1").tobytes()),
     }
     write(tmp_path / "small.gguf", {"name": "small", "number": 5}, tensors)
-    file = generation.Reader(tmp_path / "small.gguf")
+    file = gguf.Reader(tmp_path / "small.gguf")
     assert file.metadata == {"name": "small", "number": 5}
     np.testing.assert_array_equal(file.tensors["wide"], floats)
     np.testing.assert_array_equal(file.tensors["half"], floats)
@@ -162,11 +162,11 @@ def test_reads_every_format(tmp_path):
 def test_refuses_what_is_no_gguf_file(tmp_path):
     (tmp_path / "other").write_bytes(b"GGML and more")
     with pytest.raises(ValueError, match="expected a GGUF file"):
-        generation.Reader(tmp_path / "other")
+        gguf.Reader(tmp_path / "other")
 
 
 def test_tokens():
-    letters = sorted(generation._LETTERS)
+    letters = sorted(gguf._LETTERS)
     merges = ["a b", "Ġ ab", "ab ab"]
     words = ["<end>", *letters, "ab", "Ġab", "abab"]
     metadata = {
@@ -174,7 +174,7 @@ def test_tokens():
         "tokenizer.ggml.merges": merges,
         "tokenizer.ggml.token_type": [3] + [1] * (len(words) - 1),
     }
-    tokenizer = generation.Tokenizer(metadata)
+    tokenizer = gguf.Tokenizer(metadata)
     for line in ["abab ab", "ab<end>a  1 23\n\n é__ab'll ², \t ", ""]:
         assert tokenizer.decode(tokenizer.encode(line)) == line
     got = [words[token] for token in tokenizer.encode("abab ab<end>  12")]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.cases import mostly_slow
 from train import layers
 from train.gradients import in_parts
 
@@ -41,7 +42,9 @@ def gradients(model, variables, x, *, parts):
 
 @pytest.mark.parametrize(
     ("batch", "stride", "use_bias", "parts"),
-    [(24, 1, False, 8), (15, 2, True, 5), (17, 1, True, 1), (2, 1, False, 1)],
+    mostly_slow(
+        [(24, 1, False, 8), (15, 2, True, 5), (17, 1, True, 1), (2, 1, False, 1)], (15, 2, True, 5)
+    ),
 )
 def test_gradients_in_parts_are_those_of_the_whole_batch(batch, stride, use_bias, parts):
     keys = jax.random.split(jax.random.key(0), 2)

@@ -109,9 +109,12 @@ def inject(make):
 @pytest.mark.parametrize(
     "tx",
     [
-        optax.apply_if_finite(incremental(optax.adamw(0.05)), max_consecutive_errors=3),
+        pytest.param(
+            optax.apply_if_finite(incremental(optax.adamw(0.05)), max_consecutive_errors=3),
+            marks=pytest.mark.slow,
+        ),
         inject(optax.adamw),
-        incremental(optax.MultiSteps(optax.adamw(0.05), 2)),
+        pytest.param(incremental(optax.MultiSteps(optax.adamw(0.05), 2)), marks=pytest.mark.slow),
         incremental(optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(0.05))),
     ],
     ids=["apply_if_finite", "inject_hyperparams", "multi_steps_inside", "clipped"],
@@ -163,7 +166,7 @@ def test_it_is_the_loop_of_rounds_and_frozen_updates():
 
 
 @pytest.mark.default_promotion
-@pytest.mark.parametrize("frozen", [100.0, np.nan])
+@pytest.mark.parametrize("frozen", mostly_slow([100.0, np.nan], 100.0))
 def test_global_norm_clipping_does_not_count_what_is_frozen(frozen):
     """A round freezes a third of the weights; the others' gradients have a norm below 1."""
     params = {"w": jnp.linspace(-1.0, 1.0, 60).reshape(6, 10)}

@@ -261,7 +261,7 @@ def pack_unpack(words, codes):
     return unpack_product(pack_product(jnp.asarray(codes), jnp.asarray(words, jnp.float32)))
 
 
-@pytest.mark.parametrize("window", [(), (3, 3)])
+@pytest.mark.parametrize("window", [pytest.param((), marks=pytest.mark.slow), (3, 3)])
 def test_errors_never_rise_and_held_out_inputs_profit(window):
     if window:
         kernel = normal((*window, 8, 24), seed=1, scale=0.1)

@@ -163,6 +163,7 @@ def test_branches_stay_branches_under_vmap():
     assert names.count("cond") == 2  # start a round, end a round
 
 
+@pytest.mark.slow
 def test_it_exports_for_every_platform_and_runs_as_exported():
     one, steps = experiment(0, 0.1)
     leaves, structure = jax.tree.flatten(steps)  # NamedTuples have no serialized form

@@ -172,7 +172,8 @@ def test_rounds_of_a_large_layer_follow_the_released_code():
 
 
 @pytest.mark.parametrize(
-    ("options", "error"), [(RELEASED, 0.0189), ({}, 0.0085), ({"zero": True}, 0.0085)]
+    ("options", "error"),
+    mostly_slow([(RELEASED, 0.0189), ({}, 0.0085), ({"zero": True}, 0.0085)], ({}, 0.0085)),
 )
 def test_normalized_error_of_17_centroids_on_normal_weights(options, error):
     params = {"w": normal((500, 400))}
@@ -623,7 +624,7 @@ def trees():
     }
 
 
-@pytest.mark.parametrize("name", trees())
+@pytest.mark.parametrize("name", mostly_slow(trees(), "tuple and list"))
 def test_any_tree_of_parameters(name):
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         params, paths = trees()[name]

@@ -114,6 +114,7 @@ def test_only_chooses_rows_of_a_study(tmp_path, capsys):
     assert "--only: expected one of two, half, float, got 'twos'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_workdir_that_another_process_is_at_is_left_to_it(tmp_path, capsys):
     runs = tmp_path / "runs"
     (runs / "two").mkdir(parents=True)
@@ -275,7 +276,7 @@ shows_warnings = pytest.mark.filterwarnings("always:.*cannot be read")
 
 
 @shows_warnings
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
+@pytest.mark.parametrize("damage", mostly_slow(["truncated", "missing"], "truncated"))
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     finished, tmp_path, monkeypatch, capsys, damage
 ):
