@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.interpreters import ad
 
 from jaxquant.packing.arrays import View, unpack_view
 from jaxquant.packing.axes import repeated, reshaped, stored_axes, transposed
@@ -376,7 +377,7 @@ def _remat(interpreter: Interpreter, equation: JaxprEqn, operands: list[Value]) 
 
 def _scan(interpreter: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     params = equation.params
-    consts, carry, xs = _cut(operands, params["num_consts"], params["num_carry"])
+    consts, carry, xs = _cut(operands, *_scan_sizes(params))
     body = params["jaxpr"]
     stays = _forwarded(body, len(consts), len(carry))
     carry, fixed = _settled(interpreter, carry, stays, "scan")
@@ -404,6 +405,14 @@ def _scan(interpreter: Interpreter, equation: JaxprEqn, operands: list[Value]) -
         unroll=params["unroll"],
     )
     return [*_filled(fixed, last), *ys]
+
+
+def _scan_sizes(params: Any) -> tuple[int, int]:
+    """Return how many operands of a `scan` are constants, and how many are its carry."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carry, _ = params["ft_in"].unpack()  # JAX 0.12
+    return len(constants), len(carry)
 
 
 def _layer(interpreter: Interpreter, view: View, number: jax.Array) -> Value:
@@ -557,9 +566,10 @@ def _custom_vjp(interpreter: Interpreter, equation: JaxprEqn, operands: list[Val
     def give_back(residuals: list[Value], cotangents: list[jax.Array]) -> tuple[None, list[Any]]:
         def own(residuals: list[Any], cotangents: list[Any]) -> list[Any]:
             made = backward.call_wrapped(*residuals, *cotangents)
+            made = made[0] if isinstance(made, tuple) else made  # beside logs, in JAX 0.12
             wanted = [value for value, view in zip(made, views, strict=True) if view is None]
             return [
-                value if hasattr(value, "dtype") else jnp.zeros(array.shape, array.dtype)
+                jnp.zeros(array.shape, array.dtype) if isinstance(value, ad.Zero) else value
                 for value, array in zip(wanted, arrays, strict=True)
             ]
 
