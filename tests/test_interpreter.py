@@ -1,5 +1,6 @@
 """Any function on packed weights: what it answers, and what of it stays packed."""
 
+import dataclasses
 import itertools
 import math
 import re
@@ -226,6 +227,8 @@ def test_a_model_of_nnx_runs_with_packed_variables():
     got = jq.packed(lambda model, x: model(x))(model, x)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     assert repr(model.kernel[...]).startswith("PackedArray(float32[8, 6], k=3")
+    (use,) = jq.packed(lambda model, x: model(x)).report(model, x)
+    assert (use.path, use.how) == ("kernel", "product")
 
 
 EQUINOX = {
@@ -318,6 +321,11 @@ PRODUCTS = {
         lambda w, x: [x @ part for part in jnp.split(w, 3, axis=1)][1], (8, 6), (3, 8), None,
         "product",
     ),
+    "one row": (lambda w, x: x @ w.T, (1, 6), (3, 6), None, "transposed product"),
+    "one column": (lambda w, x: x @ w, (6, 1), (3, 6), None, "product"),
+    "a stopped gradient": (
+        lambda w, x: x @ lax.stop_gradient(w), (8, 6), (3, 8), None, "product",
+    ),
     "a barrier": (
         lambda w, x: x @ lax.optimization_barrier((w, x))[0], (8, 6), (3, 8), None, "product"
     ),
@@ -328,7 +336,7 @@ def test_products_of_every_form_stay_packed(implementation):
     cases = {}
     for name, (function, shape, x_shape, inputs, _) in PRODUCTS.items():
         ones, x = (1,) * (len(shape) - 1), normal(*x_shape)
-        for kind, numbers in enumerate(((2, *ones), (*ones, shape[-1]))):
+        for kind, numbers in enumerate(((min(2, shape[0]), *ones), (*ones, shape[-1]))):
             packed = weight(*shape, inputs=inputs, numbers=numbers)
             cases[f"{name} {kind}"] = function, (packed, x)
     for name, uses in check_all(cases).items():
@@ -372,12 +380,20 @@ def test_look_ups_of_every_kind():
         "a number that varies": (lambda w, i: w[i], jnp.array(7)),
         "a slice": (lambda w: w[4:9:2],),
         "a slice that varies": (lambda w, i: lax.dynamic_slice_in_dim(w, i, 3), jnp.array(11)),
+        "a slice before all": (lambda w, i: lax.dynamic_slice_in_dim(w, i, 3), jnp.array(-30)),
         "reshaped": (lambda w, i: w.reshape(4, 3, 6)[i], jnp.array([2, 0])),
         "of the second axis": (lambda w, i: w.reshape(4, 3, 6)[:, i], jnp.array([2, 0])),
     }
     for mode in ("fill", "clip", "wrap"):
         functions[mode] = lambda w, i, mode=mode: jnp.take(w, i, axis=0, mode=mode), outside
     cases = {name: (function, (table, *rest)) for name, (function, *rest) in functions.items()}
+    long = weight(300, 4)
+    for name in ("uint8", "int8"):
+        numbers = jnp.array([1, 100, 200 if name == "uint8" else -3], name)
+        for mode in ("fill", "clip"):
+            cases[f"{name} {mode}"] = cases[mode][0], (long, numbers)
+        alone = lambda w, i: lax.dynamic_index_in_dim(w, i, 0)  # noqa: E731
+        cases[f"{name} alone"] = alone, (long, numbers[2])
     assert set(map(tuple, check_all(cases).values())) == {("rows",)}
     # Columns are packed again, and are unpacked where they leave the function.
     check(lambda w, i: jnp.take(w, i, axis=1, mode="clip"), table, TOKENS, unpacked=["result"])
@@ -395,6 +411,22 @@ def test_what_knows_no_packed_weight_gets_an_unpacked_one():
         check(function, packed, x, unpacked=[name])
     (use,) = jq.packed(lambda w, x: w + x).report(packed, x).unpacked
     assert (use.path, use.shape, use.float_bytes) == ("0", (8, 6), 192)
+
+
+def test_parts_without_entries_and_other_orders_are_right_all_the_same():
+    packed, x, layers = weight(8, 6), normal(3, 8), weight(3, 4, 4, stacked=True)
+    functions = {
+        "no rows": lambda w, x: x[:, :0] @ w[:0],
+        "no columns": lambda w, x: x @ w[:, :0],
+        "repeated never": lambda w, x: jnp.broadcast_to(w, (0, 8, 6)),
+        "in Fortran's order": lambda w, x: (w.ravel(order="F"), w.reshape((6, 8), order="F") @ w),
+    }
+    for function in functions.values():
+        got, want = jq.packed(function)(packed, x), function(jq.unpack(packed), x)
+        chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+        chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
+    scanned = jq.packed(lambda w, x: lax.scan(lambda c, w: (c @ w, None), x, w[:0])[0])
+    np.testing.assert_array_equal(scanned(layers, x[:, :4]), x[:, :4])
 
 
 def test_a_product_over_a_part_of_the_rows_is_unpacked_in_it():
@@ -529,6 +561,58 @@ def test_gradients_by_codebooks_are_those_by_their_members():
     np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
+def test_rules_of_ones_own_pass_on_derivatives_by_codebooks():
+    packed, x = weight(8, 6, k=3), normal(5, 8)
+
+    @jax.custom_vjp
+    def doubled(w, x):
+        return x @ w
+
+    doubled.defvjp(lambda w, x: (x @ w, (w, x)), lambda r, g: (2 * r[1].T @ g, g @ r[0].T))
+
+    def function(w, x):
+        own = jnp.sum((x @ jax.nn.relu(w)) ** 2) + jnp.logaddexp(w, 1).sum()
+        return own + jnp.sum(doubled(w, x))
+
+    def by_codebook(codebook, function):
+        return function(dataclasses.replace(packed, codebook=codebook), x)
+
+    got = jax.grad(by_codebook)(packed.codebook, jq.packed(function))
+    want = jax.grad(by_codebook)(packed.codebook, lambda w, x: function(jq.unpack(w), x))
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+    for function in (jq.packed(jax.nn.relu), lambda w: jax.nn.relu(jq.unpack(w))):
+        tangent = jax.jvp(
+            lambda c, f=function: f(dataclasses.replace(packed, codebook=c)),
+            *[(packed.codebook,)] * 2,
+        )[1]
+        np.testing.assert_allclose(tangent, jax.nn.relu(jq.unpack(packed)), rtol=1e-5)
+
+
+def test_rules_of_ones_own_are_told_what_is_differentiated():
+    packed, x, bias, seen = weight(8, 6), normal(5, 8), jnp.ones(6), []
+
+    @jax.custom_vjp
+    def function(w, x, bias):
+        return x @ w + bias
+
+    def forward(w, x, bias):
+        seen.append((w.perturbed, x.perturbed, bias.perturbed))
+        return x.value @ w.value + bias.value, (w.value, x.perturbed)
+
+    def backward(residuals, cotangent):
+        w, is_wanted = residuals
+        return None, 3 * cotangent @ w.T if is_wanted else None, cotangent.sum(0)
+
+    function.defvjp(forward, backward, symbolic_zeros=True)
+
+    def loss(w, x):
+        return jnp.sum(function(w, x, bias) ** 2)
+
+    got = jax.grad(jq.packed(loss), 1)(packed, x)
+    np.testing.assert_allclose(got, jax.grad(loss, 1)(jq.unpack(packed), x), rtol=1e-4)
+    assert seen[0] == seen[1] == (False, True, False)
+
+
 def test_a_low_rank_adapter_trains_on_a_packed_base(implementation):
     base = {"up": weight(8, 12), "down": weight(12, 8)}
     lora = {name: (normal(w.shape[0], 2), normal(2, w.shape[1])) for name, w in base.items()}
@@ -561,6 +645,34 @@ def test_options_of_python_are_constants_and_nothing_compiles_twice():
     np.testing.assert_allclose(apply(packed, x, False), want, rtol=1e-4)
     np.testing.assert_allclose(apply(jq.unpack(packed), x, False), want, rtol=1e-4)
     assert apply.__name__ == "function"
+
+
+def test_constants_of_other_types_are_other_programs():
+    apply, packed, x = jq.packed(lambda w, x, n: (x @ w)[n]), weight(8, 6), normal(3, 8)
+    assert [apply(packed, x, n).shape for n in (1, True)] == [(6,), (1, 3, 6)]
+    apply = jq.packed(lambda w, n: jnp.asarray(n))
+    assert [apply(packed, n).dtype for n in (1, 1.0, True)] == [jnp.int32, jnp.float32, bool]
+
+
+def test_a_model_that_holds_packed_weights_has_to_be_an_argument():
+    model = eqx.nn.Linear(8, 6, key=KEY)
+    model = eqx.tree_at(lambda m: m.weight, model, weight(6, 8))
+    with pytest.raises(ValueError, match=r"got a model that holds them: jq\.packed"):
+        jq.packed(model)
+    got = jq.packed(lambda model, x: model(x))(model, normal(8))
+    want = normal(8) @ jq.unpack(model.weight).T + model.bias
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_every_use_is_listed_by_its_path():
+    layer, packed, x = jax.jit(lambda w, x: x @ w), weight(8, 8), normal(3, 8)
+    uses = jq.packed(lambda p, x: layer(p["w"], layer(p["w"], x))).report({"w": packed}, x)
+    assert [use.path for use in uses] == ["w", "w"]
+    both = jq.packed(lambda p, q, x: x @ p["w"] @ q["w"])
+    uses = both.report({"w": packed}, {"w": packed.T}, x)
+    assert [use.path for use in uses] == ["0/w", "1/w"]
+    assert [use.how for use in uses] == ["product", "transposed product"]
+    assert both.inputs({"w": normal(8, 8)}, {"w": packed}, x) == {"w": 1}
 
 
 def test_errors_of_the_function_are_its_own():
@@ -603,7 +715,7 @@ def test_a_packed_array_is_an_array_as_far_as_it_goes():
         jq.matmul(x, packed.T, implementation="lookup")
 
 
-def test_leading_axes_are_indexed():
+def test_leading_axes_are_indexed(tmp_path):
     stack = weight(3, 8, 6, stacked=True)
     weights = jq.unpack(stack)
     np.testing.assert_array_equal(jq.unpack(stack[1]), weights[1])
@@ -615,11 +727,25 @@ def test_leading_axes_are_indexed():
     floats = jnp.stack([jq.unpack(weight(8, 6, seed=seed)) for seed in (0, 1)])
     np.testing.assert_array_equal(jq.unpack(one_by_one), floats)
     assert repr(one_by_one).startswith("PackedArray(float32[2, 8, 6], k=5, numbers=(2, 1, 1)")
+    jq.save(tmp_path / "a.safetensors", {"w": one_by_one})
+    np.testing.assert_array_equal(jq.unpack(jq.load(tmp_path / "a.safetensors"))["w"], floats)
+    with pytest.raises(ValueError, match="w: expected a packed weight as it was packed, got View"):
+        jq.save(tmp_path / "b.safetensors", {"w": weight(8, 6).T})
     with pytest.raises(IndexError, match="one of 3 layers, got 3"):
         stack[3]
+    for index in (np.int64(7), -4):
+        with pytest.raises(IndexError, match=f"one of 3 layers, got {index}"):
+            stack[index]
+    for index in ((0, 1), (slice(None), 0), "a", None, 1.5):
+        with pytest.raises(IndexError, match="expected numbers of layers, or a slice"):
+            stack[index]
     with pytest.raises(IndexError, match="stacked layers"):
         weight(8, 6)[0]
-    assert len(list(stack)) == 3
+    assert [part.shape for part in stack] == [(8, 6)] * 3
+    with pytest.raises(TypeError, match="expected stacked layers to go through"):
+        list(weight(8, 6))
+    with pytest.raises(TypeError, match=r"expected jq.unpack\(PackedArray"):
+        np.asarray(stack)
 
 
 @pytest.mark.parametrize("k", [2, 3, 5, 7, 16, 17, 33, 256])
@@ -703,6 +829,10 @@ def test_packed_functions_and_arrays_are_exported():
     exported = jax.export.export(apply)(*shapes).serialize()
     got = jax.export.deserialize(exported).call(packed, x)
     np.testing.assert_allclose(got, apply(packed, x), rtol=1e-5)
+    look_up = jax.jit(jq.packed(lambda w, i: (w[i] @ w.T, jnp.broadcast_to(w, (*i.shape, 8, 6)))))
+    numbers = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    got = jax.export.export(look_up)(packed, numbers).call(packed, jnp.array([3, 1, 7]))
+    chex.assert_trees_all_close(got, look_up(packed, jnp.array([3, 1, 7])), rtol=1e-5)
 
 
 # Programs ----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.export
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxquant.checks import whole_number
 from jaxquant.clustering.blocks import (
     assigned,
     centroids_of,
@@ -126,9 +128,33 @@ class PackedArray:
             return self  # as variables of NNX read their values
         if not self.layers:
             raise IndexError(f"expected stacked layers to take some of, got {self!r}")
-        if isinstance(index, int) and not -self.layers[0] <= index < self.layers[0]:
-            raise IndexError(f"expected the number of one of {self.layers[0]} layers, got {index}")
-        return jax.tree.map(lambda leaf: leaf[index], self)
+        number = whole_number(index)
+        if number is not None and not -self.layers[0] <= number < self.layers[0]:
+            raise IndexError(f"expected the number of one of {self.layers[0]} layers, got {number}")
+        several = isinstance(index, slice) or jnp.issubdtype(
+            getattr(index, "dtype", None), jnp.integer
+        )
+        if number is None and not several:
+            raise IndexError(f"expected numbers of layers, or a slice of them, got {index!r}")
+        return jax.tree.map(lambda leaf: leaf[index], with_block_axes(self))
+
+    def __iter__(self) -> Iterator["PackedArray"]:
+        """Yield the stacked layers, packed.
+
+        Raises:
+          TypeError: for a weight without stacked layers.
+        """
+        if not self.layers:
+            raise TypeError(f"expected stacked layers to go through, got {self!r}: unpack it")
+        return (self[number] for number in range(self.layers[0]))
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse to become an array without a word.
+
+        Raises:
+          TypeError: says how to unpack it.
+        """
+        raise TypeError(f"expected jq.unpack({self!r}) where an array is wanted")
 
     def astype(self, dtype: Any) -> "PackedArray":
         """Return the weight in another floating dtype: its centroids are cast, where it is used."""

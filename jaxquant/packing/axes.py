@@ -37,7 +37,7 @@ def whole(layers: Sequence[int], rows: Sequence[int], columns: Sequence[int]) ->
     for part, sizes in zip(PARTS, (layers, rows, columns), strict=True):
         strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
         pairs = zip(sizes, strides, strict=True)
-        axes += [_merged([Piece(part, size, stride)]) for size, stride in pairs]
+        axes += [axis_of(Piece(part, size, stride)) for size, stride in pairs]
     return tuple(axes)
 
 
@@ -89,13 +89,13 @@ def reshaped(axes: Axes, shape: Sequence[int]) -> Axes | None:
                 piece = piece._replace(size=size, stride=piece.stride * inner)
             axis.append(piece)
             size //= piece.size
-        made.append(_merged(axis))
+        made.append(axis_of(*axis))
     return None if left else tuple(made)
 
 
 def repeated(axes: Axes, shape: Sequence[int], places: Sequence[int]) -> Axes:
     """Return the axes as `lax.broadcast_in_dim` does: at some places, all others new."""
-    made: list[Axis] = [(Piece(REPEATED, size, 0),) if size > 1 else () for size in shape]
+    made = [axis_of(Piece(REPEATED, size, 0)) for size in shape]
     sizes = shape_of(axes)
     for axis, place in enumerate(places):
         if sizes[axis] == shape[place]:
@@ -128,12 +128,12 @@ def is_whole(axes: Axes, own: Sequence[int], parts: Sequence[str]) -> bool:
     return bool(pieces) and sorted(pieces) == sorted(wanted)
 
 
-def _merged(axis: Sequence[Piece]) -> Axis:
+def axis_of(*axis: Piece) -> Axis:
     """Return an axis with neighbours joined that are one run, and without pieces of one index."""
     made: list[Piece] = []
     for piece in axis:
-        if piece.size == 1:
-            continue
+        if isinstance(piece.size, int) and piece.size == 1:
+            continue  # which a symbolic size may be, too
         before = made[-1] if made else None
         if before and before.part == piece.part and before.stride == piece.stride * piece.size:
             made[-1] = piece._replace(size=before.size * piece.size)

@@ -1,5 +1,6 @@
 """Functions on packed weights: `packed`, and what becomes of the weights in them."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -13,14 +14,23 @@ from jaxquant.meshes import is_explicit
 from jaxquant.packing.arrays import PackedArray, View, is_quantized, unpack_node, view_of
 from jaxquant.packing.codes import packed_rows
 from jaxquant.packing.interpreter import Interpreter, Use
-from jaxquant.trees import leaves_with_paths
+from jaxquant.trees import is_nnx
 
 
 class PackedFunction:
     """A function that also takes packed weights; made by `packed`."""
 
     def __init__(self, function: Callable[..., Any]):
-        """Keep the function; nothing is traced yet."""
+        """Keep the function; nothing is traced yet.
+
+        Raises:
+          ValueError: for a model that holds packed weights itself, which have to be an argument.
+        """
+        if any(map(is_quantized, jax.tree.leaves(function, is_leaf=is_quantized))):
+            raise ValueError(
+                "expected a function of packed weights, got a model that holds them: "
+                "jq.packed(lambda model, *args: model(*args))(model, ...)"
+            )
         functools.update_wrapper(self, function)
         self._function = function
         self._jitted = jax.jit(self._run, static_argnums=0)
@@ -30,7 +40,7 @@ class PackedFunction:
         leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=is_quantized)
         if not any(map(is_quantized, leaves)):
             return self._function(*args, **kwargs)
-        call = _Call(structure, tuple(None if _is_array(leaf) else (leaf,) for leaf in leaves))
+        call = _Call(structure, _constants(leaves))
         arrays = [leaf for leaf in leaves if _is_array(leaf)]
         try:
             hash(call)
@@ -43,7 +53,12 @@ class PackedFunction:
 
         Nothing is computed; arrays may be shape and dtype structs.
         """
-        return self._uses(leaves_with_paths((args, kwargs), is_quantized), args, kwargs)
+        pairs = _leaves_with_paths((args, kwargs))
+        uses = self._uses(pairs, args, kwargs)
+        holding = {tuple(path.split("/")[:2]) for path, leaf in pairs if is_quantized(leaf)}
+        # Of a single argument that holds weights, paths are those in it; else of all arguments.
+        first = 2 if len(holding) == 1 else 1
+        return Uses(use._replace(path=_shortened(use.path, first)) for use in uses)
 
     def inputs(self, params: Any, *args: Any, **kwargs: Any) -> dict[str, int]:
         """Return how many axes of each weight the function's products sum over.
@@ -62,15 +77,18 @@ class PackedFunction:
         {'query': 1}
         """
         arguments = (params, *args), kwargs
-        pairs = leaves_with_paths(arguments, is_quantized)
-        weights = dict(leaves_with_paths(params, is_quantized))
+        pairs = _leaves_with_paths(arguments)
+        shapes = {
+            path: jnp.shape(leaf) for path, leaf in pairs if path.split("/")[:2] == ["0", "0"]
+        }
 
         def uses_with(stacks: set[str]) -> Uses:
             stand_ins = [
-                (path, _stand_in(leaf, _argument(path) in stacks) if path[:3] == "0/0" else leaf)
+                (path, _stand_in(leaf, path in stacks) if path in shapes else leaf)
                 for path, leaf in pairs
             ]
-            return self._uses(stand_ins, *arguments)
+            uses = self._uses(stand_ins, *arguments)
+            return Uses(use for use in uses if use.path in shapes)
 
         stacks: set[str] = set()
         while True:  # a scan inside of a scan shows its stacks only where the outer ones are known
@@ -81,25 +99,28 @@ class PackedFunction:
             stacks |= scanned
         found: dict[str, set[int]] = {}
         for use in uses:
-            path = use.path if use.path in weights else ""  # of a weight that is the argument
             if use.summed:
-                first = int(use.path in stacks) - len(jnp.shape(weights[path]))
+                first = int(use.path in stacks) - len(shapes[use.path])
                 first = max([first, *(axis + 1 for axis in use.shared)])
                 number = _signed(use.summed, range(first, 0))
-                found.setdefault(path, set()).add(number)
-        return {path: min(own) for path, own in found.items() if len(own) == 1 and 0 not in own}
+                found.setdefault(use.path, set()).add(number)
+        return {
+            _shortened(path, 2): min(own)
+            for path, own in found.items()
+            if len(own) == 1 and 0 not in own
+        }
 
     def _uses(self, pairs: Sequence[tuple[str, Any]], args: Any, kwargs: Any) -> "Uses":
         """Return where weights that stand for leaves of the arguments are used."""
         structure = jax.tree.structure((args, kwargs), is_leaf=is_quantized)
-        constants = tuple(None if _is_array(leaf) else (leaf,) for _, leaf in pairs)
         uses: list[Use] = []
         views = [
-            view_of(leaf, _argument(path)) if is_quantized(leaf) else leaf
+            dataclasses.replace(_as_view(leaf), path=path) if is_quantized(leaf) else leaf
             for path, leaf in pairs
             if _is_array(leaf)
         ]
-        jax.eval_shape(functools.partial(self._run, _Call(structure, constants), uses=uses), views)
+        call = _Call(structure, _constants([leaf for _, leaf in pairs]))
+        jax.eval_shape(functools.partial(self._run, call, uses=uses), views)
         return Uses(tuple(uses))
 
     def _run(self, call: "_Call", values: list[Any], uses: list[Use] | None = None) -> Any:
@@ -109,7 +130,7 @@ class PackedFunction:
         def flat(*arrays: jax.Array) -> list[jax.Array]:
             nonlocal out
             rest = iter(arrays)
-            leaves = [next(rest) if own is None else own[0] for own in call.constants]
+            leaves = [next(rest) if own is None else own[1] for own in call.constants]
             args, kwargs = jax.tree.unflatten(call.structure, leaves)
             results, out = jax.tree.flatten(self._function(*args, **kwargs))
             return results
@@ -126,7 +147,8 @@ class _Call(NamedTuple):
     """What a call has beside arrays."""
 
     structure: Any
-    constants: tuple[tuple[Any] | None, ...]  # what is no array; None stands for an array
+    # What is no array, with its type, by which 1, 1.0 and True differ; None stands for an array.
+    constants: tuple[tuple[type, Any] | None, ...]
 
 
 class Uses(tuple[Use, ...]):
@@ -183,9 +205,9 @@ def packed(function: Callable[..., Any]) -> PackedFunction:
     return PackedFunction(function)
 
 
-def _argument(path: str) -> str:
-    """Return the path of a leaf in its argument; of an argument that is one, its number or name."""
-    return path.split("/", 2)[-1]
+def _shortened(path: str, first: int) -> str:
+    """Return the path of a leaf in an argument; its number or name if it is the argument."""
+    return "/".join(path.split("/")[first:]) or path.split("/")[-1]
 
 
 def _signed(summed: tuple[int, ...], axes: range) -> int:
@@ -206,6 +228,19 @@ def _stand_in(leaf: Any, is_stack: bool) -> Any:
     table = (*layers, *(1,) * len(rows), 2) if layers else (2,)
     codebook = jax.ShapeDtypeStruct(table, leaf.dtype)
     return PackedArray(codes=codes, codebook=codebook, rows=rows, columns=())
+
+
+def _leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
+    """Return leaves as they are flattened, with paths that end at NNX's variables."""
+    pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)[0]
+    paths = [jax.tree_util.keystr(key, simple=True, separator="/") for key, _ in pairs]
+    if is_nnx(tree):
+        paths = [path.removesuffix("/value") for path in paths]
+    return list(zip(paths, (leaf for _, leaf in pairs), strict=True))
+
+
+def _constants(leaves: Sequence[Any]) -> tuple[tuple[type, Any] | None, ...]:
+    return tuple(None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
 
 
 def _is_array(leaf: Any) -> bool:

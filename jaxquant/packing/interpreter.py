@@ -6,6 +6,7 @@ all else the weight is unpacked, there and then. Operations without a packed ope
 they are.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.interpreters import ad
 
@@ -99,6 +101,8 @@ class Interpreter:
 
         So that of layers which call one function each is traced once, as JAX itself does.
         """
+        if self.uses is not None:  # each call is a use
+            return functools.partial(self.run, jaxpr)
         if id(jaxpr) not in self._jitted:
 
             def function(operands: list[Value]) -> list[Value]:
@@ -151,7 +155,10 @@ def _of_shape(_: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list
     """Apply reshape, squeeze, expand_dims."""
     if not _is_view(operands[0]):
         return None
-    axes = reshaped(operands[0].axes, equation.outvars[0].aval.shape)
+    axes, order = operands[0].axes, equation.params.get("dimensions")
+    if equation.primitive.name == "reshape" and order is not None:
+        axes = transposed(axes, order)
+    axes = reshaped(axes, equation.outvars[0].aval.shape)
     return None if axes is None else [_with_axes(operands[0], axes)]
 
 
@@ -175,6 +182,12 @@ def _same(_: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list[Val
         kept = iter(equation.primitive.bind(*arrays, **equation.params))
         return [value if _is_view(value) else next(kept) for value in operands]
     return operands
+
+
+def _constant(_: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
+    """Apply `stop_gradient`."""
+    (view,) = operands
+    return [dataclasses.replace(view, packed=jax.lax.stop_gradient(view.packed))]
 
 
 def _sliced(
@@ -234,10 +247,7 @@ def _dynamically_sliced(
     if len(cut) != 1:
         return None if cut else [view]
     (axis,) = cut
-    start = starts[axis]
-    if jnp.issubdtype(start.dtype, jnp.signedinteger):
-        start = jnp.where(start < 0, start + view.shape[axis], start)
-    start = jnp.clip(start, 0, view.shape[axis] - sizes[axis]).astype(jnp.int32)
+    start = jnp.clip(_wide(starts[axis]), 0, view.shape[axis] - sizes[axis]).astype(jnp.int32)
     if sizes[axis] > 1:
         made = _take(interpreter, equation, view, axis, start + jnp.arange(sizes[axis]))
         return None if made is None else [made]
@@ -245,6 +255,11 @@ def _dynamically_sliced(
     if _is_view(made):
         return [_with_axes(made, (*made.axes[:axis], (), *made.axes[axis:]))]
     return None if made is None else [jnp.expand_dims(made, axis)]
+
+
+def _wide(numbers: jax.Array) -> jax.Array:
+    """Return integers that can be compared with the sizes of weights, as those of bytes cannot."""
+    return numbers.astype(jnp.int32) if numbers.dtype.itemsize < 4 else numbers
 
 
 def _gathered(
@@ -264,7 +279,7 @@ def _gathered(
         return None
     if dimensions.collapsed_slice_dims not in ((), (axis,)):
         return None
-    wanted = starts[..., 0]
+    wanted = _wide(starts[..., 0])
     numbers = jnp.clip(wanted, 0, view.shape[axis] - 1).astype(jnp.int32)
     made = _take(interpreter, equation, view, axis, numbers)
     if made is None:
@@ -274,11 +289,11 @@ def _gathered(
         fill = jnp.nan if params["fill_value"] is None else params["fill_value"]
         inside = (wanted >= 0) & (wanted < view.shape[axis])
         if _is_view(made) and not wanted.ndim and fill != fill:
-            return [general.nan_unless(inside, made)]  # one layer, if it is there
-        if _is_view(made):
+            made = general.nan_unless(inside, made)  # one layer, if it is there
+        else:
             made = interpreter.unpacked(made, equation.primitive.name)
-        inside = inside.reshape(*(1,) * axis, *wanted.shape, *(1,) * (view.ndim - axis - 1))
-        made = jnp.where(inside, made, jnp.asarray(fill, made.dtype))
+            inside = inside.reshape(*(1,) * axis, *wanted.shape, *(1,) * (view.ndim - axis - 1))
+            made = jnp.where(inside, made, jnp.asarray(fill, made.dtype))
     # The axes of the numbers stand where `axis` was; the result has the others at `offset_dims`.
     batch = list(range(axis, axis + wanted.ndim))
     kept = [i if i < axis else i - 1 + wanted.ndim for i in others]
@@ -306,7 +321,7 @@ def _product(interpreter: Interpreter, equation: JaxprEqn, operands: list[Value]
     (contracted, other_contracted), (batch, other_batch) = params["dimension_numbers"]
     weight_first = _is_view(left)
     view, x = (left, right) if weight_first else (right, left)
-    if weight_first and _is_view(right):  # two weights: the smaller is unpacked
+    if weight_first and _is_view(right):  # two weights: the second is unpacked
         x = interpreter.unpacked(right, name)
     own = (other_contracted, other_batch), (contracted, batch)
     (x_contracted, x_batch), (view_contracted, view_batch) = own if weight_first else own[::-1]
@@ -498,86 +513,144 @@ def _forwarded(jaxpr: Any, first: int, count: int) -> list[bool]:
 
 
 def _custom_jvp(interpreter: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
-    params = equation.primitive.get_bind_params(equation.params)
-    _, rule = params.pop("subfuns")
-    call_jaxpr = equation.params["call_jaxpr"]
+    _, rule = equation.primitive.get_bind_params(equation.params)["subfuns"]
+    call_jaxpr, is_symbolic = equation.params["call_jaxpr"], equation.params["symbolic_zeros"]
     views, arrays = _apart(operands)
     avals = [var.aval for var in equation.invars]
-    is_symbolic = equation.params["symbolic_zeros"]
 
     @jax.custom_jvp
     def function(views: list[View | None], *arrays: jax.Array) -> list[jax.Array]:
         return interpreter.arrays(call_jaxpr, _filled(views, arrays))
 
-    @function.defjvp
-    def _(primals: Any, tangents: Any) -> tuple[list[jax.Array], list[jax.Array]]:
-        (views, *arrays), (_, *array_tangents) = primals, tangents
-        symbolic = jax.custom_derivatives.SymbolicZero
+    def with_tangents(primals: Any, tangents: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+        (views, *arrays), (view_tangents, *array_tangents) = primals, tangents
+        rest = iter(array_tangents)
+        given = [
+            next(rest) if view is None else _weight_tangent(view, tangent)
+            for view, tangent in zip(views, view_tangents, strict=True)
+        ]
+        zeros = [
+            aval.to_tangent_aval() if _is_zero(tangent) else None
+            for tangent, aval in zip(given, avals, strict=True)
+        ]
 
-        def zero(aval: Any) -> Any:
-            aval = aval.to_tangent_aval()
-            return symbolic(aval) if is_symbolic else jnp.zeros(aval.shape, aval.dtype)
+        def derived(primals: list[Any], nonzero: list[Any]) -> list[Any]:
+            known = [aval if aval is None else _zero(aval, is_symbolic) for aval in zeros]
+            tangents = _filled(known, nonzero)
+            return [_instantiated(value) for value in rule.call_wrapped(*primals, *tangents)]
 
-        def derived(primals: list[Any], tangents: list[Any]) -> list[Any]:
-            zeros = [
-                None if view is None else zero(aval)
-                for view, aval in zip(views, avals, strict=True)
-            ]
-            made = rule.call_wrapped(*primals, *_filled(zeros, tangents))
-            return [
-                jnp.zeros(value.shape, value.dtype) if isinstance(value, symbolic) else value
-                for value in made
-            ]
+        nonzero = [tangent for tangent in given if not _is_zero(tangent)]
+        made = _traced(interpreter, derived, avals, _filled(views, arrays), nonzero)
+        return made[: len(made) // 2], made[len(made) // 2 :]
 
-        both = _filled(views, arrays), array_tangents
-        made = _traced(interpreter, derived, avals, both[0], both[1])
-        half = len(made) // 2
-        return made[:half], made[half:]
-
+    function.defjvp(with_tangents, symbolic_zeros=True)
     return function(views, *arrays)
 
 
 def _custom_vjp(interpreter: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
-    params = equation.primitive.get_bind_params(equation.params)
-    _, forward, backward = params.pop("subfuns")
+    _, forward, backward = equation.primitive.get_bind_params(equation.params)["subfuns"]
     call_jaxpr, out_trees = equation.params["call_jaxpr"], equation.params["out_trees"]
     views, arrays = _apart(operands)
-    avals = [var.aval for var in equation.invars]
-    count = len(equation.outvars)
+    avals, count = [var.aval for var in equation.invars], len(equation.outvars)
 
     @jax.custom_vjp
     def function(views: list[View | None], arrays: list[jax.Array]) -> list[jax.Array]:
         return interpreter.arrays(call_jaxpr, _filled(views, arrays))
 
-    def keep(views: list[View | None], arrays: list[jax.Array]) -> tuple[list[jax.Array], Any]:
-        nonzero = [view is None for view in views]
+    def keep(views: Any, arrays: Any) -> tuple[list[jax.Array], Any]:
+        of_views, of_arrays = _perturbed(views), _perturbed(arrays)
+        views, arrays = _values(views), _values(arrays)
+        rest = iter(of_arrays)
+        flags = [
+            next(rest) if view is None else flag for view, flag in zip(views, of_views, strict=True)
+        ]
 
         def both(primals: list[Any], _: Any) -> list[Any]:
-            pairs = zip(primals, nonzero, strict=True)
-            return forward.call_wrapped(*itertools.chain(*pairs))
+            return forward.call_wrapped(*itertools.chain(*zip(primals, flags, strict=True)))
 
         values = _filled(views, arrays)
         made = _traced(interpreter, both, avals, values, [], packed=True)
         residuals, results = made[: len(made) - count], made[len(made) - count :]
         rest = iter(residuals)
         residuals = [next(rest) if i is None else values[i] for i in out_trees()[2]]
-        return [interpreter.unpacked(value, "custom_vjp") for value in results], residuals
+        residuals = [r if hasattr(r, "dtype") else _Known(r) for r in residuals]  # of Python
+        return [interpreter.unpacked(value, "custom_vjp") for value in results], (residuals, views)
 
-    def give_back(residuals: list[Value], cotangents: list[jax.Array]) -> tuple[None, list[Any]]:
-        def own(residuals: list[Any], cotangents: list[Any]) -> list[Any]:
-            made = backward.call_wrapped(*residuals, *cotangents)
+    def give_back(kept: Any, cotangents: list[Any]) -> tuple[list[Any], list[Any]]:
+        residuals, views = kept
+        known = [r.value if isinstance(r, _Known) else None for r in residuals]
+        zeros = [c if _is_zero(c) else None for c in cotangents]
+
+        def own(residuals: list[Any], nonzero: list[Any]) -> list[Any]:
+            given = _filled(zeros, nonzero)
+            made = backward.call_wrapped(*_filled(known, residuals), *given)
             made = made[0] if isinstance(made, tuple) else made  # beside logs, in JAX 0.12
-            wanted = [value for value, view in zip(made, views, strict=True) if view is None]
-            return [
-                jnp.zeros(array.shape, array.dtype) if isinstance(value, ad.Zero) else value
-                for value, array in zip(wanted, arrays, strict=True)
-            ]
+            return [_instantiated(value) for value in made]
 
-        kinds = [jax.ShapeDtypeStruct(jnp.shape(r), r.dtype) for r in residuals]
-        return None, _traced(interpreter, own, kinds, residuals, cotangents)
+        traced = [r for r in residuals if not isinstance(r, _Known)]
+        nonzero = [c for c in cotangents if not _is_zero(c)]
+        made = _traced(interpreter, own, traced, traced, nonzero)
+        by_view = [
+            None if view is None else jax.vjp(unpack_view, view)[1](cotangent)[0]
+            for view, cotangent in zip(views, made, strict=True)
+        ]
+        by_array = [c for c, view in zip(made, views, strict=True) if view is None]
+        return by_view, by_array
 
-    function.defvjp(keep, give_back)
+    function.defvjp(keep, give_back, symbolic_zeros=True)
     return function(views, arrays)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """What is known while tracing, and no array of a program."""
+
+    value: Any
+
+
+def _weight_tangent(view: View | None, tangent: Any) -> Any:
+    """Return the tangent of what a view shows, symbolic where those of its tables are zero."""
+    if view is None:
+        return None
+    leaves, structure = jax.tree.flatten(tangent, is_leaf=_is_zero)
+    if all(_is_zero(leaf) or leaf.dtype == jax.dtypes.float0 for leaf in leaves):
+        aval = jax.eval_shape(unpack_view, view)
+        return jax.custom_derivatives.SymbolicZero(jax.core.ShapedArray(aval.shape, aval.dtype))
+    tangent = structure.unflatten([_instantiated(leaf) for leaf in leaves])
+    return jax.jvp(unpack_view, (view,), (tangent,))[1]
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, jax.custom_derivatives.SymbolicZero | ad.Zero)
+
+
+def _zero(aval: Any, is_symbolic: bool) -> Any:
+    zero = jax.custom_derivatives.SymbolicZero(aval)
+    return zero if is_symbolic else _instantiated(zero)
+
+
+def _instantiated(value: Any) -> Any:
+    if not _is_zero(value):
+        return value
+    if value.aval.dtype == jax.dtypes.float0:
+        return np.zeros(value.aval.shape, jax.dtypes.float0)
+    return jnp.zeros(value.aval.shape, value.aval.dtype)
+
+
+def _perturbed(tree: Any) -> list[bool]:
+    """Return for each entry of a list whether derivatives by some of it are asked for."""
+    return [
+        any(leaf.perturbed for leaf in jax.tree.leaves(node, is_leaf=_is_primal)) for node in tree
+    ]
+
+
+def _values(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=_is_primal)
+
+
+def _is_primal(node: Any) -> bool:
+    return hasattr(node, "perturbed")
 
 
 def _apart(operands: list[Value]) -> tuple[list[View | None], list[jax.Array]]:
@@ -609,7 +682,9 @@ _RULES: dict[str, Rule] = {
     "convert_element_type": _cast,
     "copy": _same,
     "copy_p": _same,
+    "name": _same,
     "optimization_barrier": _same,
+    "stop_gradient": _constant,
     "sharding_constraint": _same,
     "slice": _sliced,
     "split": _split,

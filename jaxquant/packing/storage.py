@@ -22,7 +22,15 @@ import numpy as np
 
 from jaxquant.clustering.codebooks import MOST_CENTROIDS
 from jaxquant.files import read_file, replace_file
-from jaxquant.packing.arrays import PackedArray, ProductArray, is_packed, is_product, is_quantized
+from jaxquant.packing.arrays import (
+    PackedArray,
+    ProductArray,
+    View,
+    is_packed,
+    is_product,
+    is_quantized,
+    with_block_axes,
+)
 from jaxquant.packing.codes import pack_codes, packed_rows, unpack_codes
 from jaxquant.rounds.schedules import Plan
 from jaxquant.trees import pure, replaced
@@ -232,6 +240,7 @@ def _encode(
     checksums: list[int] = []
     for path, leaf in leaves:
         with _named(_name(path)):
+            leaf = with_block_axes(leaf) if is_packed(leaf) else leaf
             array = _as_numpy(leaf.codebook if is_packed(leaf) else leaf)
             entry: dict[str, Any] = {
                 "path": path,
@@ -267,6 +276,8 @@ def _encode(
 
 def _as_numpy(leaf: Any) -> np.ndarray:
     """Return the numbers of a leaf, in the byte order of the machine."""
+    if isinstance(leaf, View):
+        raise _InvalidError(f"expected a packed weight as it was packed, got {leaf!r}")
     try:
         array = np.asarray(leaf)
     except (TypeError, ValueError, RuntimeError) as error:  # a random key, a deleted array

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxquant import checks
 from jaxquant.packing.arrays import PackedArray, ProductArray, View
-from jaxquant.packing.axes import COLUMNS, ROWS, is_whole
+from jaxquant.packing.axes import whole
 from jaxquant.packing.ops import choice, reference, windows, words
 from jaxquant.packing.ops.choice import IMPLEMENTATIONS
 from jaxquant.packing.ops.primitive import product
@@ -205,11 +205,11 @@ def _weight(packed: PackedArray | ProductArray | View) -> tuple[PackedArray | Pr
     """Return the weight, and whether its columns are summed over: of a transposed weight."""
     transposed = False
     if isinstance(packed, View):
-        if packed.ndim != 2 or not all(
-            is_whole(packed.axes, (axis,), (part,)) for axis, part in enumerate((COLUMNS, ROWS))
-        ):
+        sides = (math.prod(packed.packed.rows),), (math.prod(packed.packed.columns),)
+        matrix = whole((), *sides)
+        if packed.packed.layers or packed.axes not in (matrix, matrix[::-1]):
             raise ValueError(f"expected a weight or a transposed matrix, got {packed}")
-        packed, transposed = packed.packed, True
+        packed, transposed = packed.packed, packed.axes != matrix
     _check_weight(packed)
     return packed, transposed
 

@@ -19,6 +19,7 @@ from jaxquant.packing.axes import (
     ROWS,
     Axes,
     Piece,
+    axis_of,
     is_whole,
     pieces_of,
     whole,
@@ -41,7 +42,7 @@ def product_part(view: View, contracted: Sequence[int], batch: Sequence[int]) ->
       batch: its axes that the other operand has, too.
     """
     others = pieces_of(tuple(view.axes[axis] for axis in batch), ROWS, COLUMNS)
-    if others or not view.packed.columns:
+    if others or not view.packed.columns or not view.packed.size:
         return None
     # Stacked layers that are summed over are axes of inputs whose entries have their own codebooks.
     for own in ((), (LAYERS,)):
@@ -208,7 +209,7 @@ def take(view: View, axis: int, numbers: jax.Array) -> View | jax.Array | None:
       [*axes before, *axes of numbers, *axes behind].
     """
     parts = {piece.part for piece in view.axes[axis]}
-    if len(parts) != 1 or isinstance(view.packed, ProductArray):
+    if len(parts) != 1 or isinstance(view.packed, ProductArray) or 0 in numbers.shape:
         return None
     (part,) = parts
     flat = numbers.reshape(-1)
@@ -237,7 +238,9 @@ def take(view: View, axis: int, numbers: jax.Array) -> View | jax.Array | None:
         rows = jax.vmap(lambda packed: rows_of(packed, places))(view.packed)
     else:
         rows = rows_of(view.packed, places)
-    return _from_rows(view, rows, axis, numbers.shape, rest)
+    axes = _renumbered(view, axis, ROWS, flat.shape, rest)
+    shown = seen(rows, axes).astype(view.dtype)
+    return shown.reshape(*shown.shape[:axis], *numbers.shape, *shown.shape[axis + 1 :])
 
 
 def nan_unless(flag: jax.Array, view: View) -> View:
@@ -272,10 +275,8 @@ def _renumbered(
     def own(axis: tuple[Piece, ...]) -> tuple[Piece, ...]:
         return tuple(p._replace(stride=new[p]) if p.part == part else p for p in axis)
 
-    taken = [
-        (Piece(part, size, stride),) if size > 1 else ()
-        for size, stride in zip(shape, strides[: len(shape)], strict=True)
-    ]
+    pairs = zip(shape, strides[: len(shape)], strict=True)
+    taken = [axis_of(Piece(part, size, stride)) for size, stride in pairs]
     before, behind = view.axes[:axis], view.axes[axis + 1 :]
     return (*map(own, before), *taken, *map(own, behind))
 
@@ -290,11 +291,3 @@ def _renewed(
 ) -> View:
     axes = _renumbered(view, axis, part, shape, rest)
     return dataclasses.replace(view, packed=packed, axes=axes)
-
-
-def _from_rows(
-    view: View, rows: jax.Array, axis: int, shape: tuple[int, ...], rest: Sequence[Piece]
-) -> jax.Array:
-    """Return rows [*layers, n, *columns] that were taken as the view shows them."""
-    axes = _renumbered(view, axis, ROWS, shape, rest)
-    return seen(rows, axes).astype(view.dtype)
