@@ -102,7 +102,7 @@ def _zero_padding(name: str, module: nn.Conv) -> str | tuple[tuple[int, int], ..
         return ((padding, padding),) * len(tuple(cast(Sequence[int], module.kernel_size)))
     if isinstance(padding, str):
         return padding
-    return tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
+    return tuple((p, p) if isinstance(p, int) else (p[0], p[1]) for p in padding)
 
 
 def input_moments(

@@ -131,9 +131,8 @@ class PackedArray:
         number = whole_number(index)
         if number is not None and not -self.layers[0] <= number < self.layers[0]:
             raise IndexError(f"expected the number of one of {self.layers[0]} layers, got {number}")
-        several = isinstance(index, slice) or jnp.issubdtype(
-            getattr(index, "dtype", None), jnp.integer
-        )
+        dtype = getattr(index, "dtype", jnp.float32)
+        several = isinstance(index, slice) or jnp.issubdtype(dtype, jnp.integer)
         if number is None and not several:
             raise IndexError(f"expected numbers of layers, or a slice of them, got {index!r}")
         return jax.tree.map(lambda leaf: leaf[index], with_block_axes(self))

@@ -224,9 +224,9 @@ def _stand_in(leaf: Any, is_stack: bool) -> Any:
     if is_quantized(leaf) or not is_floating or len(leaf.shape) < 2:
         return leaf
     layers, rows = leaf.shape[: int(is_stack)], leaf.shape[int(is_stack) :]
-    codes = jax.ShapeDtypeStruct((*layers, packed_rows(math.prod(rows), 2), 1), jnp.uint8)
+    codes: Any = jax.ShapeDtypeStruct((*layers, packed_rows(math.prod(rows), 2), 1), jnp.uint8)
     table = (*layers, *(1,) * len(rows), 2) if layers else (2,)
-    codebook = jax.ShapeDtypeStruct(table, leaf.dtype)
+    codebook: Any = jax.ShapeDtypeStruct(table, leaf.dtype)
     return PackedArray(codes=codes, codebook=codebook, rows=rows, columns=())
 
 

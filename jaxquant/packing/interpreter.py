@@ -10,11 +10,12 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.interpreters import ad
 
@@ -128,6 +129,11 @@ def opened(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
+def _type(equation: JaxprEqn) -> Any:
+    """Return the type of an equation's result."""
+    return equation.outvars[0].aval
+
+
 def _bound(equation: JaxprEqn, operands: list[jax.Array]) -> list[jax.Array]:
     """Return the results of an equation on arrays."""
     primitive = equation.primitive
@@ -135,7 +141,7 @@ def _bound(equation: JaxprEqn, operands: list[jax.Array]) -> list[jax.Array]:
     return list(made) if primitive.multiple_results else [made]
 
 
-def _is_view(value: Value) -> bool:
+def _is_view(value: Value) -> TypeGuard[View]:
     return isinstance(value, View)
 
 
@@ -158,7 +164,7 @@ def _of_shape(_: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list
     axes, order = operands[0].axes, equation.params.get("dimensions")
     if equation.primitive.name == "reshape" and order is not None:
         axes = transposed(axes, order)
-    axes = reshaped(axes, equation.outvars[0].aval.shape)
+    axes = reshaped(axes, _type(equation).shape)
     return None if axes is None else [_with_axes(operands[0], axes)]
 
 
@@ -166,7 +172,7 @@ def _broadcast(_: Interpreter, equation: JaxprEqn, operands: list[Value]) -> lis
     if not _is_view(operands[0]):
         return None
     places = equation.params["broadcast_dimensions"]
-    axes = repeated(operands[0].axes, equation.outvars[0].aval.shape, places)
+    axes = repeated(operands[0].axes, _type(equation).shape, places)
     return [_with_axes(operands[0], axes)]
 
 
@@ -281,7 +287,7 @@ def _gathered(
         return None
     wanted = _wide(starts[..., 0])
     numbers = jnp.clip(wanted, 0, view.shape[axis] - 1).astype(jnp.int32)
-    made = _take(interpreter, equation, view, axis, numbers)
+    made: Value = _take(interpreter, equation, view, axis, numbers)
     if made is None:
         return None
     mode = jax.lax.GatherScatterMode
@@ -325,7 +331,7 @@ def _product(interpreter: Interpreter, equation: JaxprEqn, operands: list[Value]
         x = interpreter.unpacked(right, name)
     own = (other_contracted, other_batch), (contracted, batch)
     (x_contracted, x_batch), (view_contracted, view_batch) = own if weight_first else own[::-1]
-    dtype = equation.outvars[0].aval.dtype
+    dtype = _type(equation).dtype
     part = general.product_part(view, view_contracted, view_batch)
     made = None
     if part is not None and jnp.issubdtype(x.dtype, jnp.floating):
@@ -616,7 +622,7 @@ def _weight_tangent(view: View | None, tangent: Any) -> Any:
     leaves, structure = jax.tree.flatten(tangent, is_leaf=_is_zero)
     if all(_is_zero(leaf) or leaf.dtype == jax.dtypes.float0 for leaf in leaves):
         aval = jax.eval_shape(unpack_view, view)
-        return jax.custom_derivatives.SymbolicZero(jax.core.ShapedArray(aval.shape, aval.dtype))
+        return jax.custom_derivatives.SymbolicZero(ShapedArray(aval.shape, aval.dtype))
     tangent = structure.unflatten([_instantiated(leaf) for leaf in leaves])
     return jax.jvp(unpack_view, (view,), (tangent,))[1]
 

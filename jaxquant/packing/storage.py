@@ -220,7 +220,9 @@ def _description_text(description: Mapping[str, Any], limits: Limits) -> str:
 
 def _flatten(packed: Any) -> tuple[list[tuple[list[str], Any]], list[list[str]]]:
     """Return the leaves with their paths, and those of ProductArrays, whose parts are leaves."""
-    pairs = jax.tree_util.tree_flatten_with_path(packed, is_leaf=is_packed)[0]
+    pairs = jax.tree_util.tree_flatten_with_path(
+        packed, is_leaf=lambda node: is_packed(node) or isinstance(node, View)
+    )[0]
     nodes = jax.tree_util.tree_flatten_with_path(packed, is_leaf=is_product)[0]
     products = [_path_text(path) for path, node in nodes if is_product(node)]
     return [(_path_text(path), leaf) for path, leaf in pairs], products

@@ -163,8 +163,11 @@ def compensated(
         return x.reshape([like.shape[axis] for axis in (*order, *rest)]).transpose((*back, *rest))
 
     def close() -> tuple[jax.Array, jax.Array]:
-        tables = [inputs_first(table) if table.ndim > 1 else table for table in (centroids, ~fixed)]
-        found = compensate(*map(inputs_first, (weights, frozen)), *tables, moments)
+        tables, movable = (
+            inputs_first(table) if table.ndim > 1 else table for table in (centroids, ~fixed)
+        )
+        layer, mask = inputs_first(weights), inputs_first(frozen)
+        found = compensate(layer, mask, tables, movable, moments)
         new = found.centroids if centroids.ndim == 1 else as_before(found.centroids, centroids)
         shared = reconstructed(as_before(found.codes, weights), new.astype(weights.dtype))
         return jnp.where(frozen, weights, shared), new

@@ -249,7 +249,7 @@ def nan_unless(flag: jax.Array, view: View) -> View:
     def kept(table: jax.Array) -> jax.Array:
         return jnp.where(flag, table, jnp.asarray(jnp.nan, table.dtype))
 
-    packed = view.packed
+    packed: Any = view.packed
     changed = (
         {"codebook": kept(packed.codebook)}
         if packed.scale is None
