@@ -14,6 +14,7 @@ from jaxquant.meshes import is_explicit
 from jaxquant.packing.arrays import PackedArray, View, is_quantized, unpack_node, view_of
 from jaxquant.packing.codes import packed_rows
 from jaxquant.packing.interpreter import Interpreter, Use
+from jaxquant.packing.rules import RULES
 from jaxquant.trees import is_nnx
 
 
@@ -138,7 +139,7 @@ class PackedFunction:
         views = [_as_view(value) if is_quantized(value) else value for value in values]
         types = [_unpacked_type(value) if is_quantized(value) else value for value in values]
         jaxpr = jax.make_jaxpr(flat)(*types)
-        results = Interpreter(uses).arrays(jaxpr, views)
+        results = Interpreter(RULES, uses).arrays(jaxpr, views)
         assert out is not None
         return jax.tree.unflatten(out, results)
 

@@ -1,0 +1,50 @@
+"""Products and convolutions with a weight."""
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
+
+from jaxquant.packing.arrays import View, unpack_view
+from jaxquant.packing.interpreter import Interpreter, Value, is_view, result_type
+from jaxquant.packing.ops import general
+
+
+def dot_general(interpreter: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
+    """Multiply packed, or with the weight unpacked inside of this product."""
+    (left, right), params, name = operands, equation.params, equation.primitive.name
+    (contracted, other_contracted), (batch, other_batch) = params["dimension_numbers"]
+    weight_first = is_view(left)
+    view, x = (left, right) if weight_first else (right, left)
+    if weight_first and is_view(right):  # two weights: the second is unpacked
+        x = interpreter.unpacked(right, name)
+    own = (other_contracted, other_batch), (contracted, batch)
+    (x_contracted, x_batch), (view_contracted, view_batch) = own if weight_first else own[::-1]
+    dtype = result_type(equation).dtype
+    part = general.product_part(view, view_contracted, view_batch)
+    made = None
+    if part is not None and jnp.issubdtype(x.dtype, jnp.floating):
+        dimensions = (x_contracted, view_contracted), (x_batch, view_batch)
+        made = general.dot_general(x, view, dimensions, dtype, weight_first=weight_first)
+    how = {general.ROWS: "product", general.COLUMNS: "transposed product"}.get(part or "")
+    how = "unpacked in product" if made is None or how is None else how
+    interpreter.note(view, name, how, 0, view_contracted, view_batch)
+    if made is not None:
+        return [made]
+
+    def multiply(x: jax.Array, view: View) -> jax.Array:
+        weight = unpack_view(view)
+        pair = (weight, x) if weight_first else (x, weight)
+        return equation.primitive.bind(*pair, **params)
+
+    return [jax.checkpoint(multiply)(x, view)]  # not kept for the backward pass
+
+
+def convolve(
+    interpreter: Interpreter, equation: JaxprEqn, operands: list[Value]
+) -> list[Value] | None:
+    """Convolve with a kernel that is unpacked for it."""
+    x, view = operands
+    if is_view(x) or not is_view(view):
+        return None
+    interpreter.note(view, equation.primitive.name, "convolution")
+    return [general.convolution(x, view, **equation.params)]
