@@ -228,6 +228,7 @@ def test_turns_of_codebook_and_scales_never_raise_the_error(monkeypatch):
     assert errors[-1] < 0.97 * errors[0]
 
 
+@pytest.mark.slow
 def test_sensitivities_weigh_scales():
     weights = np.asarray(normal((16, 2)))
     important = np.ones_like(weights)
@@ -243,8 +244,8 @@ def test_sensitivities_weigh_scales():
 @pytest.mark.parametrize(
     ("dtype", "centroid_dtype", "shape"),
     [
-        ("float32", "bfloat16", None),
-        ("float32", "float8_e4m3fn", (1, 1, 1)),
+        pytest.param("float32", "bfloat16", None, marks=pytest.mark.slow),
+        pytest.param("float32", "float8_e4m3fn", (1, 1, 1), marks=pytest.mark.slow),
         ("bfloat16", "int8", (1, 1, 1)),
     ],
 )
@@ -269,6 +270,7 @@ def test_centroids_of_another_dtype_are_what_is_stored(dtype, centroid_dtype, sh
     )
 
 
+@pytest.mark.slow
 def test_stored_centroids_are_ranked_by_the_size_that_they_have_in_the_leaf():
     weights = normal((16, 16))
     params = {"a": weights, "b": 100 * weights}

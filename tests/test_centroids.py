@@ -46,6 +46,7 @@ def test_gradients_are_those_of_the_shared_variables():
     assert got["bias"].shape == ()
 
 
+@pytest.mark.slow
 def test_a_gradient_of_ones_counts_the_members_with_an_axis_too():
     rules = (jq.LayerRule("kernel", axis=1),)
     _, params, state = after_rounds((64, 3, 5), bits=2, rounds=(1, 3), rules=rules)

@@ -16,6 +16,7 @@ import jaxquant as jq
 from jaxquant import meshes
 from jaxquant.rounds import compensation
 from jaxquant.rounds.compensation import compensate
+from tests.cases import mostly_slow
 
 quick = jax.jit(compensate)
 one_round = jax.jit(jq.quantize_round, static_argnums=0)
@@ -321,6 +322,7 @@ def test_moved_centroids_are_rounded_to_their_dtype_and_gain_all_the_same():
         assert np.all(by_block(errors(found.weights, weights, moments), (4, 3)) <= limit)
 
 
+@pytest.mark.slow
 def test_least_squares_that_lose_by_rounding_are_not_taken():
     weights, moments = make_layer(20, 6)
     tables, movable = make_codebooks((4, 3))
@@ -495,33 +497,29 @@ KERNELS = [  # shape, inputs, blocks, and the same kernel as [inputs, outputs]
 ]
 
 
-def test_moments_are_of_the_axes_that_a_rule_says():
-    names = [f"w{i}" for i in range(len(KERNELS))]
-    tree, flat, rules, flat_rules, moments = {}, {}, [], [], {}
-    for name, (shape, inputs, block, flat_block) in zip(names, KERNELS, strict=True):
-        weights, moments[name] = make_layer(8, 6)
-        flat[name] = jnp.asarray(weights)
-        # [inputs, outputs] with the axes of either side split.
-        own = shape[:inputs] if inputs > 0 else shape[inputs:]
-        others = shape[inputs:] if inputs > 0 else shape[:inputs]
-        kernel = weights.reshape(*own, *others)
-        tree[name] = (
-            kernel if inputs > 0 else np.moveaxis(kernel, range(len(own)), range(inputs, 0))
-        )
-        assert tree[name].shape == shape
-        rules.append(jq.LayerRule(name, inputs=inputs, block=block))
-        flat_rules.append(jq.LayerRule(name, block=flat_block))
+@pytest.mark.parametrize(
+    ("shape", "inputs", "block", "flat_block"), mostly_slow(KERNELS, KERNELS[2])
+)
+def test_moments_are_of_the_axes_that_a_rule_says(shape, inputs, block, flat_block):
+    weights, moments = make_layer(8, 6)
+    # The same kernel as [inputs, outputs], and with the axes of either side split.
+    own = shape[:inputs] if inputs > 0 else shape[inputs:]
+    others = shape[inputs:] if inputs > 0 else shape[:inputs]
+    kernel = weights.reshape(*own, *others)
+    if inputs < 0:
+        kernel = np.moveaxis(kernel, range(len(own)), range(inputs, 0))
+    assert kernel.shape == shape
 
-    def frozen(tree, rules):
-        plan = jq.slq(tree, rounds=(3,), bits=2, rules=rules)
-        return one_round(plan, tree, jq.init(plan, tree), moments=moments)[0]
+    def frozen(kernel, **rule):
+        tree = {"w": jnp.asarray(kernel)}
+        plan = jq.slq(tree, rounds=(3,), bits=2, rules=[jq.LayerRule("w", **rule)])
+        state = jq.init(plan, tree)
+        return np.asarray(one_round(plan, tree, state, moments={"w": moments})[0]["w"])
 
-    found, expected = frozen(jax.tree.map(jnp.asarray, tree), rules), frozen(flat, flat_rules)
-    for name, (_, inputs, *_) in zip(names, KERNELS, strict=True):
-        kernel = np.asarray(found[name])
-        if inputs < 0:
-            kernel = np.moveaxis(kernel, range(inputs, 0), range(-inputs))
-        np.testing.assert_allclose(kernel.reshape(8, 6), expected[name], rtol=1e-5, atol=1e-6)
+    found, expected = frozen(kernel, inputs=inputs, block=block), frozen(weights, block=flat_block)
+    if inputs < 0:
+        found = np.moveaxis(found, range(inputs, 0), range(-inputs))
+    np.testing.assert_allclose(found.reshape(8, 6), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

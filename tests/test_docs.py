@@ -153,6 +153,7 @@ def test_the_examples_of_other_methods_run(capsys):
     np.testing.assert_allclose(names["y"], got, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_example_of_blocks_runs(capsys):
     names: dict = {}
     exec("".join(_blocks((ROOT / "docs" / "blocks.md").read_text())), names)

@@ -241,6 +241,7 @@ def test_a_step_drops_by_a_key_that_augmentation_does_not_use():
     assert len(np.unique(used, axis=0)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 4])
 def test_centroids_take_the_step_of_all_their_members_and_stay_shared(steps):
     config = Config(retrain=Fit(centroid_rate=0.5), steps_per_call=steps)

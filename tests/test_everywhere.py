@@ -161,6 +161,7 @@ CALLS = {
     ),
 }
 NAMES = list(CALLS)
+MOST = mostly_slow(NAMES, *(name for name in NAMES if "moments" not in name))  # long to compile
 # Compiling takes most of the time: of calls that share their parts with others, or compile for
 # long, some places only see the trace, at which what cannot stand there fails.
 LONG = ("quantize_round by moments", "quantize_round inq", "incremental_update", "product.correct")
@@ -227,7 +228,7 @@ def compiles():
     jax.monitoring.unregister_event_duration_listener(counter)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MOST)
 def test_outside_of_jit_the_second_call_compiles_nothing(name, compiles):
     first, before = expected(name), compiles.count
     assert_same(CALLS[name](given()), first)
@@ -257,7 +258,7 @@ def test_arrays_that_are_closed_over_give_what_arguments_do():
     assert_same(got, expected("kmeans weighed"), **CLOSE)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MOST)
 def test_under_vmap_each_gets_its_own(name):
     keys = jax.random.split(jax.random.key(1), 2)
     arrays = given()
@@ -272,7 +273,7 @@ def test_under_vmap_each_gets_its_own(name):
     assert_same(got, one, **CLOSE)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MOST)
 def test_inside_shard_map_each_device_gets_its_own(name):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     arrays = given()
@@ -301,7 +302,7 @@ def dtypes(tree):
     return jax.tree.structure(tree), [x.dtype for x in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MOST)
 def test_under_x64_float32_stays_float32(name):
     arrays, want = given(), expected(name)
     with jax.enable_x64(True):
@@ -327,7 +328,7 @@ def test_under_x64_every_start_clusters_float32_as_ever(start):
     "dtype",
     mostly_slow(["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"], "bfloat16"),
 )
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MOST)
 def test_narrow_weights_are_taken(name, dtype):
     if dtype in ("float16", "float8_e5m2") or (name in LONG and dtype != "bfloat16"):
         jax.jit(CALLS[name]).lower(given(dtype))

@@ -670,6 +670,7 @@ def test_a_run_may_go_on_with_other_workers(prepared):
     assert configs.difference(*texts) == ""
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_as_images_in_memory_are(prepared):
     config, dataset = small_config(prepared), load(prepared)
     model = models.build("small_cnn", num_classes=1000)

@@ -200,6 +200,7 @@ def test_the_certificate_is_small_on_normal_weights_and_falls_with_cells():
     assert gaps[2] < 0.1
 
 
+@pytest.mark.slow
 def test_the_certificate_of_a_bad_start_says_so():
     x = normal(20_000)
     result = cluster(x, 17, init="linear", iterations=1)

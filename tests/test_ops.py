@@ -256,6 +256,7 @@ def test_a_slice_of_rows_or_a_column_has_no_tables_but_blocks(one_device):
         assert choice.fastest(1, jnp.ones((1, 70)), packed) == "blocks"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", mostly_slow([3, 5, 16, 17], 5))
 @pytest.mark.parametrize("vectors", [1, 8])
 def test_layers_share_the_memory_in_which_they_are_unpacked(vectors, k, one_device):

@@ -105,6 +105,7 @@ def test_clusters_are_as_good_as_those_of_scikit_learn():
         assert got == pytest.approx(loss, rel=1e-5)  # every code is of the nearest word
 
 
+@pytest.mark.slow
 def test_more_passes_never_lose_more():
     kernel = normal((3, 3, 8, 20))
     losses = [
@@ -230,6 +231,7 @@ def test_words_are_drawn_in_proportion_to_their_weights():
     assert not shares[np.asarray(weights) == 0].any()
 
 
+@pytest.mark.slow
 def test_64_bit_types_change_nothing():
     kernel, x = normal((6, 9)), relu_inputs((30, 6), 1)
 

@@ -73,6 +73,7 @@ def test_every_kernel_becomes_words_and_nothing_else_changes(quantized):
     assert len(lines) == 6 and lines[0].startswith("z/kernel: response error ")
 
 
+@pytest.mark.slow
 def test_correction_brings_held_out_outputs_nearer_to_the_float_network(quantized):
     model, variables, runs, _ = quantized
     held_out = images(5)

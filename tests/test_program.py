@@ -149,6 +149,7 @@ def test_several_seeds_and_learning_rates_run_as_one():
     assert (kernels[0] != kernels[1]).any() and (kernels[0] != kernels[2]).any()
 
 
+@pytest.mark.slow
 def test_branches_stay_branches_under_vmap():
     one, steps = experiment(0, 0.1)
     steps = jax.tree.map(

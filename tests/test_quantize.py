@@ -554,6 +554,7 @@ def test_members_of_equal_centroids_freeze_together():
     assert share_centroids(frozen, weights, *tables).tolist() == [1.0, 1.0, 1.0, 3.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axis_type", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
 )

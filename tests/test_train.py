@@ -338,6 +338,7 @@ def test_the_packed_network_is_small_and_as_accurate(finished, capsys):
     assert f"accuracy {quantized['accuracy']:.2%}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["packed", "pytorch"])
 def test_an_exported_network_is_the_same(finished, tmp_path, capsys, form):
     arguments = ["export", *SLQ, "--workdir", str(finished), "--format", form, "--output"]

@@ -242,7 +242,9 @@ def _encode(
     checksums: list[int] = []
     for path, leaf in leaves:
         with _named(_name(path)):
-            leaf = with_block_axes(leaf) if is_packed(leaf) else leaf
+            if is_packed(leaf):
+                _as_numpy(leaf.codes)  # so that what is none is named
+                leaf = with_block_axes(leaf)
             array = _as_numpy(leaf.codebook if is_packed(leaf) else leaf)
             entry: dict[str, Any] = {
                 "path": path,

@@ -5,7 +5,7 @@ returns the equation's results; None where the weights have to be unpacked for i
 """
 
 from jaxquant.packing.interpreter import Rule
-from jaxquant.packing.rules import calls, derivatives, products, views
+from jaxquant.packing.rules import calls, contractions, derivatives, views
 
 RULES: dict[str, Rule] = {
     "transpose": views.reorder,
@@ -24,8 +24,8 @@ RULES: dict[str, Rule] = {
     "split": views.split,
     "dynamic_slice": views.dynamic_slice,
     "gather": views.gather,
-    "dot_general": products.dot_general,
-    "conv_general_dilated": products.convolve,
+    "dot_general": contractions.dot_general,
+    "conv_general_dilated": contractions.convolve,
     "jit": calls.jit,
     "closed_call": calls.inline,
     "core_call": calls.inline,
