@@ -1,5 +1,6 @@
 """What calls other jaxprs: they are evaluated with the weights packed."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Literal
 
 from jaxquant.packing.arrays import View
+from jaxquant.packing.axes import LAYERS, is_whole
 from jaxquant.packing.interpreter import Interpreter, Value, filled, is_view, opened
 from jaxquant.packing.ops import general
 
@@ -56,10 +58,14 @@ def scan(interpreter: Interpreter, equation: JaxprEqn, operands: list[Value]) ->
     stays = _forwarded(body, len(consts), len(carry))
     carry, fixed = _settled(interpreter, carry, stays, "scan")
     numbers = jnp.arange(params["length"])
+    stacks = [value.packed if is_view(value) and _is_stack(value) else None for value in xs]
 
     def step(carry: list[jax.Array], slices: Any) -> tuple[list[jax.Array], list[jax.Array]]:
-        number, arrays = slices
-        views = [_layer(interpreter, value, number) if is_view(value) else None for value in xs]
+        number, layers, arrays = slices
+        views = [
+            _entry(interpreter, value, layer, number) if is_view(value) else None
+            for value, layer in zip(xs, layers, strict=True)
+        ]
         own = filled(views, arrays)
         made = interpreter.run(body, [*consts, *filled(fixed, carry), *own])
         after, ys = made[: len(fixed)], made[len(fixed) :]
@@ -73,7 +79,7 @@ def scan(interpreter: Interpreter, equation: JaxprEqn, operands: list[Value]) ->
     last, ys = jax.lax.scan(
         step,
         carry,
-        (numbers, arrays),
+        (numbers, stacks, arrays),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
@@ -89,8 +95,15 @@ def _scan_sizes(params: Any) -> tuple[int, int]:
     return len(constants), len(carry)
 
 
-def _layer(interpreter: Interpreter, view: View, number: jax.Array) -> Value:
-    """Return an entry of the first axis: packed of a layer, unpacked of rows."""
+def _is_stack(view: View) -> bool:
+    """Return whether the first axis is that of the stacked layers."""
+    return len(view.packed.layers) == 1 and is_whole(view.axes, (0,), (LAYERS,))
+
+
+def _entry(interpreter: Interpreter, view: View, layer: Any, number: jax.Array) -> Value:
+    """Return an entry of the first axis: a layer, packed, where there are some; else rows."""
+    if layer is not None:
+        return dataclasses.replace(view, packed=layer, axes=view.axes[1:])
     made = general.take(view, 0, number)
     if made is None:
         return interpreter.unpacked(view, "scan")[number]
