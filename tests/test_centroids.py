@@ -75,6 +75,7 @@ def test_what_is_not_frozen_does_not_count_and_a_nan_there_does_no_harm():
     assert float(jnp.sum(got)) == int(jnp.sum(frozen)) > 0
 
 
+@pytest.mark.slow
 def test_a_pinned_zero_stays_zero():
     _, params, state = after_rounds(bits=2, rounds=(3,), zero=True)
     ones = jax.tree.map(jnp.ones_like, params)
@@ -87,6 +88,7 @@ def test_a_pinned_zero_stays_zero():
     np.testing.assert_array_equal(moved["kernel"] == 0, params["kernel"] == 0)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(
     shift=st.lists(st.floats(-3, 3, width=32), min_size=5, max_size=5),

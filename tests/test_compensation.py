@@ -163,6 +163,7 @@ def test_what_compensation_promises(seed, share, refit, dead):
     assert got.sum() <= nearest.sum() * (1 + 1e-3) + 1e-9
 
 
+@pytest.mark.slow
 def test_inputs_that_do_not_depend_on_each_other_leave_the_nearest_centroid():
     weights, _ = make_layer(30, 5)
     found = quick(
@@ -248,6 +249,7 @@ def test_what_compensation_promises_of_blocks(seed, numbers, share, refit):
         assert np.all(after <= limit)
 
 
+@pytest.mark.slow
 def test_outputs_with_codebooks_of_their_own_are_layers_of_their_own():
     weights, moments = make_layer(20, 6)
     tables, movable = make_codebooks((1, 6))
@@ -306,6 +308,7 @@ def test_centroids_end_at_the_least_squares_of_their_codes(numbers):
     assert max(ratios) < (1.001 if numbers[0] == 1 else 1.1)
 
 
+@pytest.mark.slow
 def test_moved_centroids_are_rounded_to_their_dtype_and_gain_all_the_same():
     for seed in range(10):
         weights, moments = make_layer(20, 6, seed)
@@ -349,6 +352,7 @@ def test_least_squares_that_lose_by_rounding_are_not_taken():
     assert np.all(after <= best)
 
 
+@pytest.mark.slow
 def test_codebooks_of_many_centroids_are_searched_alike(monkeypatch):
     weights, moments = make_layer(20, 6)
     tables, movable = make_codebooks((4, 3))
@@ -438,6 +442,7 @@ def make_tree(dtype=np.float32):
     return params, {"a/kernel": jnp.asarray(first_moments), "b/kernel": jnp.asarray(second_moments)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "order"),
     [

@@ -205,6 +205,7 @@ def test_preparation_happens_once(tiny):
     np.testing.assert_array_equal(first.train.images, second.train.images)
 
 
+@pytest.mark.slow
 def test_a_kill_while_preparing_leaves_nothing_that_counts(tiny):
     """The process is killed as it writes its seventh image; the next call starts anew."""
     records, sums = data._SOURCES["cifar10"].records, data._SOURCES["cifar10"].checksums

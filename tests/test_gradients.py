@@ -40,6 +40,7 @@ def gradients(model, variables, x, *, parts):
     return jax.value_and_grad(loss, argnums=(0, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "stride", "use_bias", "parts"),
     mostly_slow(

@@ -379,6 +379,7 @@ def test_an_image_that_is_there_twice_is_refused(tiny):
     assert not (tiny / VERSION).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_breaks_off_is_named_when_it_is_read(tiny, workers):
     images = train_images()

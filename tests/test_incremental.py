@@ -397,6 +397,7 @@ def test_random_partitions_differ_from_key_to_key():
         jq.incremental(optax.sgd(0.1), plan, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axis_type", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
 )

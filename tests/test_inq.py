@@ -323,6 +323,7 @@ def test_a_layer_of_nan_under_jit_is_left_alone():
     np.testing.assert_array_equal(after.frozen["bad"], state.frozen["bad"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("partition", "axis_type"),
     mostly_slow(

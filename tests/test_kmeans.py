@@ -193,6 +193,7 @@ def test_the_certificate_holds_on_hard_inputs(name):
     assert true_gap <= result.gap + 1e-4
 
 
+@pytest.mark.slow
 def test_the_certificate_is_small_on_normal_weights_and_falls_with_cells():
     x = normal(20_000)
     gaps = [cluster(x, 17, cells=cells).gap for cells in (64, 256, 512)]
@@ -388,6 +389,7 @@ def test_weighted_loss_is_the_weighted_sum_of_squares():
     np.testing.assert_allclose(result.loss, loss_of(x, result.centroids, weight), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_centroids_ascend_unless_the_start_fixed_their_order():
     x = hard("normal")
     for start in (None, "linear", "quantile"):

@@ -144,6 +144,7 @@ def test_a_run_goes_on_and_is_read_from_every_stage(method, toy, stages, tmp_pat
         assert {name: (runs / method / name).read_bytes() for name in whole} == whole
 
 
+@pytest.mark.slow
 def test_a_finished_run_of_products_is_read_with_them(toy, tmp_path, capsys):
     """No checkpoint holds them: they come after the last one."""
     run, toy = tmp_path / "runs" / "qcnn", ["--config.quantize.words=1", *toy]

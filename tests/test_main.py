@@ -204,6 +204,7 @@ def test_what_diverges_at_the_very_last_update_is_no_success(tmp_path, capsys, m
         json.loads(line, parse_constant=no_run)
 
 
+@pytest.mark.slow
 def test_what_diverges_within_an_epoch_is_not_saved(tmp_path, capsys, monkeypatch):
     saved = []
     monkeypatch.setattr(loop._Keeper, "save", lambda *rest: saved.append(rest[-1].loss))
@@ -254,6 +255,7 @@ def test_json_has_no_nan():
 # Signals ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_whole_study(tmp_path, capsys, monkeypatch):
     """Told while a run saves for the last time, it ends that run and those after it."""
     body = (

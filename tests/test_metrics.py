@@ -60,6 +60,7 @@ def test_without_a_reference_there_is_no_error_to_tell():
     assert jq.report(new, state, reference=params).layers[0].error > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.3, 0.9])
 def test_zeros_of_a_pruned_layer_that_are_lost_are_noted(share):
     rank = np.random.default_rng(1).permutation(1600).reshape(40, 40)
@@ -122,6 +123,7 @@ def test_distinct_weights_are_those_that_differ():
     assert _most_distinct(rows[:, :0]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_bytes_are_those_of_the_dtype(dtype):
     params = {"w": normal(8, 8).astype(dtype)}

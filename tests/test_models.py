@@ -155,6 +155,7 @@ def test_shortcut_pads_half_on_each_side():
     assert not y[..., [0, 3]].any()
 
 
+@pytest.mark.slow
 def test_lenet5_flattens_as_pytorch():
     """With fc1 a selection of 500 inputs, the hidden units are channel-major features."""
     module, variables = init("lenet5")

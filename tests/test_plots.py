@@ -232,6 +232,7 @@ def test_any_number_of_rounds(folder, count):
     assert all(tick == round(tick) for tick in ticks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", ["lenet", "resnet20", pytest.param("resnet56", marks=SLOW)])
 @pytest.mark.parametrize("k,share", [(17, 0.6), pytest.param(3, 1.0, marks=SLOW)])
 def test_weights_of_networks(folder, net, k, share):

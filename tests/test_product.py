@@ -77,6 +77,7 @@ def test_enough_words_of_one_channel_reproduce_a_layer_exactly(dtype):
     np.testing.assert_array_equal(unpack_product(array), kernel)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 10**6))
 def test_words_for_every_distinct_sub_vector_reproduce_a_layer_exactly(seed):
@@ -87,6 +88,7 @@ def test_words_for_every_distinct_sub_vector_reproduce_a_layer_exactly(seed):
     np.testing.assert_array_equal(unpack_product(array), kernel)
 
 
+@pytest.mark.slow
 def test_clusters_are_as_good_as_those_of_scikit_learn():
     from sklearn.cluster import KMeans
 
@@ -203,6 +205,7 @@ def test_a_sweep_over_a_dense_layer_is_that_of_a_numpy_port(run, monkeypatch):
     assert float(errors[1]) == pytest.approx(relative(x @ port, wanted), rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [1, 3])
 def test_subspaces_of_a_convolution_that_are_corrected_together_hear_of_each_other(
     run, monkeypatch

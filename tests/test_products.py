@@ -147,6 +147,7 @@ def test_a_layer_that_runs_twice_is_refused():
         products.check(Twice(), variables, images(0), SETTINGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", models.NAMES)
 def test_all_networks_of_the_program_can_be_quantized(name):
     size = {"lenet5": (28, 28, 1), "alexnet": (64, 64, 3)}.get(name, (32, 32, 3))

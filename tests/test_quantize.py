@@ -145,6 +145,7 @@ def follow_released_code(params, bits, rounds):
             yield [np.asarray(x).ravel() for x in ours], theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bits", "rounds"), mostly_slow([(5, (5, 9, 13, 15, 17)), (3, (1, 3, 5))], (3, (1, 3, 5)))
 )
@@ -429,6 +430,7 @@ def test_sensitivity_weighs_clustering_and_losses():
     )
 
 
+@pytest.mark.slow
 def test_sensitivity_of_zero_everywhere_is_no_sensitivity():
     params = {"w": normal((6, 8))}
     plan = jq.slq(params, bits=3, rounds=(2, 5))
@@ -485,6 +487,7 @@ def test_scan_over_the_rows_is_the_loop():
         )
 
 
+@pytest.mark.slow
 def test_vmap_over_networks_is_the_loop():
     networks = [jax.tree.map(lambda x, i=i: jnp.roll(x, 1, 0) * (i + 1), SMALL) for i in range(3)]
     batch = jax.tree.map(lambda *x: jnp.stack(x), *networks)
@@ -625,6 +628,7 @@ def trees():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mostly_slow(trees(), "tuple and list"))
 def test_any_tree_of_parameters(name):
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
@@ -657,6 +661,7 @@ def test_leaves_that_are_no_weights_pass_through():
     assert jq.report(new, state).quantized[0].path == "w"
 
 
+@pytest.mark.slow
 def test_past_the_last_round_what_is_left_of_another_plan_freezes():
     state = run(SMALL_PLAN, SMALL, rounds=1)[0][1]
     ended = state._replace(round=jnp.int32(SMALL_PLAN.num_rounds))

@@ -85,6 +85,7 @@ def test_hard_blocks_are_within_a_hundredth_of_the_optimum(name, dtype):
         assert (np.diff(result.centroids) >= 0).all() and result.counts.sum() == x.size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighted", mostly_slow([False, True], True))
 def test_blocks_in_batches_are_those_one_by_one(monkeypatch, weighted):
     monkeypatch.setattr(blocks, "_BATCH_WEIGHTS", 256)

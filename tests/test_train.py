@@ -159,6 +159,7 @@ def test_final_weights_lie_on_their_codebooks(finished):
         assert state.quant.frozen[name]["kernel"].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", mostly_slow([1, 2, 3], 2))
 def test_a_stopped_run_ends_as_if_it_had_not_stopped(finished, tmp_path, monkeypatch, stop):
     workdir = tmp_path / "run"
