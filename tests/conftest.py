@@ -5,7 +5,6 @@ import ctypes
 import gc
 import os
 import resource
-import sys
 from pathlib import Path
 
 # Read when JAX starts its CPU backend, so it must be set before anything imports jax.
@@ -20,15 +19,6 @@ import pytest  # noqa: E402
 _LONGEST = ("test_train", "test_docs", "test_loop", "test_kmeans", "test_quantize", "test_blocks")
 _LIBRARY = Path(__file__).resolve().parent.parent / "jaxquant"
 
-hypothesis.settings.register_profile(
-    "jaxquant",
-    deadline=None,  # the first example of a law compiles
-    max_examples=30 if "--run-slow" in sys.argv else 10,
-    derandomize="CI" in os.environ,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-)
-hypothesis.settings.load_profile("jaxquant")
-
 gc.set_threshold(50_000, 100)  # tracing makes many objects and few cycles
 
 
@@ -40,6 +30,14 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    hypothesis.settings.register_profile(
+        "jaxquant",
+        deadline=None,  # the first example of a law compiles
+        max_examples=30 if config.getoption("--run-slow") else 10,
+        derandomize="CI" in os.environ,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+    hypothesis.settings.load_profile("jaxquant")
     if config.getoption("--run-slow") and config.option.markexpr == "not slow":
         config.option.markexpr = ""
     # XLA would compile a program in parts, one for each core, of which there are more workers; and

@@ -463,6 +463,11 @@ def test_calls_of_every_kind_go_inside_packed(implementation):
 
     vjp.defvjp(lambda w, x: (jnp.sin(x @ w), (w, x)), lambda r, g: (r[1].T @ g, 3 * g @ r[0].T))
 
+    @jax.jit
+    def step(carry):
+        number, w, x = carry
+        return number + 1, w, jnp.tanh(x @ w)
+
     functions = {
         "jit": jax.jit(lambda w, x: x @ w),
         "remat": jax.checkpoint(lambda w, x: jnp.sin(x @ w)),
@@ -476,6 +481,12 @@ def test_calls_of_every_kind_go_inside_packed(implementation):
         "while, in its carry": lambda w, x: lax.while_loop(
             lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1], jnp.tanh(c[2] @ c[1])), (0, w, x)
         )[2],
+        "while, in the carry of a jitted body": lambda w, x: lax.while_loop(
+            lambda c: c[0] < 3, jax.jit(lambda c: step(c)), (0, w, x)
+        )[2],
+        "scan, in the carry of a jitted body": lambda w, x: lax.scan(
+            lambda c, _: (jax.jit(lambda c: step(c))(c), None), (0, w, x), length=3
+        )[0][2],
         "fori": lambda w, x: lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ w), x),
         "scan": lambda w, x: lax.scan(lambda x, _: (jnp.tanh(x @ w), x @ w.T), x, length=3),
         "scan, in its carry": lambda w, x: lax.scan(
@@ -682,6 +693,12 @@ def test_errors_of_the_function_are_its_own():
 
 def test_half_precision_is_rounded_as_the_weights_are():
     packed, x = weight(8, 6, k=200), normal(3, 8)
+
+    def twice(w):
+        return w.astype(jnp.bfloat16).astype(jnp.float16).astype(jnp.float32)
+
+    np.testing.assert_array_equal(jq.packed(twice)(packed), twice(jq.unpack(packed)))
+    assert np.any(twice(jq.unpack(packed)) != jq.unpack(packed).astype(jnp.float16))
 
     def narrow_and_wide(w, x):
         return x @ w.astype(jnp.bfloat16).astype(jnp.float32)

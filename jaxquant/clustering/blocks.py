@@ -25,6 +25,17 @@ _BATCH_WEIGHTS = 2**16  # that are worked on side by side: what they need beside
 _RUN = 16  # blocks along the last axis that stay together: they share lines of the cache
 
 
+def are_runs(numbers: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Return whether blocks along some axes are runs of one length where these are made one axis.
+
+    >>> are_runs((4, 3, 1), (4, 6, 5)), are_runs((1, 3), (4, 6))
+    (True, False)
+    """
+    pairs = enumerate(zip(numbers, sizes, strict=True))
+    first = next((axis for axis, (number, size) in pairs if number != size), len(numbers))
+    return all(number == 1 for number in numbers[first + 1 :])
+
+
 def numbers_of(codebook: tuple[int, ...], leaf: tuple[int, ...]) -> tuple[int, ...]:
     """Return how many blocks there are along each axis of a leaf.
 

@@ -297,12 +297,12 @@ class View:
         return f"View({_short(self.dtype, self.shape)} of {self.packed!r})"
 
 
-def view_of(packed: PackedArray | ProductArray, path: str | None = None) -> View:
+def view_of(packed: PackedArray | ProductArray) -> View:
     """Return a weight as a view of itself."""
     axes = whole(packed.layers, packed.rows, packed.columns)
     if isinstance(packed, PackedArray):
         packed = with_block_axes(packed)
-    return View(packed=packed, axes=axes, dtype=packed.dtype, path=path)
+    return View(packed=packed, axes=axes, dtype=packed.dtype)
 
 
 def with_block_axes(packed: PackedArray) -> PackedArray:

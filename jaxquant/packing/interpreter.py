@@ -23,7 +23,7 @@ class Use(NamedTuple):
 
     path: str
     operation: str  # of JAX
-    how: str  # "product", "transposed product", "convolution", "rows", or "unpacked"
+    how: str  # "product", "transposed product", "convolution", "rows", "unpacked (in product)"
     shape: tuple[int, ...]  # of what the operation sees
     float_bytes: int  # of what is unpacked outside of a product; 0 of what stays packed
     summed: tuple[int, ...] = ()  # the weight's axes, from the end, that a product sums over

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant.clustering.blocks import are_runs
 from jaxquant.packing.arrays import PackedArray, ProductArray, decoded
 from jaxquant.packing.codes import unpack_rows
 
@@ -69,10 +70,8 @@ def with_one_axis_of_columns(packed: PackedArray | ProductArray) -> PackedArray 
 
     def joined(table: jax.Array) -> jax.Array:
         own, along = table.shape[:axes], table.shape[axes:-1]
-        pairs = list(zip(along, packed.columns, strict=True))
-        first_cut = next((i for i, (number, size) in enumerate(pairs) if number != size), 0)
-        if math.prod(along[first_cut + 1 :]) > 1:  # a block lies in several places
-            for axis, (number, size) in enumerate(pairs):
+        if not are_runs(along, packed.columns):  # a block lies in several places
+            for axis, (number, size) in enumerate(zip(along, packed.columns, strict=True)):
                 table = jnp.repeat(table, size // number, axis=axes + axis)
         return table.reshape(*own, -1, table.shape[-1])
 

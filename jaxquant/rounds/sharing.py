@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import loops
-from jaxquant.clustering.blocks import reconstructed
+from jaxquant.clustering.blocks import are_runs, reconstructed
 from jaxquant.clustering.clusters import measure, weight_scale
 from jaxquant.clustering.codebooks import pick
 from jaxquant.clustering.passes import fold
@@ -177,11 +177,8 @@ def compensated(
 
 def can_join(sizes: tuple[int, ...], numbers: tuple[int, ...], input_axes: tuple[int, ...]) -> bool:
     """Return whether blocks stay runs of equal length where all axes of outputs are made one."""
-    own = [
-        (n, s) for a, (n, s) in enumerate(zip(numbers, sizes, strict=True)) if a not in input_axes
-    ]
-    first = next((i for i, (number, size) in enumerate(own) if number != size), len(own))
-    return all(number == 1 for number, _ in own[first + 1 :])
+    outputs = [axis for axis in range(len(sizes)) if axis not in input_axes]
+    return are_runs([numbers[axis] for axis in outputs], [sizes[axis] for axis in outputs])
 
 
 def with_equals(centroids: jax.Array, chosen: jax.Array) -> jax.Array:

@@ -26,7 +26,6 @@ _FEW_WEIGHTS = 2**14  # which are unpacked before a loop would start
 
 def product_of(name: str, transposed: bool) -> Product:
     """Return the product of an implementation other than "unpack", of one layer's weight."""
-
     return blocks.matmul_transposed if transposed else _PARTIAL[name].matmul
 
 

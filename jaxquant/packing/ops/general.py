@@ -1,6 +1,6 @@
 """Operations of `jax.lax` on views of packed weights.
 
-Each returns None where the view cannot be used as it is, and has to be unpacked.
+Where a view cannot be used as it is, and has to be unpacked, the answer is None.
 """
 
 import dataclasses
@@ -36,38 +36,45 @@ Dimensions = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Seq
 def product_part(view: View, contracted: Sequence[int], batch: Sequence[int]) -> str | None:
     """Return what a product sums over that the packed weight can be used in: rows or columns.
 
+    Layers may be shared by both operands, all of them; or kept; or summed over, as axes of inputs
+    whose entries have their own codebooks. None where the weight has to be unpacked.
+
     Args:
       view: of the weight.
       contracted: its axes that are summed over.
       batch: its axes that the other operand has, too.
     """
-    others = pieces_of(tuple(view.axes[axis] for axis in batch), ROWS, COLUMNS)
-    if others or not view.packed.columns or not view.packed.size:
+    if not view.packed.columns or not view.packed.size:
         return None
-    # Stacked layers that are summed over are axes of inputs whose entries have their own codebooks.
-    for own in ((), (LAYERS,)):
+    shared = pieces_of(tuple(view.axes[axis] for axis in batch))
+    kept = [axis for axis in range(view.ndim) if axis not in (*contracted, *batch)]
+    own = pieces_of(tuple(view.axes[axis] for axis in kept))
+    layers = set(pieces_of(view.axes, LAYERS))
+    if any(piece.part in (ROWS, COLUMNS) for piece in shared) or pieces_of((own,), REPEATED):
+        return None
+    if layers & {*shared} not in (set(), layers):
+        return None
+    for others in ((), (LAYERS,)):
         for part in (ROWS, COLUMNS):
-            if is_whole(view.axes, contracted, (part, *own)):
+            if is_whole(view.axes, contracted, (part, *others)):
                 return part
     return None
 
 
 def dot_general(
-    x: jax.Array, view: View, dimensions: Dimensions, dtype: Any, *, weight_first: bool
-) -> jax.Array | None:
+    x: jax.Array, view: View, part: str, dimensions: Dimensions, dtype: Any, *, weight_first: bool
+) -> jax.Array:
     """Return `jax.lax.dot_general` of an array and a weight.
 
     Args:
       x: an array.
       view: of the weight.
+      part: of the weight that is summed over, from `product_part`.
       dimensions: contracted axes of x and of the view, and their batch axes.
       dtype: of the result.
       weight_first: whether the weight's own axes come before those of x in the result.
     """
     (x_contracted, contracted), (x_batch, batch) = dimensions
-    part = product_part(view, contracted, batch)
-    if part is None:
-        return None
     free = [axis for axis in range(view.ndim) if axis not in (*contracted, *batch)]
     x_free = [axis for axis in range(x.ndim) if axis not in (*x_contracted, *x_batch)]
     # A label for each piece of an axis of the weight, and for each free axis of x.
@@ -87,16 +94,11 @@ def dot_general(
         return sorted(chosen, key=lambda label: -pieces[label].stride)
 
     layers = stored(range(count), LAYERS)
-    sum_layers = bool(layers) and set(layers) <= set(summed)
-    is_shared = sum_layers or (bool(layers) and set(layers) <= set(shared))
+    sum_layers = bool(layers) and layers[0] in summed
     repeated = [label for label in shared if pieces[label].part == REPEATED]
-    if not is_shared and set(layers) & {*shared, *summed}:
-        return None
-    if any(pieces[label].part == REPEATED for label in own):
-        return None
     x = _moved(x, range(x.ndim), (*x_batch, *x_free, *x_contracted))
     x = _shaped(x, [sizes[label] for label in (*shared, *of_x, *summed)])
-    lead = layers if is_shared else []
+    lead = [label for label in layers if label not in own]
     vectors = [*repeated, *of_x]
     wanted = [*lead, *vectors, *stored(summed, ROWS, COLUMNS)]
     x = _moved(x, [*shared, *of_x, *summed], wanted)

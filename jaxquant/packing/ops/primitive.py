@@ -6,6 +6,7 @@ as well, where a loop inside of an implementation would run backwards and keep w
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -91,8 +92,7 @@ def _shape(
     own = [jax.ShapeDtypeStruct(leaf.shape[mapped:], leaf.dtype) for leaf in leaves]
     packed = jax.tree.unflatten(structure, own)
     sizes = packed.rows if transposed else packed.columns
-    size = functools.reduce(lambda a, b: a * b, sizes, 1)
-    shape = (*x.shape[: mapped + 1], size)
+    shape = (*x.shape[: mapped + 1], math.prod(sizes))
     return x.update(shape=shape, dtype=accumulator(x, packed), weak_type=False)
 
 

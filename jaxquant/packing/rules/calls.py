@@ -55,7 +55,7 @@ def scan(interpreter: Interpreter, equation: JaxprEqn, operands: list[Value]) ->
     params = equation.params
     consts, carry, xs = _cut(operands, *_scan_sizes(params))
     body = params["jaxpr"]
-    stays = _forwarded(body, len(consts), len(carry))
+    stays = _stays(body, len(consts), len(carry))
     carry, fixed = _settled(interpreter, carry, stays, "scan")
     numbers = jnp.arange(params["length"])
     stacks = [value.packed if is_view(value) and _is_stack(value) else None for value in xs]
@@ -117,7 +117,7 @@ def while_loop(interpreter: Interpreter, equation: JaxprEqn, operands: list[Valu
     params = equation.params
     of_test, of_body, carry = _cut(operands, params["cond_nconsts"], params["body_nconsts"])
     body, test = params["body_jaxpr"], params["cond_jaxpr"]
-    stays = _forwarded(body, len(of_body), len(carry))
+    stays = _stays(body, len(of_body), len(carry))
     carry, fixed = _settled(interpreter, carry, stays, "while")
 
     def go_on(carry: list[jax.Array]) -> jax.Array:
@@ -155,22 +155,26 @@ def _settled(
     return [interpreter.unpacked(value, operation) for value in rest], fixed
 
 
-def _forwarded(jaxpr: Any, first: int, count: int) -> list[bool]:
+def _stays(jaxpr: Any, first: int, count: int) -> list[bool]:
     """Return for each part of a loop's carry whether its body returns it as it is."""
+    return [place == first + i for i, place in enumerate(_forwarded(jaxpr)[:count])]
+
+
+def _forwarded(jaxpr: Any) -> list[int | None]:
+    """Return for each result of a jaxpr which operand it is, through jitted functions; or None.
+
+    JAX itself takes such parts out of a loop's carry, but for those that a jitted body returns.
+    """
     jaxpr, _ = opened(jaxpr)
-    sources = {}
+    places = {var: place for place, var in enumerate(jaxpr.invars)}
+
+    def place_of(atom: Any) -> int | None:
+        return None if isinstance(atom, Literal) else places.get(atom)
+
     for equation in jaxpr.eqns:
         if equation.primitive.name == "jit":
-            inner, _ = opened(equation.params["jaxpr"])
-            places = {var: place for place, var in enumerate(inner.invars)}
-            for own, var in zip(equation.outvars, inner.outvars, strict=True):
-                if not isinstance(var, Literal) and var in places:
-                    source = equation.invars[places[var]]
-                    sources[own] = (
-                        source if isinstance(source, Literal) else sources.get(source, source)
-                    )
-    outvars = jaxpr.outvars[:count]
-    return [
-        not isinstance(var, Literal) and sources.get(var, var) is jaxpr.invars[first + i]
-        for i, var in enumerate(outvars)
-    ]
+            own = _forwarded(equation.params["jaxpr"])
+            found = [None if i is None else place_of(equation.invars[i]) for i in own]
+            pairs = zip(equation.outvars, found, strict=True)
+            places |= {var: place for var, place in pairs if place is not None}
+    return [place_of(atom) for atom in jaxpr.outvars]

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
 from jaxquant.packing.arrays import View, unpack_view
+from jaxquant.packing.axes import COLUMNS, ROWS
 from jaxquant.packing.interpreter import Interpreter, Value, is_view, result_type
 from jaxquant.packing.ops import general
+
+_HOW = {ROWS: "product", COLUMNS: "transposed product", None: "unpacked in product"}
 
 
 def dot_general(interpreter: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
@@ -20,16 +23,13 @@ def dot_general(interpreter: Interpreter, equation: JaxprEqn, operands: list[Val
     own = (other_contracted, other_batch), (contracted, batch)
     (x_contracted, x_batch), (view_contracted, view_batch) = own if weight_first else own[::-1]
     dtype = result_type(equation).dtype
-    part = general.product_part(view, view_contracted, view_batch)
-    made = None
-    if part is not None and jnp.issubdtype(x.dtype, jnp.floating):
+    part = None
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        part = general.product_part(view, view_contracted, view_batch)
+    interpreter.note(view, name, _HOW[part], 0, view_contracted, view_batch)
+    if part is not None:
         dimensions = (x_contracted, view_contracted), (x_batch, view_batch)
-        made = general.dot_general(x, view, dimensions, dtype, weight_first=weight_first)
-    how = {general.ROWS: "product", general.COLUMNS: "transposed product"}.get(part or "")
-    how = "unpacked in product" if made is None or how is None else how
-    interpreter.note(view, name, how, 0, view_contracted, view_batch)
-    if made is not None:
-        return [made]
+        return [general.dot_general(x, view, part, dimensions, dtype, weight_first=weight_first)]
 
     def multiply(x: jax.Array, view: View) -> jax.Array:
         weight = unpack_view(view)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +16,7 @@ from jaxquant.packing.ops import general
 def reorder(_: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
     """Apply a transposition."""
     view, order = operands[0], equation.params["permutation"]
-    return [_with_axes(view, transposed(view.axes, order))]
-
-
-def _with_axes(view: View, axes: Any) -> View:
-    return View(packed=view.packed, axes=axes, dtype=view.dtype, path=view.path)
+    return [dataclasses.replace(view, axes=transposed(view.axes, order))]
 
 
 def reshape(_: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list[Value] | None:
@@ -32,7 +27,7 @@ def reshape(_: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list[V
     if equation.primitive.name == "reshape" and order is not None:
         axes = transposed(axes, order)
     axes = reshaped(axes, result_type(equation).shape)
-    return None if axes is None else [_with_axes(operands[0], axes)]
+    return None if axes is None else [dataclasses.replace(operands[0], axes=axes)]
 
 
 def broadcast(_: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list[Value] | None:
@@ -41,7 +36,7 @@ def broadcast(_: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list
         return None
     places = equation.params["broadcast_dimensions"]
     axes = repeated(operands[0].axes, result_type(equation).shape, places)
-    return [_with_axes(operands[0], axes)]
+    return [dataclasses.replace(operands[0], axes=axes)]
 
 
 def cast(_: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list[Value] | None:
@@ -129,7 +124,7 @@ def dynamic_slice(
         return None if made is None else [made]
     made = _take(interpreter, equation, view, axis, start)  # one layer stays one
     if is_view(made):
-        return [_with_axes(made, (*made.axes[:axis], (), *made.axes[axis:]))]
+        return [dataclasses.replace(made, axes=(*made.axes[:axis], (), *made.axes[axis:]))]
     return None if made is None else [jnp.expand_dims(made, axis)]
 
 
@@ -176,7 +171,7 @@ def gather(
     if not dimensions.collapsed_slice_dims:
         if is_view(made):
             axes = (*made.axes[: axis + wanted.ndim], (), *made.axes[axis + wanted.ndim :])
-            made = _with_axes(made, axes)
+            made = dataclasses.replace(made, axes=axes)
         else:
             made = jnp.expand_dims(made, axis + wanted.ndim)
         kept = [i if i < axis else i + wanted.ndim for i in range(view.ndim)]
@@ -185,5 +180,5 @@ def gather(
     for place in range(made.ndim):
         order.append(next(offsets) if place in dimensions.offset_dims else next(numbers_axes))
     if is_view(made):
-        return [_with_axes(made, transposed(made.axes, order))]
+        return [dataclasses.replace(made, axes=transposed(made.axes, order))]
     return [made.transpose(order)]
