@@ -1,7 +1,7 @@
 r"""One token of a whole decoder from packed weights, beside the same decoder in floats.
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m benchmarks.decode
-    ... python -m benchmarks.decode --k 3 --implementations lookup --batch 8
+    ... python -m benchmarks.decode --k 3 --implementations native --batch 8
 
 Width 1024, 8 layers of seven products, a head of 32,000 words, 123 million weights: what a step
 costs where XLA sees all products at once, as no benchmark of single products tells. For each number

@@ -32,7 +32,7 @@ import jaxquant as jq
 from benchmarks import common
 from jaxquant.packing.arrays import pack_product
 from jaxquant.packing.codes import pack_codes
-from jaxquant.packing.ops import lookup
+from jaxquant.packing.ops import native
 
 SHAPES = ((4096, 4096), (8192, 8192), (4096, 14336))
 BLOCKS = {  # block, k, dtype of the codebooks, scaled
@@ -46,7 +46,7 @@ BLOCKS = {  # block, k, dtype of the codebooks, scaled
 }
 CONVS = ((32, 16), (16, 32), (8, 64))  # height and width, channels: the stages of ResNet-20
 IMPLEMENTATIONS = {
-    "cpu": ("unpack", "lookup", "blocks"),
+    "cpu": ("unpack", "blocks", *(("native",) if native.missing() is None else ())),
     "gpu": ("unpack", "triton"),
     "tpu": ("unpack", "mosaic"),
 }[jax.default_backend()]
@@ -86,8 +86,6 @@ def matmuls(shape: tuple[int, int], k: int, batch: int) -> tuple[dict[str, Progr
         "bfloat16": Program(jnp.matmul, x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16)),
     }
     for name in IMPLEMENTATIONS:
-        if name == "lookup" and batch > lookup.reads(k):
-            continue  # one vector after the other, which nobody would choose for more
         try:
             made[name] = Program(
                 lambda x, p, name=name: jq.matmul(x, p, implementation=name), x, packed

@@ -142,7 +142,7 @@ CALLS = {
     "unpack": lambda g: jq.unpack({"w": packed(g)}),
     "unpack a product": lambda g: jq.unpack({"w": product_of(g)}),
     "matmul": lambda g: jq.matmul(g.inputs, packed(g)),
-    "matmul by lookup": lambda g: jq.matmul(g.inputs, packed(g), implementation="lookup"),
+    "matmul by native": lambda g: jq.matmul(g.inputs, packed(g), implementation="native"),
     "matmul by blocks": lambda g: jq.matmul(g.inputs, packed(g), implementation="blocks"),
     "matmul of words": lambda g: jq.matmul(g.inputs, product_of(g), implementation="words"),
     "conv": lambda g: jq.conv(g.images, packed(g, "kernel")),
@@ -169,7 +169,7 @@ RUN = ("kmeans weighed", "assign many", "quantize_round", "set_centroids", "pack
 RUN += (
     "packed",
     "matmul",
-    "matmul by lookup",
+    "matmul by native",
     "matmul by blocks",
     "matmul of words",
     "input_moments",

@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxquant as jq
-from jaxquant.packing.ops import IMPLEMENTATIONS, blocks, choice, platform
+from jaxquant.packing.ops import IMPLEMENTATIONS, blocks, choice, native, platform
 from tests.cases import mostly_slow
 
 NARROW = ("float8_e4m3fn", "float8_e5m2", "bfloat16", "float16")
-OF_CODES = tuple(name for name in IMPLEMENTATIONS if name != "words")  # see tests/test_product.py
+HERE = [name for name in IMPLEMENTATIONS if name != "native" or native.missing() is None]
+OF_CODES = tuple(name for name in HERE if name != "words")  # see tests/test_product.py
+BEST = "native" if "native" in HERE else "blocks"  # on CPU
 matmul = jax.jit(jq.matmul, static_argnames=("implementation", "preferred_element_type"))
 
 
@@ -42,7 +44,7 @@ def normal(*shape, dtype="float32"):
 
 def supported(implementation, k, axis):
     """What the docs of the implementations say."""
-    few = {"lookup": 0, "triton": 256, "mosaic": 17}
+    few = {"triton": 256, "mosaic": 17}
     if implementation not in few:
         return True
     return axis is None or (axis == -1 and k <= few[implementation])
@@ -61,16 +63,18 @@ def one_device(monkeypatch):
     mostly_slow(
         [
             *itertools.product(
-                (None, "unpack", "lookup", "blocks"), (2, 3, 4, 5, 6, 10, 11, 16, 17, 200)
+                (None, "unpack", "native", "blocks"), (2, 3, 4, 5, 6, 10, 11, 16, 17, 200)
             ),
             *itertools.product(("triton", "mosaic"), (2, 3, 5, 17, 200)),
         ],
-        *itertools.product((None, "lookup", "blocks", "triton", "mosaic"), (3, 17)),
+        *itertools.product((None, "native", "blocks", "triton", "mosaic"), (3, 17)),
         *itertools.product(("unpack", "blocks"), (2, 5, 10, 200)),
     ),
 )
 def test_matmul_is_that_of_the_unpacked_weight(k, axis, implementation):
     packed, x = packed_array(k, (70, 24), axis=axis), normal(2, 3, 70)
+    if implementation not in (None, *HERE):
+        pytest.skip(native.missing())
     if not supported(implementation, k, axis):
         with pytest.raises(ValueError, match=f"that '{implementation}' supports, got k={k}, code"):
             jq.matmul(x, packed, implementation=implementation)
@@ -97,7 +101,7 @@ def test_matmul_takes_weights_of_several_blocks(
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=3e-4)
 
 
-BLOCKS = {  # which implementations there are beside "unpack" and "blocks"
+BLOCKS = {  # which implementations there are beside "unpack", "native" and "blocks"
     "tiles": (Case((40, 24), (5, 6), 8, "float32", "float8_e4m3fn"), ()),
     "groups": (Case((40, 21), (4, 21), 5), ()),
     "rows": (Case((40, 21), (8, 1), 3), ()),
@@ -106,9 +110,9 @@ BLOCKS = {  # which implementations there are beside "unpack" and "blocks"
     "bands of columns": (Case((40, 21), (1, 7), 17), ("triton", "mosaic")),
     "scaled groups": (CASES["scaled groups"], ()),
     "scaled integers": (CASES["scaled integers"], ()),
-    "scaled columns": (CASES["scaled columns"], ("lookup", "triton", "mosaic")),
+    "scaled columns": (CASES["scaled columns"], ("triton", "mosaic")),
     "rounded columns": (CASES["scaled columns"]._replace(dtype="bfloat16"), ("triton", "mosaic")),
-    "a scale": (CASES["scaled columns"]._replace(numbers=(1, 1)), ("lookup", "triton", "mosaic")),
+    "a scale": (CASES["scaled columns"]._replace(numbers=(1, 1)), ("triton", "mosaic")),
 }
 
 
@@ -119,9 +123,9 @@ def test_matmul_takes_blocks_of_all_kinds(name, monkeypatch):
     packed, weights = packed_blocks(case)
     x = normal(3, case.shape[0])
     expected = np.asarray(x, np.float64) @ weights.astype(np.float64)
-    for implementation in IMPLEMENTATIONS:
+    for implementation in HERE:
         product = functools.partial(matmul, x, packed, implementation=implementation)
-        if implementation in ("unpack", "blocks", *others):
+        if implementation in ("unpack", "native", "blocks", *others):
             np.testing.assert_allclose(product(), expected, rtol=1e-4, atol=1e-4)
         else:
             with pytest.raises(ValueError, match=f"that '{implementation}' supports"):
@@ -140,7 +144,7 @@ def test_pieces_are_whole_blocks_or_lie_in_one(rows, blocks_, own):
 
 @pytest.mark.parametrize(
     ("name", "implementation"),
-    [("tiles", "blocks"), ("scaled groups", "unpack"), ("scaled columns", "lookup")],
+    [("tiles", "blocks"), ("scaled groups", "unpack"), ("scaled columns", "native")],
 )
 def test_derivatives_by_codebooks_and_scales_are_those_of_the_plain_product(name, implementation):
     case = CASES[name]._replace(codebook_dtype="float32")
@@ -174,7 +178,7 @@ def test_the_default_unpacks_blocks_a_piece_at_a_time(name, one_device):
     packed, _ = packed_blocks(case)
     compiled = jax.jit(jq.matmul).lower(normal(1, 2048), packed).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * math.prod(shape)
-    assert choice.fastest(1, normal(1, 2048), packed) == "blocks"
+    assert choice.fastest(1, normal(1, 2048), packed) == BEST
 
 
 @pytest.mark.parametrize("implementation", OF_CODES)
@@ -209,7 +213,7 @@ def test_matmul_has_the_dtype_of_the_plain_product(x_dtype, dtype, result, imple
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("implementation", ["unpack", "lookup", "blocks"])
+@pytest.mark.parametrize("implementation", ["unpack", "native", "blocks"])
 def test_gradients_have_the_dtypes_of_narrow_floats(dtype, implementation):
     packed, x = packed_array(4, (40, 8), dtype=dtype), normal(3, 40, dtype=dtype)
     product = product_with(packed, implementation, preferred_element_type="float32")
@@ -226,12 +230,8 @@ def test_gradients_have_the_dtypes_of_narrow_floats(dtype, implementation):
 @pytest.mark.parametrize(
     ("name", "platform_name", "k", "vectors"),
     [
-        ("lookup", "cpu", 3, 5),
-        ("blocks", "cpu", 3, 6),
-        ("lookup", "cpu", 17, 1),
-        ("blocks", "cpu", 17, 2),
-        ("lookup", "cpu", 200, 1),
-        ("blocks", "cpu", 5, 4096),
+        (BEST, "cpu", 3, 1),
+        (BEST, "cpu", 200, 4096),
         ("triton", "gpu", 3, 64),
         ("unpack", "gpu", 3, 65),
         ("mosaic", "tpu", 3, 64),
@@ -242,18 +242,13 @@ def test_the_implementation_is_that_of_platform_and_shape(
     name, platform_name, k, vectors, one_device, monkeypatch
 ):
     monkeypatch.setattr(platform, "name", lambda: platform_name)
+    monkeypatch.setattr(native, "level", lambda: "avx2")
     x, packed = jnp.ones((vectors, 70)), packed_array(k, (70, 24))
     assert choice.fastest(vectors, x, packed) == name
     (unknown,) = jax.export.symbolic_shape("b")
-    assert choice.fastest(unknown, x, packed) == ("blocks" if platform_name == "cpu" else "unpack")
+    assert choice.fastest(unknown, x, packed) == (BEST if platform_name == "cpu" else "unpack")
     monkeypatch.setattr(platform, "is_one_device", lambda: False)
     assert choice.fastest(vectors, x, packed) == "unpack"
-
-
-def test_a_slice_of_rows_or_a_column_has_no_tables_but_blocks(one_device):
-    for axis in (0, -1):
-        packed = packed_array(3, (70, 24), axis=axis)
-        assert choice.fastest(1, jnp.ones((1, 70)), packed) == "blocks"
 
 
 @pytest.mark.slow
@@ -357,18 +352,19 @@ def test_layers_of_blocks_multiply_a_piece_at_a_time_under_vmap_and_scan(name, o
         jax.vmap(jq.matmul, in_axes=(None, 0)),
         lambda x, p: jax.lax.scan(lambda x, one: (x, jq.matmul(x, one)), x, p)[1],
     )
-    assert choice.fastest(2, x, jax.tree.map(lambda table: table[0], packed)) == "blocks"
+    assert choice.fastest(2, x, jax.tree.map(lambda table: table[0], packed)) == BEST
     for product in products:
         np.testing.assert_allclose(jax.jit(product)(x, packed), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_vectors_that_are_mapped_over_are_multiplied_together(one_device):
+def test_vectors_that_are_mapped_over_are_multiplied_together(one_device, monkeypatch):
+    monkeypatch.setattr(choice, "_most_vectors", {"native": 1, "words": 16, "blocks": None}.get)
     packed, x = packed_array(5, (4, 6, 10)), normal(70, 4, 6)
     mapped = jax.vmap(jq.matmul, in_axes=(0, None))
     expected = np.einsum("bij,ijk->bk", x, jq.unpack(packed))
     np.testing.assert_allclose(mapped(x, packed), expected, rtol=1e-5, atol=1e-5)
-    assert choice.fastest(1, x[:1], packed) == "lookup"
-    assert "name=lookup" in str(jax.make_jaxpr(jq.matmul)(x[0], packed))
+    assert choice.fastest(1, x[:1], packed) == BEST
+    assert f"name={BEST}" in str(jax.make_jaxpr(jq.matmul)(x[0], packed))
     assert "name=blocks" in str(jax.make_jaxpr(mapped)(x, packed))
     gradients = jax.vmap(jax.grad(lambda x: jnp.sum(jq.matmul(x, packed))))(x)
     expected = jnp.broadcast_to(jq.unpack(packed).sum(axis=-1)[None], x.shape)
@@ -445,7 +441,7 @@ def test_an_implementation_of_one_device_runs_under_shard_map(monkeypatch):
     )
     def product(x, codes, codebook):
         part = jq.PackedArray(codes=codes, codebook=codebook, rows=(400,), columns=codes.shape[-1:])
-        assert choice.fastest(len(x), x, part) == "lookup"
+        assert choice.fastest(len(x), x, part) == BEST
         return jq.matmul(x, part)
 
     y = product(x, packed.codes, packed.codebook)
@@ -512,7 +508,7 @@ def test_conv_in_groups_and_one_dimension():
         ),
         (
             lambda p: jq.matmul(jnp.ones(20), p, implementation="cuda"),
-            "one of unpack, lookup, blocks, triton, mosaic, words or None, got 'cuda'",
+            "one of unpack, native, blocks, triton, mosaic, words or None, got 'cuda'",
         ),
         (
             lambda p: jq.matmul(jnp.ones(20), packed_array(3, (4, 20, 6), axis=0)),

@@ -514,8 +514,8 @@ def test_responses_and_products_that_do_not_fit_are_refused():
         product.observe(jnp.ones((2, 4, 4, 3)), jnp.ones((2, 2, 4, 5)), window=(3, 3))
     with pytest.raises(ValueError, match=r"expected x of shape \[..., 8\], got \(2, 7\)"):
         jq.matmul(jnp.ones((2, 7)), array)
-    with pytest.raises(ValueError, match="expected a product that 'lookup' supports, got words"):
-        jq.matmul(jnp.ones((2, 8)), array, implementation="lookup")
+    with pytest.raises(ValueError, match="expected a product that 'native' supports, got words"):
+        jq.matmul(jnp.ones((2, 8)), array, implementation="native")
     packed = jq.pack_array(jnp.ones((8, 6)), jnp.array([0.0, 1.0]))
     with pytest.raises(ValueError, match="expected a product that 'words' supports, got k=2"):
         jq.matmul(jnp.ones((2, 8)), packed, implementation="words")

@@ -6,47 +6,49 @@ from typing import Any
 import jax
 
 from jaxquant.packing.arrays import PackedArray, ProductArray
-from jaxquant.packing.ops import blocks, lookup, mosaic, platform, triton, words
+from jaxquant.packing.ops import blocks, mosaic, native, platform, triton, words
 
 Product = Callable[[jax.Array, Any], jax.Array]
 
 _PARTIAL = {
-    "lookup": lookup,
+    "native": native,
     "blocks": blocks,
     "triton": triton,
     "mosaic": mosaic,
     "words": words,
 }
 IMPLEMENTATIONS = ("unpack", *_PARTIAL)
-_OF_PLATFORM = {"cpu": ("words", "lookup", "blocks"), "gpu": ("triton",), "tpu": ("mosaic",)}
+_OF_PLATFORM = {"cpu": ("native", "words", "blocks"), "gpu": ("triton",), "tpu": ("mosaic",)}
 _FEW_FOR_WORDS = 16  # vectors; tables are read for each, a kernel is unpacked once for all
+_FEW_FOR_PLAIN = 8
 _FEW_VECTORS = 64  # more are bound by arithmetic, for which XLA's own product is the best on GPUs
 _FEW_WEIGHTS = 2**14  # which are unpacked before a loop would start
 
 
 def product_of(name: str, transposed: bool) -> Product:
     """Return the product of an implementation other than "unpack", of one layer's weight."""
-    return blocks.matmul_transposed if transposed else _PARTIAL[name].matmul
+    return _PARTIAL[name].matmul_transposed if transposed else _PARTIAL[name].matmul
 
 
 def fastest(
     vectors: int, x: jax.Array, packed: PackedArray | ProductArray, transposed: bool = False
 ) -> str:
     """Return the implementation for so many vectors; a symbolic number of them may be any."""
-    known = isinstance(vectors, int)
     if platform.is_one_device() and packed.size > _FEW_WEIGHTS:
         for name in _OF_PLATFORM.get(platform.name(), ()):
+            most = _most_vectors(name)
             if supports(name, vectors, x, packed, transposed) and (
-                name == "blocks" or (known and vectors <= _most_vectors(name, packed))
+                most is None or (isinstance(vectors, int) and vectors <= most)
             ):
                 return name
     return "unpack"  # which XLA takes apart as the arrays are
 
 
-def _most_vectors(name: str, packed: PackedArray | ProductArray) -> int:
-    if name == "lookup":  # what is read from a table is read for each, a weight unpacked for all
-        return lookup.reads(packed.k)
-    return _FEW_FOR_WORDS if name == "words" else _FEW_VECTORS
+def _most_vectors(name: str) -> int | None:
+    """Return for how many vectors an implementation is the best; None: for any number."""
+    if name == "native":  # without vectors of the processor, XLA's own product is faster for many
+        return _FEW_FOR_PLAIN if native.level() == "plain" else None
+    return {"words": _FEW_FOR_WORDS, "blocks": None}.get(name, _FEW_VECTORS)
 
 
 def supports(
@@ -61,6 +63,8 @@ def supports(
         return False
     if name in ("triton", "mosaic") and not isinstance(vectors, int):
         return False  # what a kernel does follows from their number
-    if transposed:
-        return name == "blocks" and isinstance(packed, PackedArray) and packed.k > 1
+    if transposed and name not in ("native", "blocks"):
+        return False
+    if transposed and (isinstance(packed, ProductArray) or packed.k == 1):
+        return False
     return _PARTIAL[name].supports(x, packed)

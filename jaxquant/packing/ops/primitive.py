@@ -157,9 +157,16 @@ def _batched(args: Any, axes: Any, **options: Any) -> tuple[jax.Array, int]:
     return y.reshape(*x.shape[:-1], y.shape[-1]), mapped
 
 
+def _lower(context: Any, *args: Any, **options: Any) -> Any:
+    # A file that `jax.export` writes runs where there may be no native code.
+    if options["name"] == "native" and context.module_context.lowering_parameters.for_export:
+        options |= {"name": "blocks"}
+    return mlir.lower_fun(_run, multiple_results=False)(context, *args, **options)
+
+
 _product.def_impl(jax.jit(_run, static_argnames=_STATIC))
 _product.def_abstract_eval(_shape)
 ad.primitive_jvps[_product] = _tangent
 ad.primitive_transposes[_product] = _transpose
 batching.primitive_batchers[_product] = _batched
-mlir.register_lowering(_product, mlir.lower_fun(_run, multiple_results=False))
+mlir.register_lowering(_product, _lower)

@@ -1,0 +1,544 @@
+// The products, for the registers of a machine: Avx512, Avx2 or Plain.
+//
+// A step takes some places of the planes of bytes (see jaxquant/packing/codes.py) and a block of
+// columns, as many as a register has bytes. It unpacks the codes of all the rows that lie there
+// into the innermost cache, a byte each: `unpack`. If one codebook serves the weight and few
+// vectors are multiplied, sums read it from registers, code by code: `CodesOf`. Else weights are
+// made once for all vectors, in the cache as well: `fill_tile`, `TileOf`. `add_rows` sums over the
+// rows, into sums of columns; `add_columns` over the columns, into sums of rows.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "problem.h"
+
+// Loops are fast if compilers keep sums in registers, through functions that visit.
+#if defined(__GNUC__)
+#define JAXQUANT_INLINE inline __attribute__((always_inline))
+#define JAXQUANT_LAMBDA __attribute__((always_inline))
+#else
+#define JAXQUANT_INLINE inline
+#define JAXQUANT_LAMBDA
+#endif
+
+namespace jaxquant {
+
+constexpr int kMostRows = 64;   // of codes that are unpacked at a time: the cache holds their weights
+constexpr int kMostVectors = 64;  // that are multiplied by a tile before the next is made
+constexpr int kMostFromCodes = 8;  // vectors for which codes are looked up anew for each group
+constexpr int kMostSums = 1 << 14;  // that a task keeps in the cache
+constexpr int64_t kAhead = 4;     // blocks of columns whose bytes are fetched ahead
+
+// Unpacking ---------------------------------------------------------------------------------------
+
+constexpr int least_width(int bits) {
+  return bits & 1 ? 1 : bits & 2 ? 2 : bits & 4 ? 4 : 8;
+}
+
+// Where the rows of bytes of a place stand: those of plane p are p * `plane` apart.
+struct Bytes {
+  const uint8_t* first;
+  int64_t plane;
+  int count;  // of columns that there are; less than a block at the right end
+  const uint8_t* ahead;
+};
+
+// How codes lie in bytes: `digits` of them in a symbol of `bits` bits, whose fields of width 8, 4, 2
+// and 1, from the low bits up, are each in planes of bytes of their own.
+template <class M, int digits, int bits>
+struct Layout {
+  static constexpr int kTogether = 8 / least_width(bits);  // symbols in whole bytes
+  static constexpr int kBytes = bits * kTogether / 8;
+  static constexpr int kPlanes = digits * kTogether;
+  // Bits of a code above which a table is not to read.
+  static constexpr int kBits = digits == 1 ? bits : DigitTables::width_of(digits);
+  using Register = typename M::Bytes;
+  using Split = std::conditional_t<digits == 1, const DigitTables&,
+                                   typename M::template Split<digits, (bits < 8)>>;
+
+  static JAXQUANT_INLINE void load(const Bytes& from, Register* bytes) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kBytes; ++i) {
+      const uint8_t* row = from.first + i * from.plane;
+      if (from.count == M::kBlock) {
+        bytes[i] = M::load_bytes(row);
+        M::prefetch(from.ahead + i * from.plane);
+      } else {  // never a byte beyond those that there are
+        uint8_t own[M::kBlock] = {};
+        std::memcpy(own, row, static_cast<size_t>(from.count));
+        bytes[i] = M::load_bytes(own);
+      }
+    }
+  }
+
+  // Call visit(plane, above, codes) for the codes of each plane, which stand above so many bits.
+  template <int number = 0, class Visit>
+  static JAXQUANT_INLINE void visit(const Register* bytes, const Split& split,
+                                    const Visit& visit_codes) {
+    if constexpr (number < kTogether) {
+      if constexpr (digits > 1) {
+        visit_digits<number, 0>(symbol<number, bits, 0, 0>(bytes), split, visit_codes);
+      } else if constexpr (bits == least_width(bits)) {  // a single field
+        constexpr int step = kTogether * bits / 8;
+        visit_codes(std::integral_constant<int, number>(),
+                    std::integral_constant<int, number / step * bits>(), bytes[number % step]);
+      } else {
+        visit_codes(std::integral_constant<int, number>(), std::integral_constant<int, 0>(),
+                    symbol<number, bits, 0, 0>(bytes));
+      }
+      visit<number + 1>(bytes, split, visit_codes);
+    }
+  }
+
+ private:
+  // With anything in the bits above those of the symbol.
+  template <int number, int left, int start, int low>
+  static JAXQUANT_INLINE Register symbol(const Register* bytes) {
+    constexpr int width = left & 8 ? 8 : left & 4 ? 4 : left & 2 ? 2 : 1;
+    constexpr int step = kTogether * width / 8;
+    constexpr int above = number / step * width;
+    const Register field = M::template shift<above - low>(bytes[start + number % step]);
+    if constexpr (left == width) {
+      return field;
+    } else {
+      const Register upper = symbol<number, left - width, start + step, low + width>(bytes);
+      return M::select(M::fill_bytes((1 << (low + width)) - 1), field, upper);
+    }
+  }
+
+  template <int number, int digit, class Visit>
+  static JAXQUANT_INLINE void visit_digits(Register symbols, const Split& split,
+                                           const Visit& visit_codes) {
+    constexpr int together = 8 / kBits;
+    const Register pack = split.get(symbols, digit / together);
+    visit_pack<number, digit, (digit + together < digits ? digit + together : digits)>(
+        pack, visit_codes);
+    if constexpr (digit + together < digits) {
+      visit_digits<number, digit + together>(symbols, split, visit_codes);
+    }
+  }
+
+  template <int number, int digit, int end, class Visit>
+  static JAXQUANT_INLINE void visit_pack(Register pack, const Visit& visit_codes) {
+    if constexpr (digit < end) {
+      visit_codes(std::integral_constant<int, digit * kTogether + number>(),
+                  std::integral_constant<int, digit * kBits % 8>(), pack);
+      visit_pack<number, digit + 1, end>(pack, visit_codes);
+    }
+  }
+};
+
+// Write the codes of some places, [places, planes, block].
+template <class M, class Layout>
+void unpack(Bytes from, int64_t places, const Plan& plan, uint8_t* codes) {
+  const typename Layout::Split split(plan.digit_tables);
+  const typename M::Bytes mask = M::fill_bytes((1 << Layout::kBits) - 1);
+  for (int64_t place = 0; place < places; ++place) {
+    typename M::Bytes bytes[Layout::kBytes];
+    Layout::load(from, bytes);
+    Layout::visit(bytes, split, [&](auto plane, auto above, typename M::Bytes own) JAXQUANT_LAMBDA {
+      own = M::both(M::template shift<decltype(above)::value>(own), mask);
+      M::store_bytes(codes + decltype(plane)::value * M::kBlock, own);
+    });
+    from.first += plan.problem.columns;
+    from.ahead += plan.problem.columns;
+    codes += Layout::kPlanes * M::kBlock;
+  }
+}
+
+template <class M, class Function>
+void with_layout(int digits, int bits, const Function& function) {
+  switch (16 * digits + bits) {
+    case 16 * 5 + 8: return function(Layout<M, 5, 8>());
+    case 16 * 3 + 7: return function(Layout<M, 3, 7>());
+    case 16 * 3 + 8: return function(Layout<M, 3, 8>());
+    case 16 * 2 + 7: return function(Layout<M, 2, 7>());
+    case 16 + 1: return function(Layout<M, 1, 1>());
+    case 16 + 2: return function(Layout<M, 1, 2>());
+    case 16 + 3: return function(Layout<M, 1, 3>());
+    case 16 + 4: return function(Layout<M, 1, 4>());
+    case 16 + 5: return function(Layout<M, 1, 5>());
+    case 16 + 6: return function(Layout<M, 1, 6>());
+    case 16 + 7: return function(Layout<M, 1, 7>());
+    default: return function(Layout<M, 1, 8>());
+  }
+}
+
+// Weights -----------------------------------------------------------------------------------------
+
+// The rows of a step are numbered as they are unpacked: place by place, plane by plane.
+inline int64_t row_of(const Plan& plan, int64_t place, int64_t number) {
+  return number % plan.planes * plan.length + place + number / plan.planes;
+}
+
+// A row of a block, in so many registers of floats.
+template <class M>
+constexpr int kParts = M::kBlock / M::kLanes;
+
+// Which column of a block has a place in sums and inputs.
+template <class M>
+int64_t column_of(const Plan& plan, int64_t place) {
+  return plan.from_codes ? place % M::kLanes * 4 + place / M::kLanes : place;
+}
+
+// The widths of tables that a machine has, from the narrowest up.
+template <class M, int width = M::kLanes, class Function>
+bool with_width(int k, const Function& function) {
+  if constexpr (width <= M::kWidest) {
+    if (k > width) return with_width<M, 2 * width>(k, function);
+    function(std::integral_constant<int, width>());
+    return true;
+  }
+  return false;
+}
+
+// Make the weights of a step, [rows, block].
+template <class M>
+void fill_tile(const Plan& plan, int64_t place, int64_t rows, int64_t column, int count,
+               uint8_t* codes, float* tile) {
+  const Problem& problem = plan.problem;
+  const Blocks &own = problem.codebook_blocks, &of_scales = problem.scale_blocks;
+  const int64_t k = problem.k;
+  const bool one = own.columns == 1 && own.of_row == nullptr;
+  bool in_registers = own.width % M::kLanes == 0 || own.columns == 1;
+  if (one && in_registers) {
+    in_registers = with_width<M>(problem.k, [&](auto width) {
+      const typename M::template Table<decltype(width)::value> table(problem.codebooks, problem.k);
+      for (int64_t i = 0; i < rows * M::kBlock; i += M::kLanes) {
+        M::store(tile + i, table.get(M::side_by_side(codes + i)));
+      }
+    });
+  }
+  if (!one || !in_registers) {
+    int32_t starts[M::kBlock];
+    for (int i = 0; i < M::kBlock; ++i) {
+      const int64_t at = column + (i < count ? i : count - 1);
+      starts[i] = static_cast<int32_t>(at / own.width * k);
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t number = row_of(plan, place, row);
+      const int64_t block = own.of_row && number < problem.rows ? own.of_row[number] : 0;
+      const float* codebooks = problem.codebooks + block * own.columns * k;
+      for (int i = 0; i < M::kBlock; i += M::kLanes) {
+        const uint8_t* from = codes + row * M::kBlock + i;
+        float* to = tile + row * M::kBlock + i;
+        const bool is_wide = in_registers && with_width<M>(problem.k, [&](auto width) {
+          const typename M::template Table<decltype(width)::value> table(codebooks + starts[i],
+                                                                         problem.k);
+          M::store(to, table.get(M::side_by_side(from)));
+        });
+        if (is_wide) continue;
+        uint8_t in_bounds[M::kLanes];  // whatever the bytes hold
+        for (int j = 0; j < M::kLanes; ++j) {
+          in_bounds[j] = from[j] < k ? from[j] : static_cast<uint8_t>(k - 1);
+        }
+        M::store(to, M::gather(codebooks, starts + i, in_bounds));
+      }
+    }
+  }
+  if (problem.scales) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t number = row_of(plan, place, row);
+      const int64_t block = of_scales.of_row && number < problem.rows ? of_scales.of_row[number] : 0;
+      const int64_t first = block * of_scales.columns;
+      for (int i = 0; i < count; i += M::kLanes) {
+        const int some = count - i < M::kLanes ? count - i : M::kLanes;
+        typename M::Floats scale;
+        const auto* narrow = static_cast<const uint16_t*>(problem.scales);
+        const auto* wide = static_cast<const float*>(problem.scales);
+        if (of_scales.width == 1) {
+          const int64_t at = first + column + i;
+          scale = problem.scales_are_bfloat16 ? M::load_bfloat16(narrow + at, some)
+                  : some == M::kLanes         ? M::load(wide + at)
+                                              : M::load_some(wide + at, some);
+        } else {
+          float values[M::kLanes] = {};
+          uint16_t halves[M::kLanes] = {};
+          for (int j = 0; j < some; ++j) {
+            const int64_t at = first + (column + i + j) / of_scales.width;
+            if (problem.scales_are_bfloat16) halves[j] = narrow[at];
+            else values[j] = wide[at];
+          }
+          scale = problem.scales_are_bfloat16 ? M::load_bfloat16(halves, M::kLanes)
+                                              : M::load(values);
+        }
+        float* at = tile + row * M::kBlock + i;
+        typename M::Floats weights = M::multiply(M::load(at), scale);
+        if (problem.rounding == Rounding::kBfloat16) weights = M::to_bfloat16(weights);
+        if (problem.rounding == Rounding::kFloat16) weights = M::to_float16(weights);
+        M::store(at, weights);
+      }
+    }
+  }
+  // What fills up symbols, or a block at the right end, is no weight, whatever the codebook holds.
+  if (count < M::kBlock) {
+    for (int64_t row = 0; row < rows; ++row) {
+      std::memset(tile + row * M::kBlock + count, 0,
+                  sizeof(float) * static_cast<size_t>(M::kBlock - count));
+    }
+  }
+  if (place + rows / plan.planes + (plan.planes - 1) * plan.length <= problem.rows) return;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (row_of(plan, place, row) < problem.rows) continue;
+    std::memset(tile + row * M::kBlock, 0, sizeof(float) * M::kBlock);
+  }
+}
+
+// Sums --------------------------------------------------------------------------------------------
+
+// Call visit(row, weights) for each row of a step, with the weights of `count` parts from `first`
+// on, made in registers from codes, by one codebook. A part has every fourth column, as it comes
+// from codes by a shift; see `column_of`.
+template <class M, class Layout>
+struct FromCodes {
+  static constexpr int kWidth = (1 << Layout::kBits) < M::kLanes ? M::kLanes : 1 << Layout::kBits;
+  using Register = typename M::Bytes;
+  using Table = typename M::template Table<kWidth>;
+  const Plan& plan;
+  Bytes bytes;
+  int64_t places;
+
+  template <int first, int count, class Visit>
+  JAXQUANT_INLINE void visit(const Visit& visit_row) const {
+    const typename Layout::Split split(plan.digit_tables);
+    const Table table(plan.table);
+    Bytes from = bytes;
+    for (int64_t place = 0; place < places; ++place) {
+      Register own[Layout::kBytes];
+      Layout::load(from, own);
+      Layout::visit(own, split, [&](auto plane, auto above, Register codes) JAXQUANT_LAMBDA {
+        typename M::Floats weights[count];
+        put<first, 0, count, decltype(above)::value>(table, codes, weights);
+        visit_row(place * Layout::kPlanes + decltype(plane)::value, weights);
+      });
+      from.first += plan.problem.columns;
+      from.ahead += plan.problem.columns;
+    }
+  }
+
+ private:
+  template <int part, int number, int count, int above>
+  static JAXQUANT_INLINE void put(const Table& table, Register codes, typename M::Floats* weights) {
+    weights[number] = table.get(M::template every_fourth<part, above>(codes));
+    if constexpr (number + 1 < count) put<part + 1, number + 1, count, above>(table, codes, weights);
+  }
+};
+
+// Weights that were made before, side by side.
+template <class M>
+struct FromTile {
+  const float* tile;
+  int64_t rows;
+
+  template <int first, int count, class Visit>
+  JAXQUANT_INLINE void visit(const Visit& visit_row) const {
+    for (int64_t row = 0; row < rows; ++row) {
+      typename M::Floats weights[count];
+#pragma GCC unroll 4
+      for (int i = 0; i < count; ++i) {
+        weights[i] = M::load(tile + row * M::kBlock + (first + i) * M::kLanes);
+      }
+      visit_row(row, weights);
+    }
+  }
+};
+
+// sums[v, block] += sum over rows of x[row, v] weight[row, block].
+template <class M, int vectors, int first = 0, class Weights>
+void add_rows(const Weights& source, const float* x, float* sums) {
+  using Floats = typename M::Floats;
+  constexpr int wanted = M::kSums / vectors < 1 ? 1 : M::kSums / vectors;
+  constexpr int parts = wanted < kParts<M> ? wanted : kParts<M>;
+  Floats sum[vectors][parts];
+#pragma GCC unroll 8
+  for (int v = 0; v < vectors; ++v) {
+#pragma GCC unroll 4
+    for (int i = 0; i < parts; ++i) {
+      sum[v][i] = M::load(sums + v * M::kBlock + (first + i) * M::kLanes);
+    }
+  }
+  source.template visit<first, parts>([&](int64_t row, const Floats* weights) JAXQUANT_LAMBDA {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      const Floats input = M::fill(x[row * vectors + v]);
+#pragma GCC unroll 4
+      for (int i = 0; i < parts; ++i) sum[v][i] = M::multiply_add(weights[i], input, sum[v][i]);
+    }
+  });
+#pragma GCC unroll 8
+  for (int v = 0; v < vectors; ++v) {
+#pragma GCC unroll 4
+    for (int i = 0; i < parts; ++i) {
+      M::store(sums + v * M::kBlock + (first + i) * M::kLanes, sum[v][i]);
+    }
+  }
+  if constexpr (first + parts < kParts<M>) add_rows<M, vectors, first + parts>(source, x, sums);
+}
+
+// sums[row, v, lanes] += x[v, block] weight[row, block], lane by lane.
+template <class M, int vectors, class Weights>
+void add_columns(const Weights& source, const float* x, float* sums) {
+  using Floats = typename M::Floats;
+  constexpr int parts = kParts<M>;
+  Floats input[vectors][parts];
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+#pragma GCC unroll 4
+    for (int i = 0; i < parts; ++i) input[v][i] = M::load(x + v * M::kBlock + i * M::kLanes);
+  }
+  source.template visit<0, parts>([&](int64_t row, const Floats* weights) JAXQUANT_LAMBDA {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      float* at = sums + (row * vectors + v) * M::kLanes;
+      Floats sum = M::load(at);
+#pragma GCC unroll 4
+      for (int i = 0; i < parts; ++i) sum = M::multiply_add(weights[i], input[v][i], sum);
+      M::store(at, sum);
+    }
+  });
+}
+
+// Vectors are taken eight, four, two or one at a time (of the transposed product four at most).
+// `arrange` has put what each such group reads side by side.
+template <class M, bool transposed, class Weights>
+void add_all(const Plan& plan, const Weights& weights, int64_t rows, int64_t vectors,
+             const float* x, int64_t offset, float* sums) {
+  int64_t v = 0;
+  const auto take = [&](auto count) {
+    constexpr int n = decltype(count)::value;
+    for (; v + n <= vectors; v += n) {
+      const float* own = x + v * plan.inputs_of_vector + n * offset;
+      if constexpr (transposed) add_columns<M, n>(weights, own, sums + v * rows * M::kLanes);
+      else add_rows<M, n>(weights, own, sums + v * M::kBlock);
+    }
+  };
+  if constexpr (!transposed) take(std::integral_constant<int, 8>());
+  take(std::integral_constant<int, 4>());
+  take(std::integral_constant<int, 2>());
+  take(std::integral_constant<int, 1>());
+}
+
+inline int64_t group_of(bool transposed, int64_t left) {
+  return left >= 8 && !transposed ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+
+// Tasks -------------------------------------------------------------------------------------------
+
+// A step: unpack, and add what its rows and columns make of all vectors.
+template <class M, bool transposed, class Layout>
+void step(const Plan& plan, const Bytes& bytes, int64_t place, int64_t places, int64_t column,
+          int64_t vectors, const float* x, float* sums) {
+  const int64_t rows = places * Layout::kPlanes;
+  const int64_t offset = transposed ? column : place * Layout::kPlanes;
+  if constexpr (1 << Layout::kBits <= M::kDirect) {
+    if (plan.from_codes) {
+      const FromCodes<M, Layout> weights{plan, bytes, places};
+      return add_all<M, transposed>(plan, weights, rows, vectors, x, offset, sums);
+    }
+  }
+  alignas(64) uint8_t codes[kMostRows * M::kBlock];
+  alignas(64) float tile[kMostRows * M::kBlock];
+  unpack<M, Layout>(bytes, places, plan, codes);
+  fill_tile<M>(plan, place, rows, column, bytes.count, codes, tile);
+  add_all<M, transposed>(plan, FromTile<M>{tile, rows}, rows, vectors, x, offset, sums);
+}
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class M, class Layout>
+void task_of_columns(const Plan& plan, int64_t number) {
+  const Problem& problem = plan.problem;
+  const int64_t blocks = (problem.columns + M::kBlock - 1) / M::kBlock;
+  const int64_t first = number % plan.chunks * plan.blocks_of_task;
+  const int64_t last = smaller(blocks, first + plan.blocks_of_task);
+  const int64_t part = number / plan.chunks;
+  const int64_t steps = (plan.length + plan.places - 1) / plan.places;
+  const int64_t start = smaller(plan.length, steps * part / plan.parts * plan.places);
+  const int64_t end = smaller(plan.length, steps * (part + 1) / plan.parts * plan.places);
+  float* out = plan.parts > 1 ? plan.partial + part * problem.vectors * problem.columns : problem.y;
+  alignas(64) float sums[kMostSums];
+  for (int64_t v = 0; v < problem.vectors; v += plan.vectors) {
+    const int64_t vectors = smaller(plan.vectors, problem.vectors - v);
+    const float* x = plan.inputs + v * plan.inputs_of_vector;
+    std::memset(sums, 0, sizeof(float) * static_cast<size_t>((last - first) * vectors * M::kBlock));
+    for (int64_t place = start; place < end; place += plan.places) {
+      const int64_t places = smaller(plan.places, end - place);
+      for (int64_t block = first; block < last; ++block) {
+        const int64_t column = block * M::kBlock;
+        const uint8_t* bytes = problem.codes + place * problem.columns + column;
+        int64_t ahead = block + kAhead, next = 0;
+        if (ahead >= last) ahead = smaller(ahead - last + first, last - 1), next = plan.places;
+        const uint8_t* fetched =
+            problem.codes + (place + next) * problem.columns + ahead * M::kBlock;
+        step<M, false, Layout>(plan,
+                       {bytes, plan.length * problem.columns,
+                        static_cast<int>(smaller(M::kBlock, problem.columns - column)), fetched},
+                       place, places, column, vectors, x,
+                       sums + (block - first) * vectors * M::kBlock);
+      }
+    }
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t column = block * M::kBlock;
+      const int64_t count = smaller(M::kBlock, problem.columns - column);
+      for (int64_t i = 0; i < vectors; ++i) {
+        const float* own = sums + ((block - first) * vectors + i) * M::kBlock;
+        float* to = out + (v + i) * problem.columns + column;
+        for (int64_t place = 0; place < M::kBlock; ++place) {
+          const int64_t at = column_of<M>(plan, place);
+          if (at < count) to[at] = own[place];
+        }
+      }
+    }
+  }
+}
+
+template <class M, class Layout>
+void task_of_rows(const Plan& plan, int64_t number) {
+  const Problem& problem = plan.problem;
+  const int64_t steps = (plan.length + plan.places - 1) / plan.places;
+  const int64_t start = smaller(plan.length, steps * number / plan.parts * plan.places);
+  const int64_t end = smaller(plan.length, steps * (number + 1) / plan.parts * plan.places);
+  alignas(64) float sums[kMostSums];
+  for (int64_t place = start; place < end; place += plan.places) {
+    const int64_t places = smaller(plan.places, end - place);
+    const int64_t rows = places * plan.planes;
+    for (int64_t v = 0; v < problem.vectors; v += plan.vectors) {
+      const int64_t vectors = smaller(plan.vectors, problem.vectors - v);
+      const float* x = plan.inputs + v * plan.inputs_of_vector;
+      std::memset(sums, 0, sizeof(float) * static_cast<size_t>(rows * vectors * M::kLanes));
+      for (int64_t column = 0; column < problem.columns; column += M::kBlock) {
+        const uint8_t* bytes = problem.codes + place * problem.columns + column;
+        step<M, true, Layout>(plan,
+                      {bytes, plan.length * problem.columns,
+                       static_cast<int>(smaller(M::kBlock, problem.columns - column)),
+                       bytes + kAhead * M::kBlock},
+                      place, places, column, vectors, x, sums);
+      }
+      for (int64_t own = 0; own < vectors;) {
+        const int64_t group = group_of(true, vectors - own);
+        for (int64_t row = 0; row < rows; ++row) {
+          const int64_t output = row_of(plan, place, row);
+          if (output >= problem.rows) continue;
+          for (int64_t i = 0; i < group; ++i) {
+            const float* at = sums + (own * rows + row * group + i) * M::kLanes;
+            problem.y[(v + own + i) * problem.rows + output] = M::sum(M::load(at));
+          }
+        }
+        own += group;
+      }
+    }
+  }
+}
+
+template <class M>
+void task(const Plan& plan, int64_t number) {
+  with_layout<M>(plan.digits, plan.bits, [&](auto layout) {
+    using Own = decltype(layout);
+    plan.problem.transposed ? task_of_rows<M, Own>(plan, number)
+                            : task_of_columns<M, Own>(plan, number);
+  });
+}
+
+}  // namespace jaxquant

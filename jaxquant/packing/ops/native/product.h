@@ -1,0 +1,26 @@
+// A product from its arguments to its result: what is computed once, and the tasks in threads.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+#include "problem.h"
+
+namespace jaxquant {
+
+// Threads that run what they are given, whenever they can; none need.
+struct Pool {
+  int64_t threads = 0;
+  std::function<void(std::function<void()>)> schedule;
+};
+
+// The kernels of a name that this processor runs, or of "" the fastest; null if there are none.
+const Kernels* kernels_of(const char* name);
+
+// How many rows of bytes hold so many rows of codes.
+int64_t packed_rows(int64_t rows, int k);
+
+// Fill in y. All sizes are 1 or more, and k is from 2 to 256.
+void multiply(const Problem& problem, const Kernels& kernels, const Pool& pool);
+
+}  // namespace jaxquant

@@ -1,0 +1,55 @@
+"""Compile the products for CPU, if there is a compiler; everything else is in pyproject.toml."""
+
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+_FOLDER = "jaxquant/packing/ops/native"
+_FLAGS = {  # of a source file; what it compiles runs only where the processor has these registers
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx2 -mfma -mf16c",
+    "avx2": "-mavx2 -mfma -mf16c",
+}
+_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+class BuildNative(build_ext):
+    """Each file with its own flags, side by side."""
+
+    def build_extension(self, ext):
+        """Compile and link; setuptools goes on without what fails, as it is optional."""
+        import jaxlib  # of the build environment: it has XLA's headers
+
+        include = Path(jaxlib.__file__).parent / "include"
+        extra = os.environ.get("JAXQUANT_CXXFLAGS", "").split()  # as of sanitizers
+
+        def compile_one(source):
+            flags = _FLAGS.get(Path(source).stem, "").split() if _X86 else []
+            return self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                include_dirs=[str(include)],
+                extra_postargs=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-w", *flags, *extra],
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [made for own in pool.map(compile_one, ext.sources) for made in own]
+        self.compiler.link_shared_object(
+            objects,
+            self.get_ext_fullpath(ext.name),
+            extra_postargs=[*extra, "-pthread"],
+            target_lang="c++",
+        )
+
+
+sources = ["avx512", "avx2", "plain", "product", "ffi"]
+native = Extension(
+    "jaxquant.packing.ops.native._native",
+    [f"{_FOLDER}/{name}.cpp" for name in sources],
+    optional=True,
+    py_limited_api=True,  # it uses none of Python
+)
+setup(ext_modules=[native], cmdclass={"build_ext": BuildNative})
