@@ -33,8 +33,8 @@ struct Avx2 {
   static Bytes select(Bytes mask, Bytes set, Bytes clear) {
     return _mm256_or_si256(_mm256_and_si256(mask, set), _mm256_andnot_si256(mask, clear));
   }
-  static void prefetch(const uint8_t* at) {
-    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
+  static void prefetch(const void* at) {
+    _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0);
   }
 
   // Symbols as their digits, several in a byte. A byte is looked up by its lower four bits in each
@@ -134,10 +134,6 @@ struct Avx2 {
   }
   static __m256i side_by_side(const uint8_t* codes) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
-  }
-  static Floats gather(const float* table, const int32_t* starts, const uint8_t* codes) {
-    const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(starts));
-    return _mm256_i32gather_ps(table, _mm256_add_epi32(side_by_side(codes), first), 4);
   }
 
  private:

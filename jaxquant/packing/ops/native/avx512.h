@@ -29,8 +29,8 @@ struct Avx512 {
   static Bytes select(Bytes mask, Bytes set, Bytes clear) {
     return _mm512_ternarylogic_epi64(mask, set, clear, 0xca);
   }
-  static void prefetch(const uint8_t* at) {
-    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
+  static void prefetch(const void* at) {
+    _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0);
   }
 
   // Symbols as their digits, several in a byte; of symbols of 7 bits or less, bit 7 is not read.
@@ -126,10 +126,6 @@ struct Avx512 {
   }
   static __m512i side_by_side(const uint8_t* codes) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-  }
-  static Floats gather(const float* table, const int32_t* starts, const uint8_t* codes) {
-    const __m512i first = _mm512_loadu_si512(starts);
-    return _mm512_i32gather_ps(_mm512_add_epi32(side_by_side(codes), first), table, 4);
   }
 
  private:

@@ -24,6 +24,7 @@
 #endif
 
 namespace jaxquant {
+namespace {  // each file that includes this has its own, compiled for its registers
 
 constexpr int kMostRows = 64;   // of codes that are unpacked at a time: the cache holds their weights
 constexpr int kMostVectors = 64;  // that are multiplied by a tile before the next is made
@@ -194,92 +195,120 @@ bool with_width(int k, const Function& function) {
   return false;
 }
 
-// Make the weights of a step, [rows, block].
+// Weights by codebooks of the columns that start where `starts` says, one by one: registers that
+// gather from memory take longer. Codes of a corrupt byte may be too large.
+#if defined(__GNUC__) && !defined(__clang__)
+__attribute__((optimize("no-tree-vectorize")))
+#endif
+inline void look_up(const float* codebooks, int k, const int32_t* starts, int count,
+                    const uint8_t* codes, float* weights) {
+  for (int i = 0; i < count; ++i) {
+    const int code = codes[i] < k ? codes[i] : k - 1;
+    weights[i] = codebooks[starts[i] + code];
+  }
+}
+
+// The scales of some columns, in float32.
 template <class M>
-void fill_tile(const Plan& plan, int64_t place, int64_t rows, int64_t column, int count,
-               uint8_t* codes, float* tile) {
+typename M::Floats load_scales(const Plan& plan, int64_t row, int64_t column, int count) {
   const Problem& problem = plan.problem;
-  const Blocks &own = problem.codebook_blocks, &of_scales = problem.scale_blocks;
-  const int64_t k = problem.k;
-  const bool one = own.columns == 1 && own.of_row == nullptr;
-  bool in_registers = own.width % M::kLanes == 0 || own.columns == 1;
-  if (one && in_registers) {
-    in_registers = with_width<M>(problem.k, [&](auto width) {
-      const typename M::template Table<decltype(width)::value> table(problem.codebooks, problem.k);
-      for (int64_t i = 0; i < rows * M::kBlock; i += M::kLanes) {
-        M::store(tile + i, table.get(M::side_by_side(codes + i)));
-      }
-    });
+  const Blocks& blocks = problem.scale_blocks;
+  const int64_t first = (blocks.of_row ? blocks.of_row[row] : 0) * blocks.columns;
+  const auto* narrow = static_cast<const uint16_t*>(problem.scales);
+  const auto* wide = static_cast<const float*>(problem.scales);
+  if (blocks.width == 1) {
+    const int64_t at = first + column, ahead = at + kAhead * M::kBlock;
+    if (problem.scales_are_bfloat16) M::prefetch(narrow + ahead);
+    else M::prefetch(wide + ahead);
+    return problem.scales_are_bfloat16 ? M::load_bfloat16(narrow + at, count)
+                                       : M::load_some(wide + at, count);
   }
-  if (!one || !in_registers) {
-    int32_t starts[M::kBlock];
-    for (int i = 0; i < M::kBlock; ++i) {
-      const int64_t at = column + (i < count ? i : count - 1);
-      starts[i] = static_cast<int32_t>(at / own.width * k);
-    }
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t number = row_of(plan, place, row);
-      const int64_t block = own.of_row && number < problem.rows ? own.of_row[number] : 0;
-      const float* codebooks = problem.codebooks + block * own.columns * k;
-      for (int i = 0; i < M::kBlock; i += M::kLanes) {
-        const uint8_t* from = codes + row * M::kBlock + i;
-        float* to = tile + row * M::kBlock + i;
-        const bool is_wide = in_registers && with_width<M>(problem.k, [&](auto width) {
-          const typename M::template Table<decltype(width)::value> table(codebooks + starts[i],
-                                                                         problem.k);
-          M::store(to, table.get(M::side_by_side(from)));
-        });
-        if (is_wide) continue;
-        uint8_t in_bounds[M::kLanes];  // whatever the bytes hold
-        for (int j = 0; j < M::kLanes; ++j) {
-          in_bounds[j] = from[j] < k ? from[j] : static_cast<uint8_t>(k - 1);
-        }
-        M::store(to, M::gather(codebooks, starts + i, in_bounds));
-      }
-    }
+  float values[M::kLanes] = {};
+  uint16_t halves[M::kLanes] = {};
+  for (int i = 0; i < count; ++i) {
+    const int64_t at = first + (column + i) / blocks.width;
+    if (problem.scales_are_bfloat16) halves[i] = narrow[at];
+    else values[i] = wide[at];
   }
-  if (problem.scales) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t number = row_of(plan, place, row);
-      const int64_t block = of_scales.of_row && number < problem.rows ? of_scales.of_row[number] : 0;
-      const int64_t first = block * of_scales.columns;
+  return problem.scales_are_bfloat16 ? M::load_bfloat16(halves, count) : M::load(values);
+}
+
+// Call function(scale), which scales a register of weights and rounds them as the weight is.
+template <class M, class Function>
+void with_scales(const Problem& problem, typename M::Floats scales, const Function& function) {
+  using Floats = typename M::Floats;
+  if (!problem.scales) return function([](Floats weights) { return weights; });
+  switch (problem.rounding) {
+    case Rounding::kNone:
+      return function([=](Floats weights) { return M::multiply(weights, scales); });
+    case Rounding::kBfloat16:
+      return function([=](Floats own) { return M::to_bfloat16(M::multiply(own, scales)); });
+    case Rounding::kFloat16:
+      return function([=](Floats own) { return M::to_float16(M::multiply(own, scales)); });
+  }
+}
+
+// Make the weights of a step, [rows, block]. A plane's rows lie side by side in the weight, so runs
+// of them share their codebooks and scales, which stay in registers for a run.
+template <class M>
+void fill_tile(const Plan& plan, int64_t place, int64_t places, int64_t column, int count,
+               const uint8_t* codes, float* tile) {
+  const Problem& problem = plan.problem;
+  const Blocks& blocks = problem.codebook_blocks;
+  const int32_t *codebook_of = blocks.of_row, *scale_of = problem.scale_blocks.of_row;
+  const int64_t k = problem.k, apart = plan.planes * M::kBlock;
+  const bool in_registers = blocks.columns == 1 || blocks.width % M::kLanes == 0;
+  int32_t starts[M::kBlock];
+  int64_t start = column / blocks.width * k, left = blocks.width - column % blocks.width;
+  for (int i = 0; i < count; ++i, --left) {
+    if (left == 0) start += k, left = blocks.width;
+    starts[i] = static_cast<int32_t>(start);
+  }
+  for (int64_t plane = 0; plane < plan.planes; ++plane) {
+    const int64_t first = plane * plan.length + place;
+    const int64_t end = first + places < problem.rows ? first + places : problem.rows;
+    for (int64_t row = first; row < end;) {
+      int64_t next = row + 1;
+      while (next < end && (!codebook_of || codebook_of[next] == codebook_of[row]) &&
+             (!scale_of || !problem.scales || scale_of[next] == scale_of[row])) {
+        ++next;
+      }
+      const float* codebooks =
+          problem.codebooks + (codebook_of ? codebook_of[row] : 0) * blocks.columns * k;
       for (int i = 0; i < count; i += M::kLanes) {
         const int some = count - i < M::kLanes ? count - i : M::kLanes;
-        typename M::Floats scale;
-        const auto* narrow = static_cast<const uint16_t*>(problem.scales);
-        const auto* wide = static_cast<const float*>(problem.scales);
-        if (of_scales.width == 1) {
-          const int64_t at = first + column + i;
-          scale = problem.scales_are_bfloat16 ? M::load_bfloat16(narrow + at, some)
-                  : some == M::kLanes         ? M::load(wide + at)
-                                              : M::load_some(wide + at, some);
-        } else {
-          float values[M::kLanes] = {};
-          uint16_t halves[M::kLanes] = {};
-          for (int j = 0; j < some; ++j) {
-            const int64_t at = first + (column + i + j) / of_scales.width;
-            if (problem.scales_are_bfloat16) halves[j] = narrow[at];
-            else values[j] = wide[at];
+        const uint8_t* from = codes + ((row - first) * plan.planes + plane) * M::kBlock + i;
+        float* to = tile + (from - codes);
+        typename M::Floats scales = M::zero();
+        if (problem.scales) scales = load_scales<M>(plan, row, column + i, some);
+        const int64_t end_of_run = (next - row) * apart;
+        with_scales<M>(problem, scales, [&](const auto& scale) {
+          const auto run = [&](auto width) {
+            const typename M::template Table<decltype(width)::value> table(
+                codebooks + starts[i], problem.k);
+            for (int64_t n = 0; n < end_of_run; n += apart) {
+              M::store(to + n, scale(table.get(M::side_by_side(from + n))));
+            }
+          };
+          if (in_registers && with_width<M>(problem.k, run)) return;
+          for (int64_t n = 0; n < end_of_run; n += apart) {
+            look_up(codebooks, problem.k, starts + i, some, from + n, to + n);
+            M::store(to + n, scale(M::load(to + n)));
           }
-          scale = problem.scales_are_bfloat16 ? M::load_bfloat16(halves, M::kLanes)
-                                              : M::load(values);
-        }
-        float* at = tile + row * M::kBlock + i;
-        typename M::Floats weights = M::multiply(M::load(at), scale);
-        if (problem.rounding == Rounding::kBfloat16) weights = M::to_bfloat16(weights);
-        if (problem.rounding == Rounding::kFloat16) weights = M::to_float16(weights);
-        M::store(at, weights);
+        });
       }
+      row = next;
     }
   }
   // What fills up symbols, or a block at the right end, is no weight, whatever the codebook holds.
+  const int64_t rows = places * plan.planes;
   if (count < M::kBlock) {
     for (int64_t row = 0; row < rows; ++row) {
       std::memset(tile + row * M::kBlock + count, 0,
                   sizeof(float) * static_cast<size_t>(M::kBlock - count));
     }
   }
-  if (place + rows / plan.planes + (plan.planes - 1) * plan.length <= problem.rows) return;
+  if (place + places + (plan.planes - 1) * plan.length <= problem.rows) return;
   for (int64_t row = 0; row < rows; ++row) {
     if (row_of(plan, place, row) < problem.rows) continue;
     std::memset(tile + row * M::kBlock, 0, sizeof(float) * M::kBlock);
@@ -441,7 +470,7 @@ void step(const Plan& plan, const Bytes& bytes, int64_t place, int64_t places, i
   alignas(64) uint8_t codes[kMostRows * M::kBlock];
   alignas(64) float tile[kMostRows * M::kBlock];
   unpack<M, Layout>(bytes, places, plan, codes);
-  fill_tile<M>(plan, place, rows, column, bytes.count, codes, tile);
+  fill_tile<M>(plan, place, places, column, bytes.count, codes, tile);
   add_all<M, transposed>(plan, FromTile<M>{tile, rows}, rows, vectors, x, offset, sums);
 }
 
@@ -541,4 +570,5 @@ void task(const Plan& plan, int64_t number) {
   });
 }
 
+}  // namespace
 }  // namespace jaxquant

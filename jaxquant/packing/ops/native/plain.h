@@ -54,7 +54,7 @@ struct Plain {
     }
     return set;
   }
-  static void prefetch(const uint8_t*) {}
+  static void prefetch(const void*) {}
 
   // Symbols as their digits, several in a byte.
   template <int digits, bool small>
@@ -159,11 +159,6 @@ struct Plain {
     Codes codes;
     std::memcpy(codes.at, from, kLanes);
     return codes;
-  }
-  static Floats gather(const float* table, const int32_t* starts, const uint8_t* codes) {
-    Floats floats;
-    for (int i = 0; i < kLanes; ++i) floats.at[i] = table[starts[i] + codes[i]];
-    return floats;
   }
 
  private:
