@@ -17,14 +17,20 @@ import numpy as np
 
 def machine() -> str:
     """Describe the machine and the versions that a result holds for."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     device = jax.devices()[0]
     return (
-        f"{_cpu_model()}, {cores} cores, {platform.system()} {platform.machine()}; "
+        f"{_cpu_model()}, {cores()} cores, {platform.system()} {platform.machine()}; "
         f"JAX device: {device.platform} ({device.device_kind}); "
         f"Python {platform.python_version()}, jax {jax.__version__}, "
         f"numpy {metadata.version('numpy')}"
     )
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _cpu_model() -> str:
@@ -44,14 +50,21 @@ def seconds(function: Callable[[], Any], repeats: int) -> list[float]:
     return times
 
 
-def least(functions: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, float]:
+def in_turns(
+    functions: Mapping[str, Callable[[], Any]], turns: int
+) -> dict[str, list[float]]:
     """Time functions in turns, so that a slow moment of the machine meets all; seconds by name."""
     times = {name: [] for name in functions}
     for turn in range(turns + 1):
         for name, function in functions.items():
             spent = seconds(function, 1)
             times[name] += spent if turn else []  # the first warms up
-    return {name: min(spent) for name, spent in times.items()}
+    return times
+
+
+def least(functions: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, float]:
+    """Return the least time of each function that runs in turns with the others."""
+    return {name: min(spent) for name, spent in in_turns(functions, turns).items()}
 
 
 def scikit_learn(problems: Iterable[np.ndarray], k: int, passes: int = 300) -> float:

@@ -7,29 +7,35 @@ r"""Products with packed weights against dense ones, side by side.
     ... python -m benchmarks.matmul --shapes --blocks                        # by blocks only
 
 For each weight [rows, columns], k and number of input vectors: milliseconds of the dense product in
-float32 and bfloat16 and of each implementation of `jaxquant.matmul` that is made for this platform;
-the packed size over that in float32; the memory that the best of them takes beside its arguments,
-over the size of the float32 weight; and the share of its time that reading the packed weight must
-take at the bandwidth that the copy of a large array reaches. With `--conv`, the 3x3 convolutions of
+float32, of each implementation of `jaxquant.matmul` that is made for this platform, and of PyTorch
+and onnxruntime where they are installed (benchmarks/others.py), as medians of turns; the median of
+the ratios of float32 and the default implementation of each turn; the packed size over that in
+float32; the memory that the default takes beside its arguments, over the size of the float32
+weight; and at how many GB/s it reads packed bytes, beside the first line's bandwidth of the memory.
+With `--conv`, the 3x3 convolutions of
 ResNet-20. With `--words`, a weight and these convolutions as words of four channels (Q-CNN): the
 float32 product, that with the unpacked kernel, and the sums of table entries. With `--blocks`, a
 weight of 4096 x 4096 by channels, groups and tiles: the float32 product, that with the weight
 unpacked, and the default. The programs take
-turns, so that a slow moment of the machine meets all of them; figures are the least of all turns.
+turns, so that a slow moment of the machine meets all of them; all but the first table have the
+least of all turns.
 Page faults in the memory of an unpacked weight cost more than unpacking it: the first line has
 glibc use huge pages.
 """
 
 import argparse
 import functools
+import itertools
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jaxquant as jq
-from benchmarks import common
+from benchmarks import common, others
 from jaxquant.packing.arrays import pack_product
 from jaxquant.packing.codes import pack_codes
 from jaxquant.packing.ops import native
@@ -76,15 +82,12 @@ def packed_weight(shape: tuple[int, ...], k: int) -> jq.PackedArray:
     return jax.jit(jq.pack_array)(weight, jnp.linspace(-2.0, 2.0, k))
 
 
-def matmuls(shape: tuple[int, int], k: int, batch: int) -> tuple[dict[str, Program], Any]:
+def matmuls(shape: tuple[int, int], k: int, batch: int) -> tuple[dict[str, Any], Any]:
     """Return the products to time by name, and the packed weight."""
     packed = packed_weight(shape, k)
     weight = jax.jit(jq.unpack)(packed)
     x = jax.random.normal(jax.random.key(1), (batch, shape[0]))
-    made = {
-        "float32": Program(jnp.matmul, x, weight),
-        "bfloat16": Program(jnp.matmul, x.astype(jnp.bfloat16), weight.astype(jnp.bfloat16)),
-    }
+    made: dict[str, Any] = {"float32": Program(jnp.matmul, x, weight)}
     for name in IMPLEMENTATIONS:
         try:
             made[name] = Program(
@@ -92,7 +95,7 @@ def matmuls(shape: tuple[int, int], k: int, batch: int) -> tuple[dict[str, Progr
             )
         except ValueError:
             continue  # not for this codebook
-    return made, packed
+    return made | others.linear(np.asarray(weight), np.asarray(x)), packed
 
 
 def convs(size: int, channels: int, k: int, batch: int) -> tuple[dict[str, Program], Any]:
@@ -188,36 +191,33 @@ def blocks_rows(batches: list[int], turns: int) -> Iterator[list[object]]:
 
 
 def bandwidth() -> float:
-    """Return the bytes a second that the memory moves, from a copy of 256 MB."""
-    x = jnp.ones(2**26)
-    copy = jax.jit(lambda x: x + 1.0)
-    jax.block_until_ready(copy(x))
-    return 2 * x.nbytes / min(common.seconds(lambda: copy(x), 10))
+    """Return the bytes a second that are read from 512 MB by a product with one vector."""
+    x = jnp.ones((2**13, 2**14))
+    product = Program(jnp.matmul, jnp.ones((1, len(x))), x)
+    return x.nbytes / min(common.seconds(product, 10))
 
 
 def matmul_rows(
     shapes: list[tuple[int, int]], ks: list[int], batches: list[int], turns: int
 ) -> Iterator[list[object]]:
-    """Yield a row for each case."""
-    limit = bandwidth()
-    for shape in shapes:
-        for k in ks:
-            for batch in batches:
-                made, packed = matmuls(shape, k, batch)
-                times = common.least(made, turns)
-                best = min(
-                    (name for name in IMPLEMENTATIONS if name in times), key=times.__getitem__
-                )
-                yield [
-                    f"{shape[0]} x {shape[1]}",
-                    k,
-                    batch,
-                    *(f"{1e3 * times[n]:.2f}" if n in times else "" for n in names()),
-                    f"{times['float32'] / times[best]:.2f}",
-                    f"{packed.nbytes / (4 * packed.size):.3f}",
-                    f"{made[best].extra_bytes() / (4 * packed.size):.3f}",
-                    f"{packed.nbytes / limit / times[best]:.0%}",
-                ]
+    """Yield a row for each case, the names of the timed products before them."""
+    for number, (shape, batch, k) in enumerate(itertools.product(shapes, batches, ks)):
+        made, packed = matmuls(shape, k, batch)
+        times = common.in_turns(made, turns)
+        best = IMPLEMENTATIONS[-1]
+        pairs = zip(times["float32"], times[best], strict=True)
+        if not number:
+            yield [*made]
+        yield [
+            f"{shape[0]} x {shape[1]}",
+            batch,
+            k,
+            *(f"{1e3 * statistics.median(spent):.2f}" for spent in times.values()),
+            f"{statistics.median(dense / own for dense, own in pairs):.1f}",
+            f"{packed.nbytes / (4 * packed.size):.3f}",
+            f"{made[best].extra_bytes() / (4 * packed.size):.3f}",
+            f"{packed.nbytes / statistics.median(times[best]) / 1e9:.1f}",
+        ]
 
 
 def conv_rows(ks: list[int], batches: list[int], turns: int) -> Iterator[list[object]]:
@@ -238,11 +238,6 @@ def conv_rows(ks: list[int], batches: list[int], turns: int) -> Iterator[list[ob
                 ]
 
 
-def names() -> list[str]:
-    """Return the names of the timed products."""
-    return ["float32", "bfloat16", *IMPLEMENTATIONS]
-
-
 def main() -> None:
     """Print a table, or two."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -257,9 +252,10 @@ def main() -> None:
     shapes = [(int(a), int(b)) for a, b in (text.split("x") for text in options.shapes)]
     print(common.machine())
     if shapes:
-        header = ["rows x columns", "k", "vectors", *(f"{name}, ms" for name in names())]
-        header += ["float32 / best", "bytes / float32", "extra / float32", "of bandwidth"]
+        print(f"Memory: {bandwidth() / 1e9:.1f} GB/s")
         rows = matmul_rows(shapes, options.k, options.batch, options.turns)
+        header = ["rows x columns", "vectors", "k", *(f"{name}, ms" for name in next(rows))]
+        header += ["times as fast as float32", "bytes / float32", "extra / float32", "GB/s"]
         print(common.markdown(header, rows), flush=True)
     if options.conv:
         header = ["image", "k", "images", "float32, ms", "unpack, ms"]

@@ -34,7 +34,7 @@ struct Avx2 {
     return _mm256_or_si256(_mm256_and_si256(mask, set), _mm256_andnot_si256(mask, clear));
   }
   static void prefetch(const void* at) {
-    _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0);
+    _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1);
   }
 
   // Symbols as their digits, several in a byte. A byte is looked up by its lower four bits in each

@@ -30,7 +30,7 @@ struct Avx512 {
     return _mm512_ternarylogic_epi64(mask, set, clear, 0xca);
   }
   static void prefetch(const void* at) {
-    _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0);
+    _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1);
   }
 
   // Symbols as their digits, several in a byte; of symbols of 7 bits or less, bit 7 is not read.

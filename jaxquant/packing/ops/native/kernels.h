@@ -30,7 +30,7 @@ constexpr int kMostRows = 64;   // of codes that are unpacked at a time: the cac
 constexpr int kMostVectors = 64;  // that are multiplied by a tile before the next is made
 constexpr int kMostFromCodes = 8;  // vectors for which codes are looked up anew for each group
 constexpr int kMostSums = 1 << 14;  // that a task keeps in the cache
-constexpr int64_t kAhead = 4;     // blocks of columns whose bytes are fetched ahead
+constexpr int64_t kAhead = 16;    // blocks of columns whose bytes are fetched ahead
 
 // Unpacking ---------------------------------------------------------------------------------------
 

@@ -18,6 +18,8 @@ namespace {
 
 constexpr int64_t kWork = 1 << 18;   // products of a weight and a vector that are worth a task
 constexpr int64_t kMostTasks = 32;
+constexpr int kMostStreams = 16;        // rows of bytes that are read at a time, as the memory likes
+constexpr int64_t kWide = 1 << 11;      // sums of a task, in columns times vectors
 // Floats between vectors: inputs that are a power of two apart would share places of the cache.
 constexpr int64_t kApart = 80;
 
@@ -54,7 +56,9 @@ Plan plan_of(const Problem& problem, const Kernels& kernels) {
   const int together = 8 / least_width(plan.bits);
   plan.planes = plan.digits * together;
   plan.length = (problem.rows + plan.planes - 1) / plan.planes;
-  plan.places = std::min<int64_t>(plan.length, kMostRows / plan.planes);
+  const int streams = plan.bits * together / 8;  // rows of bytes of a place
+  plan.places = std::clamp<int64_t>(kMostStreams / streams, 1, kMostRows / plan.planes);
+  plan.places = std::min(plan.places, plan.length);
   plan.from_codes = problem.scales == nullptr && problem.codebook_blocks.of_row == nullptr &&
                     problem.codebook_blocks.columns == 1 &&
                     problem.k <= kernels.direct && problem.vectors <= kMostFromCodes &&
@@ -76,7 +80,7 @@ Plan plan_of(const Problem& problem, const Kernels& kernels) {
     // Long rows are read faster; but each part of the rows has sums of its own.
     const int64_t fewest = (blocks + most - 1) / most;
     const int64_t of_columns =
-        std::clamp<int64_t>(problem.columns / 512, 1, std::max(wanted, fewest));
+        std::clamp<int64_t>(problem.columns * vectors / kWide, 1, std::max(wanted, fewest));
     plan.chunks = std::max(fewest, std::min(of_columns, blocks));
     plan.blocks_of_task = (blocks + plan.chunks - 1) / plan.chunks;
     plan.chunks = (blocks + plan.blocks_of_task - 1) / plan.blocks_of_task;
@@ -86,6 +90,23 @@ Plan plan_of(const Problem& problem, const Kernels& kernels) {
   plan.tasks = plan.chunks * plan.parts;
   return plan;
 }
+
+// Memory for the inputs and sums of a product. What is not large a thread keeps for its next one:
+// fresh pages cost as much as a product.
+class Floats {
+ public:
+  explicit Floats(int64_t count) {
+    static thread_local std::vector<float> kept;
+    std::vector<float>& own = count > kMostKept ? own_ : kept;
+    if (static_cast<int64_t>(own.size()) < count) own.resize(static_cast<size_t>(count));
+    data = own.data();
+  }
+  float* data;
+
+ private:
+  static constexpr int64_t kMostKept = 1 << 18;
+  std::vector<float> own_;
+};
 
 // Scales of columns that are not rounded with the centroids are those of the inputs or outputs.
 bool scales_columns(const Problem& problem) {
@@ -117,6 +138,7 @@ void arrange(const Plan& plan, int64_t block, const float* scales) {
     const int64_t together = std::min(plan.vectors - v % plan.vectors, problem.vectors - v);
     const int64_t group = group_of(problem.transposed, together);
     float* to = plan.inputs + v * plan.inputs_of_vector;
+    std::fill(to, to + group * plan.inputs_of_vector, 0.0f);
     for (int64_t i = 0; i < group; ++i) {
       const float* from = problem.x + (v + i) * inputs;
       if (problem.transposed) {
@@ -206,14 +228,12 @@ void multiply(const Problem& problem, const Kernels& kernels, const Pool& pool) 
     const int code = i % (1 << bits);
     plan.table[i] = code < own.k ? own.codebooks[code] : 0.0f;
   }
-  std::vector<float> inputs(static_cast<size_t>(own.vectors * plan.inputs_of_vector));
-  plan.inputs = inputs.data();
+  const int64_t inputs = own.vectors * plan.inputs_of_vector;
+  const int64_t sums = plan.parts > 1 && !own.transposed ? plan.parts * own.vectors * own.columns : 0;
+  const Floats memory(inputs + sums);
+  plan.inputs = memory.data;
+  plan.partial = sums ? memory.data + inputs : nullptr;
   arrange(plan, kernels.block, own.transposed && !scales.empty() ? scales.data() : nullptr);
-  std::vector<float> partial;
-  if (plan.parts > 1 && !own.transposed) {
-    partial.resize(static_cast<size_t>(plan.parts * own.vectors * own.columns));
-    plan.partial = partial.data();
-  }
   run_tasks(plan.tasks, pool, [&](int64_t number) { kernels.task(plan, number); });
   if (own.transposed) return;
   for (int64_t v = 0; v < own.vectors; ++v) {
