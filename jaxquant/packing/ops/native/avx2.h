@@ -11,6 +11,7 @@ namespace jaxquant {
 
 struct Avx2 {
   static constexpr int kLanes = 8, kBlock = 32, kSums = 8, kDirect = 32, kWidest = 32;
+  static constexpr bool kDivides = true;  // symbols into digits, or looks them up
   using Floats = __m256;
   using Bytes = __m256i;
 
@@ -37,29 +38,31 @@ struct Avx2 {
     _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1);
   }
 
-  // Symbols as their digits, several in a byte. A byte is looked up by its lower four bits in each
-  // of 16 rows of a table; its upper four bits say in which.
-  template <int digits, bool small>
+  // Symbols as bytes of digits: x / base is (x * ceil(2^16 / base)) >> 16 of all bytes x, for bases
+  // up to 27.
+  template <int packs, bool small>
   class Split {
    public:
-    explicit Split(const DigitTables& digit_tables) : tables_(digit_tables.packs) {}
+    explicit Split(const DigitTables& digits)
+        : inverse_(_mm256_set1_epi16(static_cast<short>((65536 + digits.base - 1) / digits.base))),
+          base_(_mm256_set1_epi16(static_cast<short>(digits.base))),
+          largest_(_mm256_set1_epi8(static_cast<char>(digits.base - 1))) {}
     Bytes get(Bytes symbols, int pack) const {
-      const __m256i nibble = _mm256_set1_epi8(15);
-      const __m256i low = _mm256_and_si256(symbols, nibble);
-      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(symbols, 4), nibble);
-      __m256i found = _mm256_setzero_si256();
-      for (int i = 0; i < (small ? 8 : 16); ++i) {
-        const auto* at = reinterpret_cast<const __m128i*>(tables_[pack] + 16 * i);
-        const __m256i row = _mm256_broadcastsi128_si256(_mm_loadu_si128(at));
-        const __m256i here = _mm256_cmpeq_epi8(
-            small ? _mm256_and_si256(high, _mm256_set1_epi8(7)) : high, _mm256_set1_epi8(i));
-        found = _mm256_or_si256(found, _mm256_and_si256(here, _mm256_shuffle_epi8(row, low)));
-      }
-      return found;
+      if (small) symbols = _mm256_and_si256(symbols, _mm256_set1_epi8(127));
+      for (int i = 0; i < pack; ++i) symbols = quotient(symbols);
+      // No symbol that `pack` makes has a last digit above.
+      if (pack == packs - 1) return _mm256_min_epu8(symbols, largest_);
+      return _mm256_sub_epi8(symbols, _mm256_mullo_epi16(quotient(symbols), base_));
     }
 
    private:
-    const uint8_t (*tables_)[256];
+    Bytes quotient(Bytes numbers) const {
+      const __m256i even = _mm256_and_si256(numbers, _mm256_set1_epi16(0xff));
+      const __m256i low = _mm256_mulhi_epu16(even, inverse_);
+      const __m256i high = _mm256_mulhi_epu16(_mm256_srli_epi16(numbers, 8), inverse_);
+      return _mm256_or_si256(low, _mm256_slli_epi16(high, 8));
+    }
+    __m256i inverse_, base_, largest_;
   };
 
   static Floats zero() { return _mm256_setzero_ps(); }

@@ -11,6 +11,7 @@ namespace jaxquant {
 
 struct Avx512 {
   static constexpr int kLanes = 16, kBlock = 64, kSums = 16, kDirect = 32, kWidest = 256;
+  static constexpr bool kDivides = false;  // symbols into digits, or looks them up
   using Floats = __m512;
   using Bytes = __m512i;
 
@@ -33,12 +34,12 @@ struct Avx512 {
     _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1);
   }
 
-  // Symbols as their digits, several in a byte; of symbols of 7 bits or less, bit 7 is not read.
-  template <int digits, bool small>
+  // Symbols as bytes of digits; of symbols of 7 bits or less, bit 7 is not read.
+  template <int packs, bool small>
   class Split {
    public:
     explicit Split(const DigitTables& digit_tables) {
-      for (int i = 0; i < kPacks; ++i) {
+      for (int i = 0; i < packs; ++i) {
         for (int j = 0; j < kParts; ++j) {
           tables_[i][j] = load_bytes(digit_tables.packs[i] + kBlock * j);
         }
@@ -53,8 +54,8 @@ struct Avx512 {
     }
 
    private:
-    static constexpr int kPacks = DigitTables::packs_of(digits), kParts = small ? 2 : 4;
-    __m512i tables_[kPacks][kParts];
+    static constexpr int kParts = small ? 2 : 4;
+    __m512i tables_[packs][kParts];
   };
 
   static Floats zero() { return _mm512_setzero_ps(); }

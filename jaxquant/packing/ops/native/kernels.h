@@ -48,16 +48,23 @@ struct Bytes {
 
 // How codes lie in bytes: `digits` of them in a symbol of `bits` bits, whose fields of width 8, 4, 2
 // and 1, from the low bits up, are each in planes of bytes of their own.
-template <class M, int digits, int bits>
+template <class M, int digits, int bits,
+          int field = M::kDivides ? 8 : DigitTables::width_of(digits)>
 struct Layout {
   static constexpr int kTogether = 8 / least_width(bits);  // symbols in whole bytes
   static constexpr int kBytes = bits * kTogether / 8;
   static constexpr int kPlanes = digits * kTogether;
+  static constexpr int kPacks = (digits * field + 7) / 8;  // bytes that digits are split into
   // Bits of a code above which a table is not to read.
   static constexpr int kBits = digits == 1 ? bits : DigitTables::width_of(digits);
+  // Codes that are looked up together, see `Keys`: digits of 3 and of 5 centroids as two keys of a
+  // symbol, codes of one and two bits by halves of bytes.
+  static constexpr bool kHasKeys = M::kDirect > 0 && (digits == 5 || (digits == 3 && bits == 7) ||
+                                                      (digits == 1 && bits <= 2));
+  using ByKeys = std::conditional_t<digits == 1, Layout<M, 1, 4>, Layout<M, 2, bits, 8>>;
   using Register = typename M::Bytes;
   using Split = std::conditional_t<digits == 1, const DigitTables&,
-                                   typename M::template Split<digits, (bits < 8)>>;
+                                   typename M::template Split<kPacks, (bits < 8)>>;
 
   static JAXQUANT_INLINE void load(const Bytes& from, Register* bytes) {
 #pragma GCC unroll 8
@@ -100,19 +107,19 @@ struct Layout {
     constexpr int width = left & 8 ? 8 : left & 4 ? 4 : left & 2 ? 2 : 1;
     constexpr int step = kTogether * width / 8;
     constexpr int above = number / step * width;
-    const Register field = M::template shift<above - low>(bytes[start + number % step]);
+    const Register own = M::template shift<above - low>(bytes[start + number % step]);
     if constexpr (left == width) {
-      return field;
+      return own;
     } else {
       const Register upper = symbol<number, left - width, start + step, low + width>(bytes);
-      return M::select(M::fill_bytes((1 << (low + width)) - 1), field, upper);
+      return M::select(M::fill_bytes((1 << (low + width)) - 1), own, upper);
     }
   }
 
   template <int number, int digit, class Visit>
   static JAXQUANT_INLINE void visit_digits(Register symbols, const Split& split,
                                            const Visit& visit_codes) {
-    constexpr int together = 8 / kBits;
+    constexpr int together = 8 / field;
     const Register pack = split.get(symbols, digit / together);
     visit_pack<number, digit, (digit + together < digits ? digit + together : digits)>(
         pack, visit_codes);
@@ -125,7 +132,7 @@ struct Layout {
   static JAXQUANT_INLINE void visit_pack(Register pack, const Visit& visit_codes) {
     if constexpr (digit < end) {
       visit_codes(std::integral_constant<int, digit * kTogether + number>(),
-                  std::integral_constant<int, digit * kBits % 8>(), pack);
+                  std::integral_constant<int, digit * field % 8>(), pack);
       visit_pack<number, digit + 1, end>(pack, visit_codes);
     }
   }
@@ -406,6 +413,58 @@ void add_rows(const Weights& source, const float* x, float* sums) {
   if constexpr (first + parts < kParts<M>) add_rows<M, vectors, first + parts>(source, x, sums);
 }
 
+template <class M, int part, int above, class Table>
+JAXQUANT_INLINE void add_parts(const Table& table, typename M::Bytes keys,
+                               typename M::Floats* sum) {
+  sum[part] = M::add(sum[part], table.get(M::template every_fourth<part, above>(keys)));
+  if constexpr (part + 1 < kParts<M>) add_parts<M, part + 1, above>(table, keys, sum);
+}
+
+// The tables of the keys of some places, [places, key planes, entries], from x [places, planes].
+template <class M>
+void fill_keys(const Plan& plan, int64_t places, const float* x, float* tables) {
+  const Keys& keys = plan.keys;
+  for (int64_t place = 0; place < places; ++place, x += plan.planes) {
+    for (int plane = 0; plane < keys.planes; ++plane, tables += Keys::kEntries) {
+      for (int i = 0; i < Keys::kEntries; i += M::kLanes) {
+        typename M::Floats sum = M::zero();
+        for (int row = 0; row < keys.rows[plane]; ++row) {
+          const typename M::Floats input = M::fill(x[keys.plane_of[plane][row]]);
+          sum = M::multiply_add(M::load(keys.values[plane][row] + i), input, sum);
+        }
+        M::store(tables + i, sum);
+      }
+    }
+  }
+}
+
+// sums[block] += sum over keys of their tables' entries; parts of columns as in `FromCodes`.
+template <class M, class Layout>
+void add_keys(const Plan& plan, Bytes from, int64_t places, const float* tables, float* sums) {
+  using Register = typename M::Bytes;
+  const typename Layout::Split split(plan.keys.of_symbols);
+  typename M::Floats sum[kParts<M>];
+#pragma GCC unroll 4
+  for (int i = 0; i < kParts<M>; ++i) sum[i] = M::load(sums + i * M::kLanes);
+  for (int64_t place = 0; place < places; ++place) {
+    Register bytes[Layout::kBytes];
+    Layout::load(from, bytes);
+    Layout::visit(bytes, split, [&](auto plane, auto above, Register keys) JAXQUANT_LAMBDA {
+      // The first key of a symbol has up to 27 values; others, and halves of bytes, up to 16.
+      constexpr bool is_first = Layout::kPacks == 2 && decltype(plane)::value < Layout::kTogether;
+      constexpr int width = is_first ? 32 : 16;
+      const typename M::template Table<width> table(
+          tables + decltype(plane)::value * Keys::kEntries);
+      add_parts<M, 0, decltype(above)::value>(table, keys, sum);
+    });
+    from.first += plan.problem.columns;
+    from.ahead += plan.problem.columns;
+    tables += Layout::kPlanes * Keys::kEntries;
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kParts<M>; ++i) M::store(sums + i * M::kLanes, sum[i]);
+}
+
 // sums[row, v, lanes] += x[v, block] weight[row, block], lane by lane.
 template <class M, int vectors, class Weights>
 void add_columns(const Weights& source, const float* x, float* sums) {
@@ -488,12 +547,14 @@ void task_of_columns(const Plan& plan, int64_t number) {
   const int64_t end = smaller(plan.length, steps * (part + 1) / plan.parts * plan.places);
   float* out = plan.parts > 1 ? plan.partial + part * problem.vectors * problem.columns : problem.y;
   alignas(64) float sums[kMostSums];
+  alignas(64) float tables[kMostRows * Keys::kEntries];
   for (int64_t v = 0; v < problem.vectors; v += plan.vectors) {
     const int64_t vectors = smaller(plan.vectors, problem.vectors - v);
     const float* x = plan.inputs + v * plan.inputs_of_vector;
     std::memset(sums, 0, sizeof(float) * static_cast<size_t>((last - first) * vectors * M::kBlock));
     for (int64_t place = start; place < end; place += plan.places) {
       const int64_t places = smaller(plan.places, end - place);
+      if (plan.keys.planes) fill_keys<M>(plan, places, x + place * plan.planes, tables);
       for (int64_t block = first; block < last; ++block) {
         const int64_t column = block * M::kBlock;
         const uint8_t* bytes = problem.codes + place * problem.columns + column;
@@ -501,11 +562,17 @@ void task_of_columns(const Plan& plan, int64_t number) {
         if (ahead >= last) ahead = smaller(ahead - last + first, last - 1), next = plan.places;
         const uint8_t* fetched =
             problem.codes + (place + next) * problem.columns + ahead * M::kBlock;
-        step<M, false, Layout>(plan,
-                       {bytes, plan.length * problem.columns,
-                        static_cast<int>(smaller(M::kBlock, problem.columns - column)), fetched},
-                       place, places, column, vectors, x,
-                       sums + (block - first) * vectors * M::kBlock);
+        const Bytes own = {bytes, plan.length * problem.columns,
+                           static_cast<int>(smaller(M::kBlock, problem.columns - column)),
+                           fetched};
+        float* to = sums + (block - first) * vectors * M::kBlock;
+        if constexpr (Layout::kHasKeys) {
+          if (plan.keys.planes) {
+            add_keys<M, typename Layout::ByKeys>(plan, own, places, tables, to);
+            continue;
+          }
+        }
+        step<M, false, Layout>(plan, own, place, places, column, vectors, x, to);
       }
     }
     for (int64_t block = first; block < last; ++block) {

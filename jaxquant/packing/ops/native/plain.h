@@ -11,6 +11,7 @@ namespace jaxquant {
 
 struct Plain {
   static constexpr int kLanes = 8, kBlock = 32, kSums = 8, kDirect = 0, kWidest = 256;
+  static constexpr bool kDivides = false;  // symbols into digits, or looks them up
   struct Floats {
     float at[kLanes];
   };
@@ -56,8 +57,8 @@ struct Plain {
   }
   static void prefetch(const void*) {}
 
-  // Symbols as their digits, several in a byte.
-  template <int digits, bool small>
+  // Symbols as bytes of digits.
+  template <int packs, bool small>
   class Split {
    public:
     explicit Split(const DigitTables& digit_tables) : tables_(digit_tables.packs) {}

@@ -28,12 +28,23 @@ struct Problem {
   Blocks codebook_blocks, scale_blocks;
 };
 
-// What stands for each symbol of 256: its digits, as many in a byte as there is place for.
+// How symbols are split into bytes of digits: by division, a digit in each byte, or by tables of what
+// stands for each symbol, several digits in a byte.
 struct DigitTables {
-  uint8_t packs[2][256];
-  // Four digits of two bits each in a byte, of 3 centroids, and else two of four bits.
+  int base;               // of the digits
+  uint8_t packs[2][256];  // four digits of two bits, of 3 centroids, or two of four bits
   static constexpr int width_of(int digits) { return digits > 3 ? 2 : 4; }
-  static constexpr int packs_of(int digits) { return digits > 2 ? 2 : 1; }
+};
+
+// Codes that are looked up together, of few centroids and for one vector: what the rows of such a
+// key add to a column is an entry of a table of 32 sums, made for each key once for all columns.
+struct Keys {
+  static constexpr int kMost = 16, kRows = 4, kEntries = 32;
+  int planes;                      // of keys; 0: there are none
+  int rows[kMost];                 // of codes in a key
+  int plane_of[kMost][kRows];      // of codes, for each row of a key
+  DigitTables of_symbols;          // the keys of each symbol, one in a byte
+  alignas(64) float values[kMost][kRows][kEntries];  // what a row adds for an input of 1
 };
 
 // What all tasks of a product share; `task` may be called from any thread, once for each number
@@ -47,6 +58,7 @@ struct Plan {
   int64_t chunks, parts, tasks;  // tasks along the columns, along the rows of a plane, and in all
   int64_t vectors;               // whose sums a task keeps at a time
   int64_t blocks_of_task;        // blocks of columns in a chunk
+  Keys keys;
   bool from_codes;               // for few vectors and one codebook: weights stay in registers
   DigitTables digit_tables;
   alignas(64) float table[256];  // the codebook, if weights stay in registers: again and again

@@ -38,6 +38,7 @@ std::pair<int, int> symbol_of(int k) {
 
 DigitTables tables_of_digits(int digits, int k) {
   DigitTables tables = {};
+  tables.base = k;
   const int width = DigitTables::width_of(digits), together = 8 / width;
   for (int number = 0; number < 256; ++number) {
     int rest = number;
@@ -47,6 +48,38 @@ DigitTables tables_of_digits(int digits, int k) {
     }
   }
   return tables;
+}
+
+// Keys of 2 to 5 centroids: of a symbol of five digits three and two, of three digits two and one;
+// of codes of one or two bits those in half a byte.
+Keys keys_of(const Plan& plan) {
+  Keys keys = {};
+  const int k = plan.problem.k, together = 8 / least_width(plan.bits);
+  const bool in_fields = plan.digits == 1;
+  const int base = in_fields ? 1 << plan.bits : k;
+  const int first = in_fields ? 4 / plan.bits : (plan.digits + 1) / 2;  // rows of the first key
+  keys.planes = in_fields ? 2 : 2 * together;
+  for (int plane = 0; plane < keys.planes; ++plane) {
+    const int key = in_fields ? plane : plane / together;
+    const int rows = in_fields || key == 0 ? first : plan.digits - first;
+    keys.rows[plane] = rows;
+    int power = 1;
+    for (int row = 0; row < rows; ++row, power *= base) {
+      const int number = key * first + row;
+      keys.plane_of[plane][row] = in_fields ? number : number * together + plane % together;
+      for (int entry = 0; entry < Keys::kEntries; ++entry) {
+        keys.values[plane][row][entry] = plan.problem.codebooks[entry / power % base];
+      }
+    }
+  }
+  int count = 1;
+  for (int row = 0; row < first; ++row) count *= base;
+  keys.of_symbols.base = count;
+  for (int number = 0; number < 256; ++number) {
+    keys.of_symbols.packs[0][number] = static_cast<uint8_t>(number % count);
+    keys.of_symbols.packs[1][number] = static_cast<uint8_t>(number / count % Keys::kEntries);
+  }
+  return keys;
 }
 
 Plan plan_of(const Problem& problem, const Kernels& kernels) {
@@ -64,6 +97,9 @@ Plan plan_of(const Problem& problem, const Kernels& kernels) {
                     problem.k <= kernels.direct && problem.vectors <= kMostFromCodes &&
                     std::all_of(problem.codebooks, problem.codebooks + problem.k,
                                 [](float value) { return std::isfinite(value); });
+  if (plan.from_codes && problem.vectors == 1 && !problem.transposed && problem.k <= 5) {
+    plan.keys = keys_of(plan);
+  }
   const int64_t blocks = (problem.columns + kernels.block - 1) / kernels.block;
   const int64_t steps = (plan.length + plan.places - 1) / plan.places;
   const int64_t work = problem.rows * problem.columns * ((problem.vectors + 7) / 8);
