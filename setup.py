@@ -50,6 +50,10 @@ native = Extension(
     "jaxquant.packing.ops.native._native",
     [f"{_FOLDER}/{name}.cpp" for name in sources],
     optional=True,
-    py_limited_api=True,  # it uses none of Python
+    py_limited_api=True,  # it uses none of Python, so one wheel serves all versions
 )
-setup(ext_modules=[native], cmdclass={"build_ext": BuildNative})
+setup(
+    ext_modules=[native],
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

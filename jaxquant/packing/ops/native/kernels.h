@@ -609,7 +609,7 @@ void task_of_rows(const Plan& plan, int64_t number) {
         step<M, true, Layout>(plan,
                       {bytes, plan.length * problem.columns,
                        static_cast<int>(smaller(M::kBlock, problem.columns - column)),
-                       bytes + kAhead * M::kBlock},
+                       bytes + plan.places * problem.columns},  // of the next step
                       place, places, column, vectors, x, sums);
       }
       for (int64_t own = 0; own < vectors;) {
