@@ -32,7 +32,15 @@ class BuildNative(build_ext):
                 [source],
                 output_dir=self.build_temp,
                 include_dirs=[str(include)],
-                extra_postargs=["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", "-w", *flags, *extra],
+                extra_postargs=[
+                    "-std=c++17",
+                    "-O2",
+                    "-g0",
+                    "-fvisibility=hidden",
+                    "-w",
+                    *flags,
+                    *extra,
+                ],
             )
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -50,9 +50,7 @@ def seconds(function: Callable[[], Any], repeats: int) -> list[float]:
     return times
 
 
-def in_turns(
-    functions: Mapping[str, Callable[[], Any]], turns: int
-) -> dict[str, list[float]]:
+def in_turns(functions: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
     """Time functions in turns, so that a slow moment of the machine meets all; seconds by name."""
     times = {name: [] for name in functions}
     for turn in range(turns + 1):

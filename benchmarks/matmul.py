@@ -11,7 +11,8 @@ float32, of each implementation of `jaxquant.matmul` that is made for this platf
 and onnxruntime where they are installed (benchmarks/others.py), as medians of turns; the median of
 the ratios of float32 and the default implementation of each turn; the packed size over that in
 float32; the memory that the default takes beside its arguments, over the size of the float32
-weight; and at how many GB/s it reads packed bytes, beside the first line's bandwidth of the memory.
+weight; at how many GB/s it reads packed bytes, beside the first line's bandwidth of the memory; and
+the milliseconds of the default without turns, when the weight may still lie in a cache.
 With `--conv`, the 3x3 convolutions of
 ResNet-20. With `--words`, a weight and these convolutions as words of four channels (Q-CNN): the
 float32 product, that with the unpacked kernel, and the sums of table entries. With `--blocks`, a
@@ -217,6 +218,7 @@ def matmul_rows(
             f"{packed.nbytes / (4 * packed.size):.3f}",
             f"{made[best].extra_bytes() / (4 * packed.size):.3f}",
             f"{packed.nbytes / statistics.median(times[best]) / 1e9:.1f}",
+            f"{1e3 * statistics.median(common.seconds(made[best], turns)):.2f}",
         ]
 
 
@@ -256,6 +258,7 @@ def main() -> None:
         rows = matmul_rows(shapes, options.k, options.batch, options.turns)
         header = ["rows x columns", "vectors", "k", *(f"{name}, ms" for name in next(rows))]
         header += ["times as fast as float32", "bytes / float32", "extra / float32", "GB/s"]
+        header += ["repeated, ms"]
         print(common.markdown(header, rows), flush=True)
     if options.conv:
         header = ["image", "k", "images", "float32, ms", "unpack, ms"]

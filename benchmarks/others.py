@@ -73,7 +73,10 @@ def _of_onnxruntime(rows: int, columns: int, x: np.ndarray) -> dict[str, Callabl
         "product",
         [helper.make_tensor_value_info("x", floats, ["vectors", rows])],
         [helper.make_tensor_value_info("y", floats, ["vectors", columns])],
-        [onnx.numpy_helper.from_array(codes, "codes"), onnx.numpy_helper.from_array(scales, "scales")],
+        [
+            onnx.numpy_helper.from_array(codes, "codes"),
+            onnx.numpy_helper.from_array(scales, "scales"),
+        ],
     )
     sets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=sets, ir_version=10)

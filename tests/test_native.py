@@ -129,7 +129,9 @@ def test_exported_products_run_where_nothing_is_compiled():
 @needs_native
 def test_what_does_not_fit_is_refused_before_it_is_read():
     packed, x = packed_array(5, 61, 70), jnp.ones((1, 61))
-    short = jq.PackedArray(codes=packed.codes[:-1], codebook=packed.codebook, rows=(61,), columns=(70,))
+    short = jq.PackedArray(
+        codes=packed.codes[:-1], codebook=packed.codebook, rows=(61,), columns=(70,)
+    )
     for call, message in [
         (lambda: native.matmul(x, short), "expected 21 rows of bytes, got 20"),
         (lambda: native.matmul(jnp.ones((1, 60)), packed), r"expected x \[vectors, inputs\]"),
@@ -138,7 +140,9 @@ def test_what_does_not_fit_is_refused_before_it_is_read():
         with pytest.raises(jax.errors.JaxRuntimeError, match=message):
             call()
     with pytest.raises(ValueError, match="that 'native' supports, got k=1"):
-        jq.matmul(jnp.ones(6), jq.pack_array(jnp.ones((6, 2)), jnp.ones(1)), implementation="native")
+        jq.matmul(
+            jnp.ones(6), jq.pack_array(jnp.ones((6, 2)), jnp.ones(1)), implementation="native"
+        )
 
 
 def test_without_them_it_is_said_what_is_missing_and_all_else_runs(monkeypatch, tmp_path):
