@@ -151,7 +151,7 @@ def test_without_them_it_is_said_what_is_missing_and_all_else_runs(monkeypatch, 
     monkeypatch.setattr(platform, "is_one_device", lambda: True)
     monkeypatch.setattr(choice, "_FEW_WEIGHTS", 0)
     packed, x = packed_array(3, 40, 8), jnp.ones((2, 40))
-    with pytest.raises(ValueError, match="native.*not compiled when jaxquant was installed.*C"):
+    with pytest.raises(ValueError, match=r"native.*not compiled when jaxquant was installed.*C"):
         jq.matmul(x, packed, implementation="native")
     assert choice.fastest(1, x, packed) == "blocks"
     np.testing.assert_allclose(jq.matmul(x, packed), x @ jq.unpack(packed), rtol=1e-5)

@@ -10,7 +10,6 @@ import ctypes
 import functools
 import math
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp

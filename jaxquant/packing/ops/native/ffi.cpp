@@ -69,6 +69,7 @@ ffi::Error run(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
   if (std::min({problem.vectors, problem.rows, problem.columns}) < 1) {
     return invalid("expected no empty arrays");
   }
+  if (problem.rows > INT32_MAX) return invalid("expected fewer rows, got more than 2^31");
   if (x_shape[1] != inputs || y_shape[0] != problem.vectors || y_shape[1] != outputs) {
     return invalid("expected x [vectors, inputs] and y [vectors, outputs] of the weight");
   }

@@ -1,11 +1,11 @@
 // The products, for the registers of a machine: Avx512, Avx2 or Plain.
 //
 // A step takes some places of the planes of bytes (see jaxquant/packing/codes.py) and a block of
-// columns, as many as a register has bytes. It unpacks the codes of all the rows that lie there
-// into the innermost cache, a byte each: `unpack`. If one codebook serves the weight and few
-// vectors are multiplied, sums read it from registers, code by code: `CodesOf`. Else weights are
-// made once for all vectors, in the cache as well: `fill_tile`, `TileOf`. `add_rows` sums over the
-// rows, into sums of columns; `add_columns` over the columns, into sums of rows.
+// columns, as many as a register has bytes. `Layout` makes registers of codes of these bytes. If one
+// codebook serves the weight and few vectors are multiplied, weights are looked up in registers and
+// used there: `FromCodes`, or several at once: `add_keys`. Else they are made once for all vectors, in
+// the innermost cache: `unpack`, `fill_tile`, `FromTile`. `add_rows` sums over the rows, into sums of
+// columns; `add_columns` over the columns, into sums of rows.
 #pragma once
 
 #include <cstdint>
@@ -26,11 +26,11 @@
 namespace jaxquant {
 namespace {  // each file that includes this has its own, compiled for its registers
 
-constexpr int kMostRows = 64;   // of codes that are unpacked at a time: the cache holds their weights
-constexpr int kMostVectors = 64;  // that are multiplied by a tile before the next is made
-constexpr int kMostFromCodes = 8;  // vectors for which codes are looked up anew for each group
+constexpr int kMostRows = 64;       // of a step: the cache holds their weights
+constexpr int kMostVectors = 64;    // that are multiplied by a tile before the next is made
+constexpr int kMostFromCodes = 8;   // vectors for which codes are looked up anew for each group
 constexpr int kMostSums = 1 << 14;  // that a task keeps in the cache
-constexpr int64_t kAhead = 16;    // blocks of columns whose bytes are fetched ahead
+constexpr int64_t kAhead = 16;      // blocks of columns whose bytes are fetched ahead
 
 // Unpacking ---------------------------------------------------------------------------------------
 
@@ -207,7 +207,7 @@ bool with_width(int k, const Function& function) {
 #if defined(__GNUC__) && !defined(__clang__)
 __attribute__((optimize("no-tree-vectorize")))
 #endif
-inline void look_up(const float* codebooks, int k, const int32_t* starts, int count,
+inline void look_up(const float* codebooks, int k, const int64_t* starts, int count,
                     const uint8_t* codes, float* weights) {
   for (int i = 0; i < count; ++i) {
     const int code = codes[i] < k ? codes[i] : k - 1;
@@ -265,11 +265,11 @@ void fill_tile(const Plan& plan, int64_t place, int64_t places, int64_t column, 
   const int32_t *codebook_of = blocks.of_row, *scale_of = problem.scale_blocks.of_row;
   const int64_t k = problem.k, apart = plan.planes * M::kBlock;
   const bool in_registers = blocks.columns == 1 || blocks.width % M::kLanes == 0;
-  int32_t starts[M::kBlock];
+  int64_t starts[M::kBlock];
   int64_t start = column / blocks.width * k, left = blocks.width - column % blocks.width;
   for (int i = 0; i < count; ++i, --left) {
     if (left == 0) start += k, left = blocks.width;
-    starts[i] = static_cast<int32_t>(start);
+    starts[i] = start;
   }
   for (int64_t plane = 0; plane < plan.planes; ++plane) {
     const int64_t first = plane * plan.length + place;
