@@ -16,10 +16,11 @@
 namespace jaxquant {
 namespace {
 
-constexpr int64_t kWork = 1 << 18;   // products of a weight and a vector that are worth a task
-constexpr int64_t kMostTasks = 32;
+constexpr int64_t kWork = 1 << 18;      // weights, for eight vectors at most, that are worth a task
+constexpr int64_t kMuch = 1 << 21;      // as large as tasks grow before there are more than `kTasks`
+constexpr int64_t kTasks = 8, kMostTasks = 64;
 constexpr int kMostStreams = 16;        // rows of bytes that are read at a time, as the memory likes
-constexpr int64_t kWide = 1 << 11;      // sums of a task, in columns times vectors
+constexpr int64_t kWide = 1 << 13;      // sums of a task, in columns times vectors
 // Floats between vectors: inputs that are a power of two apart would share places of the cache.
 constexpr int64_t kApart = 80;
 
@@ -103,7 +104,8 @@ Plan plan_of(const Problem& problem, const Kernels& kernels) {
   const int64_t blocks = (problem.columns + kernels.block - 1) / kernels.block;
   const int64_t steps = (plan.length + plan.places - 1) / plan.places;
   const int64_t work = problem.rows * problem.columns * ((problem.vectors + 7) / 8);
-  const int64_t wanted = std::clamp<int64_t>(work / kWork, 1, kMostTasks);
+  const int64_t wanted = std::clamp<int64_t>(
+      work / kWork, 1, std::clamp<int64_t>(work / kMuch, kTasks, kMostTasks));
   if (problem.transposed) {
     plan.chunks = 1;
     plan.vectors = kMostSums / (kMostRows * kernels.block / 4);
@@ -116,7 +118,7 @@ Plan plan_of(const Problem& problem, const Kernels& kernels) {
     // Long rows are read faster; but each part of the rows has sums of its own.
     const int64_t fewest = (blocks + most - 1) / most;
     const int64_t of_columns =
-        std::clamp<int64_t>(problem.columns * vectors / kWide, 1, std::max(wanted, fewest));
+        std::clamp<int64_t>((problem.columns * vectors + kWide - 1) / kWide, 1, wanted);
     plan.chunks = std::max(fewest, std::min(of_columns, blocks));
     plan.blocks_of_task = (blocks + plan.chunks - 1) / plan.chunks;
     plan.chunks = (blocks + plan.blocks_of_task - 1) / plan.blocks_of_task;
