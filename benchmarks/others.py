@@ -18,12 +18,13 @@ def linear(weight: np.ndarray, x: np.ndarray) -> dict[str, Callable[[], Any]]:
     onnxruntime with weights of four bits in blocks of 32 of a column, its inputs in eight bits
     where that is faster (`accuracy_level` 4). Their weights are random where time does not tell.
     """
-    return _of_torch(weight, x) | _of_onnxruntime(*weight.shape, x)
+    rows, columns = weight.shape
+    return _of_torch(weight, x) | _of_onnxruntime(rows, columns, x)
 
 
 def _of_torch(weight: np.ndarray, x: np.ndarray) -> dict[str, Callable[[], Any]]:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         return {}
     torch.set_num_threads(common.cores())
@@ -49,8 +50,8 @@ def _of_torch(weight: np.ndarray, x: np.ndarray) -> dict[str, Callable[[], Any]]
 
 def _of_onnxruntime(rows: int, columns: int, x: np.ndarray) -> dict[str, Callable[[], Any]]:
     try:
-        import onnx
-        import onnxruntime
+        import onnx  # pyright: ignore[reportMissingImports]
+        import onnxruntime  # pyright: ignore[reportMissingImports]
     except ImportError:
         return {}
     rng = np.random.default_rng(0)
