@@ -14,6 +14,7 @@ import pytest
 from block_cases import CASES, packed_blocks
 
 import jaxquant as jq
+from jaxquant.packing.codes import pack_codes
 from jaxquant.packing.ops import choice, native, platform
 
 FOLDER = Path(native.__file__).parent
@@ -75,12 +76,33 @@ def test_blocks_are_rounded_as_the_weight_is(level, dtype):
 
 
 @needs_native
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 7), ("float16", 10)])
+def test_halves_between_two_numbers_are_rounded_to_the_even_one(level, dtype, bits):
+    halfway = 1 + np.arange(1, 8) * 2.0 ** -(bits + 1)
+    codebook = jnp.asarray(np.append(halfway, 3e-5), jnp.float32)  # the last is small for a half
+    packed = jq.PackedArray(
+        codes=pack_codes(jnp.arange(64).reshape(8, 8) % 8, 8),
+        codebook=codebook.reshape(1, 1, 8),
+        scale=jnp.ones((2, 8, 1)),
+        rows=(8,),
+        columns=(8,),
+        dtype=dtype,
+    )
+    got = native.matmul(jnp.eye(8), packed, level=level)
+    np.testing.assert_array_equal(got, np.asarray(jq.unpack(packed), np.float32))
+
+
+@needs_native
 def test_every_run_gives_the_same_bits():
     packed = packed_array(5, 1200, 900)  # several tasks
     for vectors, transposed in itertools.product((1, 9), (False, True)):
         x = np.random.default_rng(1).normal(size=(vectors, packed.shape[transposed]))
         x = jnp.asarray(x, jnp.float32)
         first = native.matmul(x, packed, transposed=transposed)
+        weight = np.asarray(jq.unpack(packed), np.float64)
+        expected = np.asarray(x, np.float64) @ (weight.T if transposed else weight)
+        np.testing.assert_allclose(first, expected, rtol=1e-3, atol=1e-3)
         for _ in range(5):
             again = native.matmul(x, packed, transposed=transposed)
             np.testing.assert_array_equal(again, first)
