@@ -24,7 +24,6 @@ class BuildNative(build_ext):
         import jaxlib  # of the build environment: it has XLA's headers
 
         include = Path(jaxlib.__file__).parent / "include"
-        extra = os.environ.get("JAXQUANT_CXXFLAGS", "").split()  # as of sanitizers
 
         def compile_one(source):
             flags = _FLAGS.get(Path(source).stem, "").split() if _X86 else []
@@ -39,7 +38,6 @@ class BuildNative(build_ext):
                     "-fvisibility=hidden",
                     "-w",
                     *flags,
-                    *extra,
                 ],
             )
 
@@ -48,7 +46,7 @@ class BuildNative(build_ext):
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
-            extra_postargs=[*extra, "-pthread"],
+            extra_postargs=["-pthread"],
             target_lang="c++",
         )
 

@@ -5,6 +5,7 @@ r"""Products with packed weights against dense ones, side by side.
     ... python -m benchmarks.matmul --shapes --conv                          # convolutions only
     ... python -m benchmarks.matmul --shapes --words                         # kernels of words only
     ... python -m benchmarks.matmul --shapes --blocks                        # by blocks only
+    ... python -m benchmarks.matmul --shapes --unpack                        # pack and unpack only
 
 For each weight [rows, columns], k and number of input vectors: milliseconds of the dense product in
 float32, of each implementation of `jaxquant.matmul` that is made for this platform, and of PyTorch
@@ -17,7 +18,8 @@ With `--conv`, the 3x3 convolutions of
 ResNet-20. With `--words`, a weight and these convolutions as words of four channels (Q-CNN): the
 float32 product, that with the unpacked kernel, and the sums of table entries. With `--blocks`, a
 weight of 4096 x 4096 by channels, groups and tiles: the float32 product, that with the weight
-unpacked, and the default. The programs take
+unpacked, and the default. With `--unpack`, packing and unpacking one, and writing so many floats.
+The programs take
 turns, so that a slow moment of the machine meets all of them; all but the first table have the
 least of all turns.
 Page faults in the memory of an unpacked weight cost more than unpacking it: the first line has
@@ -191,6 +193,18 @@ def blocks_rows(batches: list[int], turns: int) -> Iterator[list[object]]:
             ]
 
 
+def unpack_rows(turns: int, side: int = 4096, k: int = 16) -> Iterator[list[object]]:
+    """Yield a row for what goes over a whole weight: the last only writes its floats."""
+    packed = packed_weight((side, side), k)
+    made = {
+        "pack": Program(jq.pack_array, jax.jit(jq.unpack)(packed), packed.codebook),
+        "unpack": Program(jq.unpack, packed),
+        "write": Program(lambda value: jnp.broadcast_to(value, (side, side)), jnp.float32(1)),
+    }
+    for name, spent in common.in_turns(made, turns).items():
+        yield [name, f"{1e3 * statistics.median(spent):.1f}"]
+
+
 def bandwidth() -> float:
     """Return the bytes a second that are read from 512 MB by a product with one vector."""
     x = jnp.ones((2**13, 2**14))
@@ -250,6 +264,7 @@ def main() -> None:
     parser.add_argument("--conv", action="store_true", help="convolutions too")
     parser.add_argument("--words", action="store_true", help="kernels of 16, 64, 256 words too")
     parser.add_argument("--blocks", action="store_true", help="blocks of all kinds too")
+    parser.add_argument("--unpack", action="store_true", help="packing and unpacking too")
     options = parser.parse_args()
     shapes = [(int(a), int(b)) for a, b in (text.split("x") for text in options.shapes)]
     print(common.machine())
@@ -269,6 +284,8 @@ def main() -> None:
         header = ["weight", "words", "inputs", "float32, ms", "unpack, ms", "words, ms"]
         rows = words_rows([16, 64, 256], options.batch, options.turns)
         print(common.markdown([*header, "bytes / float32"], rows), flush=True)
+    if options.unpack:
+        print(common.markdown(["4096 x 4096", "ms"], unpack_rows(options.turns)), flush=True)
     if options.blocks:
         header = ["blocks", "k", "centroids", "vectors", "float32, ms", "unpack, ms", "default, ms"]
         rows = blocks_rows(options.batch, options.turns)

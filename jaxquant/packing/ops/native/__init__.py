@@ -1,4 +1,4 @@
-"""The products for CPU in C++: codes are unpacked in registers, at the speed of memory.
+"""The products for CPU in C++: codes are looked up in registers, or in the innermost cache.
 
 XLA on CPU cannot keep a table in a register; the machine can. `kernels.h` has how: a register of
 codes looks up 16 centroids at once. A custom call of XLA, compiled when the package is installed,

@@ -23,7 +23,6 @@ struct Avx2 {
   }
   static Bytes fill_bytes(uint8_t value) { return _mm256_set1_epi8(static_cast<char>(value)); }
   static Bytes both(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
-  static Bytes either(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
   // Shifts move bits between neighbouring bytes.
   template <int n>
   static Bytes shift(Bytes bytes) {
@@ -72,9 +71,6 @@ struct Avx2 {
     return _mm256_maskload_ps(from, first(count));
   }
   static void store(float* to, Floats floats) { _mm256_storeu_ps(to, floats); }
-  static void store_some(float* to, Floats floats, int count) {
-    _mm256_maskstore_ps(to, first(count), floats);
-  }
   static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
   static Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
   static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }

@@ -19,7 +19,6 @@ struct Avx512 {
   static void store_bytes(uint8_t* to, Bytes bytes) { _mm512_storeu_si512(to, bytes); }
   static Bytes fill_bytes(uint8_t value) { return _mm512_set1_epi8(static_cast<char>(value)); }
   static Bytes both(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
-  static Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
   // Shifts move bits between neighbouring bytes.
   template <int n>
   static Bytes shift(Bytes bytes) {
@@ -65,9 +64,6 @@ struct Avx512 {
     return _mm512_maskz_loadu_ps(first(count), from);
   }
   static void store(float* to, Floats floats) { _mm512_storeu_ps(to, floats); }
-  static void store_some(float* to, Floats floats, int count) {
-    _mm512_mask_storeu_ps(to, first(count), floats);
-  }
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }

@@ -606,11 +606,10 @@ void task_of_rows(const Plan& plan, int64_t number) {
       std::memset(sums, 0, sizeof(float) * static_cast<size_t>(rows * vectors * M::kLanes));
       for (int64_t column = 0; column < problem.columns; column += M::kBlock) {
         const uint8_t* bytes = problem.codes + place * problem.columns + column;
-        step<M, true, Layout>(plan,
-                      {bytes, plan.length * problem.columns,
-                       static_cast<int>(smaller(M::kBlock, problem.columns - column)),
-                       bytes + plan.places * problem.columns},  // of the next step
-                      place, places, column, vectors, x, sums);
+        const Bytes own = {bytes, plan.length * problem.columns,
+                           static_cast<int>(smaller(M::kBlock, problem.columns - column)),
+                           bytes + plan.places * problem.columns};  // of the next step
+        step<M, true, Layout>(plan, own, place, places, column, vectors, x, sums);
       }
       for (int64_t own = 0; own < vectors;) {
         const int64_t group = group_of(true, vectors - own);

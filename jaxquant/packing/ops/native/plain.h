@@ -37,10 +37,6 @@ struct Plain {
     for (int i = 0; i < kBlock; ++i) a.at[i] &= b.at[i];
     return a;
   }
-  static Bytes either(Bytes a, Bytes b) {
-    for (int i = 0; i < kBlock; ++i) a.at[i] |= b.at[i];
-    return a;
-  }
   template <int n>
   static Bytes shift(Bytes bytes) {
     constexpr int right = n > 0 ? n : 0, left = n < 0 ? -n : 0;
@@ -90,9 +86,6 @@ struct Plain {
     return floats;
   }
   static void store(float* to, Floats floats) { std::memcpy(to, floats.at, sizeof floats.at); }
-  static void store_some(float* to, Floats floats, int count) {
-    std::memcpy(to, floats.at, sizeof(float) * static_cast<size_t>(count));
-  }
   static Floats add(Floats a, Floats b) {
     for (int i = 0; i < kLanes; ++i) a.at[i] += b.at[i];
     return a;

@@ -259,7 +259,7 @@ void multiply(const Problem& problem, const Kernels& kernels, const Pool& pool) 
     own.scales = nullptr;
   }
   Plan plan = plan_of(own, kernels);
-  if (plan.digits > 1) plan.digit_tables = tables_of_digits(plan.digits, own.k);
+  if (plan.digits > 1 && plan.keys.planes == 0) plan.digit_tables = tables_of_digits(plan.digits, own.k);
   // What stands above a code is another: it shall not matter.
   const int bits = plan.digits > 1 ? DigitTables::width_of(plan.digits) : plan.bits;
   for (int i = 0; plan.from_codes && i < 256; ++i) {
