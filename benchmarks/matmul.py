@@ -64,12 +64,12 @@ IMPLEMENTATIONS = {
 class Program:
     """A compiled product and its arguments."""
 
-    def __init__(self, function: Callable[..., jax.Array], *args: Any):
+    def __init__(self, function: Callable[..., Any], *args: Any):
         """Compile the function for these arguments."""
         self.args = args
         self.compiled = jax.jit(function).lower(*args).compile()
 
-    def __call__(self) -> jax.Array:
+    def __call__(self) -> Any:
         """Run it."""
         return self.compiled(*self.args)
 
