@@ -1,6 +1,7 @@
 """Weight-clustering quantization for JAX: single- and multiple-level quantization (SLQ, MLQ)."""
 
 from jaxquant import product
+from jaxquant.calibration.calibrate import calibrate
 from jaxquant.calibration.moments import input_moments
 from jaxquant.clustering.codebooks import assign, num_centroids, reconstruct
 from jaxquant.clustering.kmeans import KMeansResult, kmeans
@@ -12,6 +13,7 @@ from jaxquant.packing.ops import conv, matmul
 from jaxquant.packing.report import LayerReport, Report, report
 from jaxquant.packing.storage import Limits, load, read_metadata, save
 from jaxquant.packing.trees import pack, unpack
+from jaxquant.rounds.calibration import Calibration
 from jaxquant.rounds.centroids import centroid_gradients, set_centroids
 from jaxquant.rounds.quantize import RoundInfo, init, quantize_round
 from jaxquant.rounds.schedules import Plan, inq, mlq, slq
@@ -22,6 +24,7 @@ from jaxquant.rounds.transforms import IncrementalState, freeze_quantized, incre
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "Clustering",
     "IncrementalState",
     "KMeansResult",
@@ -36,6 +39,7 @@ __all__ = [
     "RoundInfo",
     "Selection",
     "assign",
+    "calibrate",
     "centroid_gradients",
     "conv",
     "freeze_quantized",

@@ -53,21 +53,50 @@ def input_moments(
 
 
 def _moments(inputs: jax.Array, *, options: Windows) -> jax.Array:
-    def squares(inputs: jax.Array) -> jax.Array:
+    places = jax.eval_shape(lambda: windows(inputs, options)).shape[:-1]
+    total = sum_of_products(inputs, options)
+    return total / jnp.asarray(math.prod(places), jnp.float32)  # which may be symbolic
+
+
+def sum_of_products(
+    inputs: jax.Array, options: Windows, energies: jax.Array | None = None
+) -> jax.Array:
+    """Return the sum of `x x^T` over everything that a layer's kernel is multiplied with.
+
+    Args:
+      inputs: as of `input_moments`.
+      options: of the convolution; with an empty window those of a dense layer.
+      energies: [*places, groups] of groups of outputs; each then has its own sum, in which a place
+        counts as much as it says.
+
+    Returns:
+      [D, D] float32, or [groups, D, D].
+    """
+
+    def products(parts: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        inputs, energies = parts
         rows = windows(inputs, options)
         rows = rows.reshape(-1, rows.shape[-1])
-        return jnp.matmul(rows.T, rows, precision=_PRECISION)
+        if energies is None:
+            return jnp.matmul(rows.T, rows, precision=_PRECISION)
+        own = energies.reshape(len(rows), -1).T  # of each group: a product of matrices
+        return jax.lax.map(
+            lambda each: jnp.matmul(rows.T, rows * each[:, None], precision=_PRECISION), own
+        )
 
     shape = jax.eval_shape(lambda: windows(inputs, options)).shape
     parts = _parts(shape)
     if parts == 1:
-        total = squares(inputs)
-    else:
+        return products((inputs, energies))
+
+    def cut(x: jax.Array) -> jax.Array:
         # Every n-th entry, not a piece: where the batch is sharded, each device has its share.
-        split = jnp.moveaxis(inputs.reshape(-1, parts, *inputs.shape[1:]), 1, 0)
-        zeros = jnp.zeros((shape[-1],) * 2, jnp.float32)
-        total, _ = loops.scan(lambda sums, part: (sums + squares(part), None), zeros, split)
-    return total / jnp.asarray(math.prod(shape[:-1]), jnp.float32)  # which may be symbolic
+        return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+    split = jax.tree.map(cut, (inputs, energies))
+    zeros = jax.eval_shape(products, jax.tree.map(lambda x: x[0], split))
+    zeros = jnp.zeros(zeros.shape, jnp.float32)
+    return loops.scan(lambda sums, part: (sums + products(part), None), zeros, split)[0]
 
 
 def _parts(shape: tuple[int, ...]) -> int:

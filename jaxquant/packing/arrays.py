@@ -605,10 +605,12 @@ def is_quantized(node: Any) -> bool:
     return isinstance(node, PackedArray | ProductArray | View)
 
 
-def unpack_node(node: PackedArray | ProductArray | View) -> jax.Array:
-    """Return the weight that a node stands for."""
-    if isinstance(node, View):
-        return unpack_view(node)
-    if isinstance(node, ProductArray):
-        return compiled(unpack_product, node)
-    return unpack_array(node)
+@functools.singledispatch
+def unpack_node(node: Any) -> jax.Array:
+    """Return the weight that a node stands for; a class of nodes registers its way."""
+    raise TypeError(f"expected a packed weight, got {type(node).__name__}")
+
+
+unpack_node.register(PackedArray, unpack_array)
+unpack_node.register(View, unpack_view)
+unpack_node.register(ProductArray, functools.partial(compiled, unpack_product))

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from jaxquant.meshes import is_explicit
 from jaxquant.packing.arrays import PackedArray, View, is_quantized, unpack_node, view_of
 from jaxquant.packing.codes import packed_rows
-from jaxquant.packing.interpreter import Interpreter, Use
+from jaxquant.packing.interpreter import Interpreter, Rule, Use
 from jaxquant.packing.rules import RULES
 from jaxquant.trees import is_nnx
 
@@ -21,8 +21,8 @@ from jaxquant.trees import is_nnx
 class PackedFunction:
     """A function that also takes packed weights; made by `packed`."""
 
-    def __init__(self, function: Callable[..., Any]):
-        """Keep the function; nothing is traced yet.
+    def __init__(self, function: Callable[..., Any], rules: Mapping[str, Rule] = RULES):
+        """Keep the function and what becomes of weights in it; nothing is traced yet.
 
         Raises:
           ValueError: for a model that holds packed weights itself, which have to be an argument.
@@ -33,16 +33,14 @@ class PackedFunction:
                 "jq.packed(lambda model, *args: model(*args))(model, ...)"
             )
         functools.update_wrapper(self, function)
-        self._function = function
+        self._function, self._rules = function, rules
         self._jitted = jax.jit(self._run, static_argnums=0)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the function does of the unpacked weights, from packed ones."""
-        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=is_quantized)
-        if not any(map(is_quantized, leaves)):
+        call, arrays = call_of((args, kwargs))
+        if not any(map(is_quantized, arrays)):
             return self._function(*args, **kwargs)
-        call = _Call(structure, _constants(leaves))
-        arrays = [leaf for leaf in leaves if _is_array(leaf)]
         try:
             hash(call)
         except TypeError:  # an option that cannot be: traced at each call
@@ -54,7 +52,7 @@ class PackedFunction:
 
         Nothing is computed; arrays may be shape and dtype structs.
         """
-        pairs = _leaves_with_paths((args, kwargs))
+        pairs = leaves_as_given((args, kwargs))
         uses = self._uses(pairs, args, kwargs)
         holding = {tuple(path.split("/")[:2]) for path, leaf in pairs if is_quantized(leaf)}
         # Of a single argument that holds weights, paths are those in it; else of all arguments.
@@ -77,8 +75,20 @@ class PackedFunction:
         >>> heads.inputs({"query": jnp.ones((8, 2, 4))}, jnp.ones((3, 8)))
         {'query': 1}
         """
+        return {path: role.inputs for path, role in self.roles(params, *args, **kwargs).items()}
+
+    def roles(
+        self, params: Any, *args: Any, stacks: Iterable[str] = (), **kwargs: Any
+    ) -> dict[str, "Role"]:
+        """Return what the function's products do with weights, see `inputs`.
+
+        Args:
+          params: the first argument, which has the weights.
+          args, kwargs: the others.
+          stacks: paths of weights that are layers in a stack, beside those that a scan tells of.
+        """
         arguments = (params, *args), kwargs
-        pairs = _leaves_with_paths(arguments)
+        pairs = leaves_as_given(arguments)
         shapes = {
             path: jnp.shape(leaf) for path, leaf in pairs if path.split("/")[:2] == ["0", "0"]
         }
@@ -91,65 +101,83 @@ class PackedFunction:
             uses = self._uses(stand_ins, *arguments)
             return Uses(use for use in uses if use.path in shapes)
 
-        stacks: set[str] = set()
+        told = set(stacks)
+        known = {path for path in shapes if _shortened(path, 2) in told}
         while True:  # a scan inside of a scan shows its stacks only where the outer ones are known
-            uses = uses_with(stacks)
+            uses = uses_with(known)
             scanned = {use.path for use in uses if use.operation == "scan" and use.how == "rows"}
-            if scanned <= stacks:
+            if scanned <= known:
                 break
-            stacks |= scanned
+            known |= scanned
         found: dict[str, set[int]] = {}
         for use in uses:
             if use.summed:
-                first = int(use.path in stacks) - len(shapes[use.path])
+                first = int(use.path in known) - len(shapes[use.path])
                 first = max([first, *(axis + 1 for axis in use.shared)])
                 number = _signed(use.summed, range(first, 0))
                 found.setdefault(use.path, set()).add(number)
         return {
-            _shortened(path, 2): min(own)
+            _shortened(path, 2): Role(min(own), path in known)
             for path, own in found.items()
             if len(own) == 1 and 0 not in own
         }
 
     def _uses(self, pairs: Sequence[tuple[str, Any]], args: Any, kwargs: Any) -> "Uses":
         """Return where weights that stand for leaves of the arguments are used."""
-        structure = jax.tree.structure((args, kwargs), is_leaf=is_quantized)
+        call, _ = call_of((args, kwargs))
         uses: list[Use] = []
         views = [
             dataclasses.replace(_as_view(leaf), path=path) if is_quantized(leaf) else leaf
             for path, leaf in pairs
             if _is_array(leaf)
         ]
-        call = _Call(structure, _constants([leaf for _, leaf in pairs]))
         jax.eval_shape(functools.partial(self._run, call, uses=uses), views)
         return Uses(tuple(uses))
 
-    def _run(self, call: "_Call", values: list[Any], uses: list[Use] | None = None) -> Any:
+    def _run(self, call: "Call", values: list[Any], uses: list[Use] | None = None) -> Any:
         """Trace the function with the unpacked weights' types, and evaluate that with packed."""
         out = None
 
         def flat(*arrays: jax.Array) -> list[jax.Array]:
             nonlocal out
-            rest = iter(arrays)
-            leaves = [next(rest) if own is None else own[1] for own in call.constants]
-            args, kwargs = jax.tree.unflatten(call.structure, leaves)
+            args, kwargs = call.arguments(arrays)
             results, out = jax.tree.flatten(self._function(*args, **kwargs))
             return results
 
         views = [_as_view(value) if is_quantized(value) else value for value in values]
         types = [_unpacked_type(value) if is_quantized(value) else value for value in values]
         jaxpr = jax.make_jaxpr(flat)(*types)
-        results = Interpreter(RULES, uses).arrays(jaxpr, views)
+        results = Interpreter(self._rules, uses).arrays(jaxpr, views)
         assert out is not None
         return jax.tree.unflatten(out, results)
 
 
-class _Call(NamedTuple):
-    """What a call has beside arrays."""
+class Role(NamedTuple):
+    """What a function's products do with a weight."""
+
+    inputs: int  # how many axes they sum over: the first ones, or the last ones if negative
+    is_stack: bool  # whether axis 0, before these, is that of stacked layers
+
+
+class Call(NamedTuple):
+    """What a call has beside arrays; hashable if its constants are."""
 
     structure: Any
     # What is no array, with its type, by which 1, 1.0 and True differ; None stands for an array.
     constants: tuple[tuple[type, Any] | None, ...]
+
+    def arguments(self, arrays: Sequence[Any]) -> Any:
+        """Return the tree of arguments with such arrays."""
+        rest = iter(arrays)
+        leaves = [next(rest) if own is None else own[1] for own in self.constants]
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+def call_of(arguments: Any) -> tuple[Call, list[Any]]:
+    """Return what a tree of arguments has beside arrays, and the arrays; packed ones are whole."""
+    leaves, structure = jax.tree.flatten(arguments, is_leaf=is_quantized)
+    constants = tuple(None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
+    return Call(structure, constants), [leaf for leaf in leaves if _is_array(leaf)]
 
 
 class Uses(tuple[Use, ...]):
@@ -231,17 +259,13 @@ def _stand_in(leaf: Any, is_stack: bool) -> Any:
     return PackedArray(codes=codes, codebook=codebook, rows=rows, columns=())
 
 
-def _leaves_with_paths(tree: Any) -> list[tuple[str, Any]]:
+def leaves_as_given(tree: Any) -> list[tuple[str, Any]]:
     """Return leaves as they are flattened, with paths that end at NNX's variables."""
     pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)[0]
     paths = [jax.tree_util.keystr(key, simple=True, separator="/") for key, _ in pairs]
     if is_nnx(tree):
         paths = [path.removesuffix("/value") for path in paths]
     return list(zip(paths, (leaf for _, leaf in pairs), strict=True))
-
-
-def _constants(leaves: Sequence[Any]) -> tuple[tuple[type, Any] | None, ...]:
-    return tuple(None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
 
 
 def _is_array(leaf: Any) -> bool:

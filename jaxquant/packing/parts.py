@@ -1,6 +1,7 @@
 """Parts of a packed weight: layers and columns packed as they are, rows unpacked by themselves."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +14,11 @@ from jaxquant.packing.arrays import PackedArray, ProductArray, decoded
 from jaxquant.packing.codes import unpack_rows
 
 
-def rows_of(packed: PackedArray, numbers: jax.Array) -> jax.Array:
+@functools.singledispatch
+def rows_of(packed: PackedArray, numbers: jax.Array) -> Any:
     """Return some rows of one layer, unpacked; of the others nothing is read.
+
+    A class of weights whose rows stay what they are registers its way.
 
     Args:
       packed: without stacked layers.
@@ -42,6 +46,7 @@ def decoded_rows(packed: PackedArray, codes: jax.Array, numbers: jax.Array) -> j
     return decoded(codes, tables.codebook, tables.scale, packed.dtype)
 
 
+@functools.singledispatch
 def columns_of(packed: PackedArray, numbers: jax.Array) -> PackedArray:
     """Return some columns of a weight, packed, on one axis.
 

@@ -21,6 +21,7 @@ from jaxquant.clustering.blocks import (
     rewrite,
 )
 from jaxquant.meshes import compiled
+from jaxquant.rounds.calibration import Calibration, guided_by
 from jaxquant.rounds.cluster import ClusteredLeaf, cluster_leaf
 from jaxquant.rounds.partition import choose, priority
 from jaxquant.rounds.schedules import Plan
@@ -148,6 +149,7 @@ def quantize_round(
     *,
     sensitivity: Any = None,
     moments: Mapping[str, jax.Array] | None = None,
+    calibration: Calibration | None = None,
     key: jax.Array | None = None,
 ) -> tuple[Any, QuantState, RoundInfo]:
     """Apply row `state.round` of the plan: cluster, partition, share.
@@ -185,6 +187,7 @@ def quantize_round(
         [..., N] with D entries for each of N outputs (of the axes that the rule's `inputs` tells,
         where it does), [slices, D, D] for layers stacked along axis 0. For layers without, the
         nearest centroid. Plans of shares of clusters only.
+      calibration: from `calibrate`, in place of both.
       key: typed key, for `partition="random"` only.
 
     Returns:
@@ -201,10 +204,10 @@ def quantize_round(
     0.333
     """
     check_key(plan, key)
+    plan, sensitivity, moments = guided_by(plan, calibration, sensitivity, moments)
     given, params = params, pure(params, only_parameters=True)
     state, sensitivity = pure(state), pure(sensitivity, only_parameters=True)
     _check(plan, params, state, sensitivity)
-    moments = dict(moments or {})
     _check_moments(plan, moments)
     scales = state.scales
     if scales is None:
@@ -563,7 +566,9 @@ def _check(plan: Plan, params: Any, state: QuantState, sensitivity: Any) -> None
     trees = {"params": params} | ({} if sensitivity is None else {"sensitivity": sensitivity})
     layers = plan.selection.layers
     for name, tree in trees.items():
-        leaves = check_leaves(name, tree, [(layer.path, layer.shape) for layer in layers])
+        any_shape = name == "sensitivity"  # of what is left alone, which is not read
+        expected = [(x.path, None if x.reason and any_shape else x.shape) for x in layers]
+        leaves = check_leaves(name, tree, expected)
         prefix = "" if name == "params" else f"{name}: "
         pairs = zip(layers, leaves, strict=True)
         named = {prefix + x.path: leaf for x, leaf in pairs if x.reason is None}

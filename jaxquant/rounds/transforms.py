@@ -15,6 +15,7 @@ import optax
 from jaxquant import loops
 from jaxquant.checks import whole_number, whole_numbers
 from jaxquant.clustering.blocks import nearest
+from jaxquant.rounds.calibration import Calibration
 from jaxquant.rounds.quantize import check_key, quantize_round
 from jaxquant.rounds.quantize import init as init_quantization
 from jaxquant.rounds.schedules import Plan
@@ -225,8 +226,8 @@ def incremental(
     Returns:
       The transformation; its state is an `IncrementalState`, from which `quant_state` takes what
       `report`, `pack` and others want. `update(updates, state, params, *, sensitivity=None,
-      **extra)` needs the parameters; `sensitivity` is that of `quantize_round`, read in the updates
-      that start a round; other extra arguments go to `tx`.
+      calibration=None, **extra)` needs the parameters; `sensitivity` or `calibration` is that of
+      `quantize_round`, read in the updates that start a round; other extra arguments go to `tx`.
 
     Raises:
       ValueError: for steps that are not positive or not as many as rounds, a missing key; by
@@ -261,6 +262,7 @@ def incremental(
         params: optax.Params | None = None,
         *,
         sensitivity: Any = None,
+        calibration: Calibration | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         if params is None:
@@ -271,24 +273,23 @@ def incremental(
         jax.tree_util.tree_map_with_path(
             _check_dtype, state.quant.frozen, pure(params), pure(updates)
         )
+        guides = {"sensitivity": sensitivity, "calibration": calibration}
         if all(isinstance(leaf, jax.typing.ArrayLike) for leaf in jax.tree.leaves(extra)):
-            return compiled_step(updates, state, params, sensitivity, extra)
-        return advance(updates, state, params, sensitivity, extra)
+            return compiled_step(updates, state, params, guides, extra)
+        return advance(updates, state, params, guides, extra)
 
     def advance(
-        updates: Any, state: IncrementalState, params: Any, sensitivity: Any, extra: Any
+        updates: Any, state: IncrementalState, params: Any, guides: dict[str, Any], extra: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         own = _fitted(plan, params)
         step, quant, inner, began, skipped = state
 
         # Everything that is traced is an operand: what is closed over would look like a constant.
         def start_round(
-            updates: Any, params: Any, quant: QuantState, inner: Any, skipped: Any, sensitivity: Any
+            updates: Any, params: Any, quant: QuantState, inner: Any, skipped: Any, guides: Any
         ) -> tuple[optax.Updates, QuantState, optax.OptState, Any]:
             own_key = None if key is None else jax.random.fold_in(key, quant.round)
-            moved, new, info = quantize_round(
-                own, params, quant, sensitivity=sensitivity, key=own_key
-            )
+            moved, new, info = quantize_round(own, params, quant, key=own_key, **guides)
             trees = map(pure, (moved, params, updates))
             change = replaced(updates, jax.tree.map(_move, new.frozen, *trees))
             skipped = _skipped(own, quant.round, info.finite, skipped)
@@ -296,9 +297,9 @@ def incremental(
             return change, new, inner, skipped
 
         def train(
-            updates: Any, params: Any, quant: QuantState, inner: Any, skipped: Any, sensitivity: Any
+            updates: Any, params: Any, quant: QuantState, inner: Any, skipped: Any, guides: Any
         ) -> tuple[optax.Updates, QuantState, optax.OptState, Any]:
-            del sensitivity
+            del guides
             free, new = _update_free(tx, quant.frozen, updates, inner, params, extra)
             free = jax.tree.map(lambda new, old: new.astype(old.dtype), *map(pure, (free, updates)))
             landing = step < began + _LANDING_STEPS
@@ -319,7 +320,7 @@ def incremental(
             *(quant, skipped),
         )
         change, quant, inner, skipped = loops.cond(
-            is_start, start_round, train, updates, params, quant, inner, skipped, sensitivity
+            is_start, start_round, train, updates, params, quant, inner, skipped, guides
         )
         after: Any = optax.safe_increment(step)
         began = jnp.where(is_start, step, began)

@@ -4,6 +4,7 @@ Where a view cannot be used as it is, and has to be unpacked, the answer is None
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -175,20 +176,27 @@ def convolution(x: jax.Array, view: View, **options: Any) -> jax.Array:
 
 def cast(view: View, dtype: Any) -> View | None:
     """Return a view in another dtype, rounded as the weight would be."""
-    packed, dtype = view.packed, jnp.dtype(dtype)
+    dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         return None
-    if not _holds(dtype, packed.dtype):
-        if isinstance(packed, ProductArray):
-            packed = dataclasses.replace(packed, words=packed.words.astype(dtype))
-        elif packed.scale is None:
-            codebook = packed.codebook.astype(packed.dtype).astype(dtype)
-            packed = dataclasses.replace(packed, codebook=codebook, dtype=dtype)
-        elif _holds(packed.dtype, jnp.float32):
-            packed = packed.astype(dtype)  # codebook times scale is rounded once, from float32
-        else:
-            return None
-    return dataclasses.replace(view, packed=packed, dtype=dtype)
+    packed = view.packed if _holds(dtype, view.packed.dtype) else narrowed(view.packed, dtype)
+    return None if packed is None else dataclasses.replace(view, packed=packed, dtype=dtype)
+
+
+@functools.singledispatch
+def narrowed(packed: PackedArray, dtype: Any) -> Any:
+    """Return a weight rounded to a dtype, packed; None where it cannot be, so."""
+    if packed.scale is None:
+        codebook = packed.codebook.astype(packed.dtype).astype(dtype)
+        return dataclasses.replace(packed, codebook=codebook, dtype=dtype)
+    if _holds(packed.dtype, jnp.float32):
+        return packed.astype(dtype)  # codebook times scale is rounded once, from float32
+    return None
+
+
+@narrowed.register
+def _(packed: ProductArray, dtype: Any) -> ProductArray:
+    return dataclasses.replace(packed, words=packed.words.astype(dtype))
 
 
 def _holds(wide: Any, narrow: Any) -> bool:
@@ -240,6 +248,8 @@ def take(view: View, axis: int, numbers: jax.Array) -> View | jax.Array | None:
         rows = jax.vmap(lambda packed: rows_of(packed, places))(view.packed)
     else:
         rows = rows_of(view.packed, places)
+    if not isinstance(rows, jax.Array):
+        return _renewed(view, rows, axis, part, numbers.shape, rest)
     axes = _renumbered(view, axis, ROWS, flat.shape, rest)
     shown = seen(rows, axes).astype(view.dtype)
     return shown.reshape(*shown.shape[:axis], *numbers.shape, *shown.shape[axis + 1 :])
@@ -247,17 +257,19 @@ def take(view: View, axis: int, numbers: jax.Array) -> View | jax.Array | None:
 
 def nan_unless(flag: jax.Array, view: View) -> View:
     """Return a view of a weight that is all NaN unless a flag is set."""
+    return dataclasses.replace(view, packed=kept_if(view.packed, flag))
+
+
+@functools.singledispatch
+def kept_if(packed: PackedArray, flag: jax.Array) -> Any:
+    """Return a weight where a flag is set, else NaN everywhere."""
 
     def kept(table: jax.Array) -> jax.Array:
         return jnp.where(flag, table, jnp.asarray(jnp.nan, table.dtype))
 
-    packed: Any = view.packed
-    changed = (
-        {"codebook": kept(packed.codebook)}
-        if packed.scale is None
-        else {"scale": kept(packed.scale)}
-    )
-    return dataclasses.replace(view, packed=dataclasses.replace(packed, **changed))
+    if packed.scale is None:
+        return dataclasses.replace(packed, codebook=kept(packed.codebook))
+    return dataclasses.replace(packed, scale=kept(packed.scale))
 
 
 def _others(view: View, axis: int, part: str) -> list[Piece]:

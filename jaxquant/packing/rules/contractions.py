@@ -46,5 +46,6 @@ def convolve(
     x, view = operands
     if is_view(x) or not is_view(view):
         return None
-    interpreter.note(view, equation.primitive.name, "convolution")
+    _, *summed = equation.params["dimension_numbers"].rhs_spec
+    interpreter.note(view, equation.primitive.name, "convolution", 0, summed)
     return [general.convolution(x, view, **equation.params)]

@@ -1,0 +1,70 @@
+"""What calibration tells a round of quantization about the weights."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from jaxquant.rounds.schedules import Plan
+from jaxquant.rounds.selection import Layer
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("sensitivity", "moments"),
+    meta_fields=("input_axes",),
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What `jaxquant.calibrate` found; a pytree, for `quantize_round` and `incremental`.
+
+    Attributes:
+      sensitivity: tree like the parameters, float32, how much a squared change of each weight
+        matters; scalar zeros where nothing is quantized. None if it was not asked for.
+      moments: of what a weight is multiplied with, by path: [D, D] float32, [layers, D, D] of
+        stacked layers; guided ones of several groups of outputs [..., groups, D, D].
+      input_axes: how many axes products with a weight sum over, by path, as pairs.
+    """
+
+    sensitivity: Any
+    moments: dict[str, jax.Array]
+    input_axes: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """How many axes products with a weight sum over, by path: for `pack(..., inputs=...)`."""
+        return dict(self.input_axes)
+
+
+def guided_by(
+    plan: Plan,
+    calibration: Calibration | None,
+    sensitivity: Any,
+    moments: Mapping[str, jax.Array] | None,
+) -> tuple[Plan, Any, dict[str, jax.Array]]:
+    """Return a plan whose layers know their inputs, and the sensitivity and the moments of a round.
+
+    Raises:
+      ValueError: if calibration and one of the others are given.
+    """
+    if calibration is None:
+        return plan, sensitivity, dict(moments or {})
+    if sensitivity is not None or moments is not None:
+        raise ValueError("expected calibration, or sensitivity and moments, got both")
+    if not isinstance(calibration, Calibration):
+        raise ValueError(
+            f"expected a Calibration from jq.calibrate, got a {type(calibration).__name__}"
+        )
+    inputs = calibration.inputs
+
+    def told(layer: Layer) -> Layer:
+        own = layer.inputs if layer.inputs is not None else inputs.get(layer.path)
+        return dataclasses.replace(layer, inputs=own)
+
+    selection = dataclasses.replace(plan.selection, layers=tuple(map(told, plan.selection.layers)))
+    selected = {layer.path for layer in selection.selected}
+    own = {path: x for path, x in calibration.moments.items() if path in selected}
+    plan = dataclasses.replace(plan, selection=selection)
+    return plan, calibration.sensitivity, own if plan.shares_of == "clusters" else {}
