@@ -1,6 +1,7 @@
 """Weight-clustering quantization for JAX: single- and multiple-level quantization (SLQ, MLQ)."""
 
 from jaxquant import product
+from jaxquant.calibration.allocate import Allocation, allocate
 from jaxquant.calibration.calibrate import calibrate
 from jaxquant.calibration.moments import input_moments
 from jaxquant.clustering.codebooks import assign, num_centroids, reconstruct
@@ -24,6 +25,7 @@ from jaxquant.rounds.transforms import IncrementalState, freeze_quantized, incre
 __version__ = "0.1.0"
 
 __all__ = [
+    "Allocation",
     "Calibration",
     "Clustering",
     "IncrementalState",
@@ -38,6 +40,7 @@ __all__ = [
     "Report",
     "RoundInfo",
     "Selection",
+    "allocate",
     "assign",
     "calibrate",
     "centroid_gradients",

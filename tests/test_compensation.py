@@ -109,7 +109,7 @@ def test_the_error_is_a_fraction_of_the_nearest_centroids():
         errors(moved.weights, weights, moments).sum()
         < errors(found.weights, weights, moments).sum()
     )
-    assert float(moved.centroids[1]) == 0.0
+    assert float(moved.codebook[1]) == 0.0
 
 
 def test_small_layers_come_near_the_best_of_all_choices():
@@ -156,8 +156,8 @@ def test_what_compensation_promises(seed, share, refit, dead):
     movable = OUTER & refit
     found = jax.tree.map(np.asarray, quick(weights, frozen, CENTROIDS, movable, moments))
     np.testing.assert_array_equal(found.weights[frozen], weights[frozen])
-    np.testing.assert_array_equal(found.centroids[~movable], CENTROIDS[~movable])
-    np.testing.assert_array_equal(found.weights[~frozen], found.centroids[found.codes[~frozen]])
+    np.testing.assert_array_equal(found.codebook[~movable], CENTROIDS[~movable])
+    np.testing.assert_array_equal(found.weights[~frozen], found.codebook[found.codes[~frozen]])
     nearest = errors(with_nearest(weights, frozen), weights, moments)
     got = errors(found.weights, weights, moments)
     assert got.sum() <= nearest.sum() * (1 + 1e-3) + 1e-9
@@ -178,7 +178,7 @@ def test_moments_that_say_nothing_leave_the_nearest_centroid():
         moments = np.full((30, 30), value, np.float32)
         found = quick(weights, np.zeros(weights.shape, bool), CENTROIDS, OUTER, moments)
         np.testing.assert_array_equal(found.codes, nearest_codes(weights))
-        np.testing.assert_array_equal(found.centroids, CENTROIDS)
+        np.testing.assert_array_equal(found.codebook, CENTROIDS)
 
 
 # Blocks -------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def by_block(errors, numbers):
 
 def least_squares(weights, frozen, found, numbers, movable, moments):
     """Return the least error of any centroids that may move, under the codes that were found."""
-    slots = for_each(numbers, np.arange(found.centroids.size).reshape(movable.shape), weights.shape)
+    slots = for_each(numbers, np.arange(found.codebook.size).reshape(movable.shape), weights.shape)
     slots = np.take_along_axis(slots, found.codes[..., None].astype(int), -1)[..., 0]
     moves = ~frozen & movable.reshape(-1)[slots]
     root = np.linalg.cholesky(moments.astype(np.float64)).T
@@ -236,8 +236,8 @@ def test_what_compensation_promises_of_blocks(seed, numbers, share, refit):
     frozen = np.random.default_rng(seed).random(weights.shape) < share
     found = jax.tree.map(np.asarray, quick(weights, frozen, tables, movable, moments))
     np.testing.assert_array_equal(found.weights[frozen], weights[frozen])
-    np.testing.assert_array_equal(found.centroids[~movable], tables[~movable])
-    own = for_each(numbers, found.centroids, weights.shape)
+    np.testing.assert_array_equal(found.codebook[~movable], tables[~movable])
+    own = for_each(numbers, found.codebook, weights.shape)
     shared = np.take_along_axis(own, found.codes[..., None].astype(int), -1)[..., 0]
     np.testing.assert_array_equal(found.weights[~frozen], shared[~frozen])
     near = nearest_of(weights, for_each(numbers, tables, weights.shape))
@@ -259,7 +259,7 @@ def test_outputs_with_codebooks_of_their_own_are_layers_of_their_own():
         weights[:, :, None], frozen[:, :, None], tables[0], movable[0], moments
     )
     np.testing.assert_allclose(found.weights, alone.weights[..., 0].T, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(found.centroids[0], alone.centroids, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.codebook[0], alone.codebook, rtol=1e-4, atol=1e-6)
 
 
 def test_kernels_are_cut_along_each_of_their_axes():
@@ -275,7 +275,7 @@ def test_kernels_are_cut_along_each_of_their_axes():
         weights.reshape(shape), frozen.reshape(shape), tables[:, None], movable[:, None], moments
     )
     np.testing.assert_allclose(kernel.weights.reshape(20, 6), found.weights, rtol=1e-6)
-    np.testing.assert_allclose(kernel.centroids[:, 0], found.centroids, rtol=1e-6)
+    np.testing.assert_allclose(kernel.codebook[:, 0], found.codebook, rtol=1e-6)
 
 
 def test_small_layers_in_groups_come_near_the_best_of_all_choices():
@@ -315,8 +315,8 @@ def test_moved_centroids_are_rounded_to_their_dtype_and_gain_all_the_same():
         tables, movable = make_codebooks((4, 3), seed)
         narrow = jnp.asarray(tables, jnp.float8_e4m3fn)
         found = quick(weights, np.zeros(weights.shape, bool), narrow, movable, moments)
-        assert found.centroids.dtype == narrow.dtype
-        wide, start = (np.asarray(x.astype(jnp.float32)) for x in (found.centroids, narrow))
+        assert found.codebook.dtype == narrow.dtype
+        wide, start = (np.asarray(x.astype(jnp.float32)) for x in (found.codebook, narrow))
         assert np.any(wide != start)
         own = for_each((4, 3), wide, weights.shape)
         np.testing.assert_array_equal(found.weights, nearest_of(np.asarray(found.weights), own))
@@ -336,20 +336,138 @@ def test_least_squares_that_lose_by_rounding_are_not_taken():
         jnp.zeros(moments.shape),
         jnp.arange(20, dtype=jnp.int32) // 5,
         jnp.asarray(movable),
+        jnp.bool_(False),
     )
     near = nearest_of(weights, for_each((4, 3), tables, weights.shape))
-    start = compensation._Found(jnp.asarray(near), jnp.asarray(tables))
-    solved = compensation._least_squares(layer, start, jnp.float32)
+    start = compensation._Found(jnp.asarray(near), jnp.asarray(tables), jnp.ones((4, 3, 1)))
+    codes = compensation._codes(layer, start)
+    solved = compensation._refit_codebook(layer, start, codes, jnp.dtype(jnp.float32))
     before, best, after = (
         by_block(errors(found.weights, weights, moments), (4, 3))
         for found in (
             start,
             solved,
-            compensation._least_squares(layer, solved, jnp.float8_e5m2),
+            compensation._refit_codebook(layer, solved, codes, jnp.dtype(jnp.float8_e5m2)),
         )
     )
     assert np.all(best < 0.99 * before)
     assert np.all(after <= best)
+
+
+# Scales -------------------------------------------------------------------------------------------
+
+
+def make_scales(numbers, seed=0):
+    """Return a scale for each block, and a codebook that all share."""
+    rng = np.random.default_rng(seed)
+    scale = rng.uniform(0.5, 1.5, (*numbers, 1)).astype(np.float32)
+    return np.array([[[-0.12, -0.03, 0.0, 0.05, 0.1]]], np.float32), scale
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    numbers=st.sampled_from(NUMBERS),
+    share=st.sampled_from([0.0, 0.3]),
+    refit=st.booleans(),
+)
+def test_what_compensation_promises_of_scaled_blocks(seed, numbers, share, refit):
+    weights, moments = make_layer(20, 6, seed)
+    codebook, scale = make_scales(numbers, seed)
+    movable = (codebook != 0) & refit
+    frozen = np.random.default_rng(seed).random(weights.shape) < share
+    found = jax.tree.map(np.asarray, quick(weights, frozen, codebook, movable, moments, scale))
+    np.testing.assert_array_equal(found.weights[frozen], weights[frozen])
+    np.testing.assert_array_equal(found.codebook[~movable], codebook[~movable])
+    if not refit:
+        np.testing.assert_array_equal(found.scale, scale)
+    assert np.all(found.scale > 0)
+    own = for_each(numbers, found.codebook * found.scale, weights.shape)
+    shared = np.take_along_axis(own, found.codes[..., None].astype(int), -1)[..., 0]
+    np.testing.assert_array_equal(found.weights[~frozen], shared[~frozen])
+    near = nearest_of(weights, for_each(numbers, codebook * scale, weights.shape))
+    before = errors(np.where(frozen, weights, near), weights, moments)
+    after = errors(found.weights, weights, moments)
+    assert after.sum() <= (1 + 1e-3) * before.sum() + 1e-9
+    if not refit:
+        assert np.all(after <= (1 + 1e-3) * before + 1e-9)
+
+
+@pytest.mark.parametrize("numbers", [(1, 6), (4, 3)])
+def test_scales_end_at_the_least_squares_of_their_codes(numbers):
+    for seed in range(5):
+        weights, moments = make_layer(20, 6, seed)
+        codebook, scale = make_scales(numbers, seed)
+        frozen = np.random.default_rng(seed).random(weights.shape) < 0.2
+        args = weights, frozen, codebook, codebook != 0, moments, scale
+        found = jax.tree.map(np.asarray, quick(*args))
+        rows, columns = (
+            np.arange(n) // (n // number) for n, number in zip(weights.shape, numbers, strict=True)
+        )
+        blocks = rows[:, None] * numbers[1] + columns[None]
+        units = np.where(frozen, 0, found.codebook.reshape(-1)[found.codes])
+        members = units[..., None] * (blocks[..., None] == np.arange(np.prod(numbers)))
+        root = np.linalg.cholesky(moments.astype(np.float64)).T
+        answers = np.einsum("ij,jns->ins", root, members).reshape(weights.size, -1)
+        rest = (root @ np.where(frozen, 0, weights)).reshape(-1)
+        best = np.linalg.lstsq(answers, rest, rcond=None)[0]
+        least = np.sum(np.square(rest - answers @ best))
+        ratio = errors(found.weights, weights, moments).sum() / least
+        assert 1 - 1e-3 < ratio < 1.01
+
+
+def test_shared_codebooks_and_scales_gain_more_together():
+    weights, moments = make_layer(144, 16)
+    codebook, scale = make_scales((1, 16))
+    frozen = np.zeros(weights.shape, bool)
+
+    def error(movable, scale):
+        found = quick(weights, frozen, codebook, movable, moments, scale)
+        return errors(found.weights, weights, moments).sum()
+
+    fixed = error(np.zeros(codebook.shape, bool), scale)
+    assert error(codebook != 0, scale) < 0.8 * fixed
+
+
+def test_moved_scales_are_rounded_to_their_dtype():
+    weights, moments = make_layer(20, 6)
+    codebook, scale = make_scales((1, 6))
+    frozen = np.zeros(weights.shape, bool)
+    narrow = jnp.asarray(scale, jnp.bfloat16)
+    found = quick(weights, frozen, codebook, codebook != 0, moments, narrow)
+    assert found.scale.dtype == jnp.bfloat16
+    assert jnp.any(found.scale != narrow)
+    own = for_each((1, 6), found.codebook * found.scale.astype(jnp.float32), weights.shape)
+    np.testing.assert_array_equal(found.weights, nearest_of(np.asarray(found.weights), own))
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "dtype"),
+    [
+        ((20, 6), (-1, 1), None),
+        ((20, 6), (5, 1), "bfloat16"),
+        ((3, 20, 6), (1, 10, 2), None),
+        ((20, 6), (5, 2), "int8"),  # whose codebook stays
+    ],
+)
+def test_rounds_keep_scaled_weights_on_their_codebook_and_gain(shape, block, dtype):
+    weights, moments = make_layer(20, shape[-1])
+    if len(shape) == 3:
+        weights = np.stack([weights, 2 * weights, -weights])
+        moments = np.stack(3 * [moments])
+    params = {"w": jnp.asarray(weights)}
+    rule = jq.LayerRule("w", k=4, block=block, scaled=True, centroid_dtype=dtype)
+    plan = jq.slq(params, rounds=(4,), rules=[rule])
+    state = jq.init(plan, params)
+    near, *_ = one_round(plan, params, state)
+    new, state, _ = one_round(plan, params, state, moments={"w": jnp.asarray(moments)})
+    assert all(jax.tree.leaves(jq.is_on_codebook(new, state)))
+    np.testing.assert_array_equal(jq.unpack(jq.pack(new, state))["w"], new["w"])
+    layers = zip(*(x.reshape(-1, 20, 6) for x in (new["w"], near["w"], weights)), strict=True)
+    for after, before, own in layers:
+        own_moments = moments.reshape(-1, 20, 20)[0]
+        gained = errors(after, own, own_moments).sum() / errors(before, own, own_moments).sum()
+        assert gained < 0.9
 
 
 @pytest.mark.slow
@@ -570,8 +688,8 @@ def test_a_round_moves_the_centroids_that_are_neither_pinned_nor_frozen():
         matrix, jnp.zeros(matrix.shape, bool), centroids, centroids != 0, moments["b/kernel"]
     )
     np.testing.assert_allclose(got["b"]["kernel"], found.weights, rtol=1e-5)
-    np.testing.assert_allclose(state.codebooks["b"]["kernel"], found.centroids, rtol=1e-5)
-    assert np.any(found.centroids != centroids)
+    np.testing.assert_allclose(state.codebooks["b"]["kernel"], found.codebook, rtol=1e-5)
+    assert np.any(found.codebook != centroids)
 
 
 @pytest.mark.slow

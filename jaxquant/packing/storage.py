@@ -29,6 +29,7 @@ from jaxquant.packing.arrays import (
     is_packed,
     is_product,
     is_quantized,
+    table_bytes,
     with_block_axes,
 )
 from jaxquant.packing.codes import pack_codes, packed_rows, unpack_codes
@@ -315,15 +316,9 @@ def _codes_by_model(packed: PackedArray) -> np.ndarray:
 
 
 def _compress(codes: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the words of the range coder, and the frequencies [models, k] it needs to decode.
-
-    One model for all stacked layers, or one for each, whichever takes less.
-    """
-    counts = np.stack([np.bincount(row, minlength=k) for row in codes]).reshape(-1, k)
-    tables = np.stack([_frequencies(row) for row in counts]).reshape(-1, k)
-    shared = _frequencies(counts.sum(axis=0))[None]
-    if _bits(counts.sum(axis=0, keepdims=True), shared) <= _bits(counts, tables):
-        codes, tables = codes.reshape(1, -1), shared
+    """Return the words of the range coder, and the frequencies [models, k] it needs to decode."""
+    tables, _ = _best_tables(codes, k)
+    codes = codes.reshape(len(tables), -1)
     coder, models = _range_coder().stack.AnsCoder(), _models(tables)
     if k > 1:
         for row, model in zip(codes[::-1], models[::-1], strict=True):
@@ -331,6 +326,25 @@ def _compress(codes: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
             for start in reversed(starts):  # a stack: what goes in last comes out first
                 coder.encode_reverse(row[start : start + _CHUNK].astype(np.int32), model)
     return np.asarray(coder.get_compressed(), np.uint32), tables.astype(np.uint16)
+
+
+def _best_tables(codes: np.ndarray, k: int) -> tuple[np.ndarray, float]:
+    """Return the frequencies [models, k] by which codes are coded, and the bits that both take.
+
+    One model for all stacked layers, or one for each, whichever takes less.
+    """
+    counts = np.stack([np.bincount(row, minlength=k) for row in codes]).reshape(-1, k)
+    tables = np.stack([_frequencies(row) for row in counts]).reshape(-1, k)
+    shared = _frequencies(counts.sum(axis=0))[None]
+    bits, shared_bits = _bits(counts, tables), _bits(counts.sum(axis=0, keepdims=True), shared)
+    return (shared, shared_bits) if shared_bits <= bits else (tables, bits)
+
+
+def stored_bytes(packed: PackedArray) -> int:
+    """Return the bytes that a weight takes in a file, but for its entry in the manifest."""
+    packed = with_block_axes(packed)
+    _, bits = _best_tables(_codes_by_model(packed), packed.k)
+    return math.ceil(bits / 8) + table_bytes(packed.codebook, packed.scale)
 
 
 def _frequencies(counts: np.ndarray) -> np.ndarray:

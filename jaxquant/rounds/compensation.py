@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant import loops
-from jaxquant.clustering.blocks import assigned, nearest, numbers_of
+from jaxquant.clustering.blocks import assigned, centroids_of, nearest, numbers_of
 from jaxquant.clustering.codebooks import MOST_COMPARES, last_below_middles
 
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -22,6 +22,7 @@ _PASSES = 4  # over the weights, each with the centroids refitted to the codes o
 _SWEEPS = 4  # of coordinate descent on the codes
 _BLOCK = 64  # rows whose changes reach the others in one product of matrices
 _GAIN = 1e-4  # of the error: what a step of least squares has to gain for another
+_SCALE_STEPS = 8  # of least squares for scales, of which those of an output meet in its answers
 _MEMBERS = 2**12  # of a partial sum: float32 keeps its digits, and a GPU does not wait for one cell
 
 
@@ -30,15 +31,17 @@ class Compensated(NamedTuple):
 
     weights: jax.Array  # [..., N] float32
     codes: jax.Array  # [..., N] of the centroids; says something where a weight was frozen
-    centroids: jax.Array  # [*numbers, k] or [k], of the dtype that they had
+    codebook: jax.Array  # [*numbers, k] or [k], of the dtype that it had
+    scale: jax.Array | None  # [*numbers, 1] or [1], of the dtype that it had
 
 
 def compensate(
     weights: jax.Array,
     frozen: jax.Array,
-    centroids: jax.Array,
+    codebook: jax.Array,
     movable: jax.Array,
     moments: jax.Array,
+    scale: jax.Array | None = None,
 ) -> Compensated:
     """Freeze all that is free of a layer such that its answers change least.
 
@@ -49,27 +52,30 @@ def compensate(
        Brain Surgeon in the order of GPTQ, the inputs of most energy first (Frantar et al., "GPTQ",
        ICLR 2023; "Optimal Brain Compression", NeurIPS 2022). An output that would answer worse than
        it does, at first with the nearest centroids, stays as it is.
-    2. The movable centroids go to the least squares of these codes, and 1. begins again with them,
-       a few times.
-    3. Coordinate descent: each weight to the best centroid given all others, and the centroids once
-       more to the least squares.
+    2. The movable centroids go to the least squares of these codes, then the scales, and 1. begins
+       again with them, a few times.
+    3. Coordinate descent: each weight to the best centroid given all others, and the centroids and
+       scales once more to the least squares.
 
     So the error is never above that of the nearest centroids, but for rounding: of every output
     where no centroid moves, else of all outputs together that share codebooks. Weights that are
     frozen already keep their value and take part in nothing. An input keeps the codebooks of its
     block, whenever its turn comes; blocks along outputs are layers of their own.
 
-    The least squares are conjugate gradients, at most k steps of them: with one block of inputs
-    that is all it takes, of several blocks each step gains.
+    The least squares are conjugate gradients, at most k steps of them for centroids: with one block
+    of inputs that is all it takes, of several blocks each step gains.
 
     Args:
       weights: [..., N] floating point, the leaf as it is: D inputs (channels, or window positions
         by channels) of N outputs.
       frozen: [..., N] bool.
-      centroids: [*numbers, k] of the leaf's blocks, or [k] of a single one; floating point. Moved
-        centroids are rounded to this dtype.
-      movable: bool, like `centroids`: those that may change, without members so far.
+      codebook: [*numbers, k] of the leaf's blocks, or [k] of a single one; floating point. Moved
+        centroids are rounded to this dtype. Beside scales with a one in place of a number along
+        axes whose blocks share it: along all of inputs, or none.
+      movable: bool, like `codebook`: those that may change, without members so far.
       moments: [D, D] float32, symmetric.
+      scale: [*numbers, 1] of each block, what its codebook is times; it moves where all centroids
+        do that are not zero. Moved ones are rounded to its dtype. None stands for ones.
 
     Returns:
       Compensated. Cost O(D**2 N) for each of a few passes, of k more at most where centroids may
@@ -86,9 +92,9 @@ def compensate(
     [[0.0], [1.0]]
     """
     shape, inputs = weights.shape, math.prod(weights.shape[:-1])
-    numbers = numbers_of(centroids.shape, shape)
-    original = weights.astype(jnp.float32)
-    tables = centroids.astype(jnp.float32)
+    original, k = weights.astype(jnp.float32), codebook.shape[-1]
+    tables = centroids_of(codebook, scale, jnp.float32)
+    numbers = numbers_of(tables.shape, shape)
     start = jnp.where(frozen, original, nearest(original, tables))
     order = jnp.argsort(jnp.diag(moments), descending=True)
     padding = -inputs % _BLOCK  # with inputs that are always zero and weights that are frozen
@@ -97,6 +103,10 @@ def compensate(
         x = x.reshape(inputs, *x.shape[len(shape) - 1 :])[order]
         return jnp.pad(x, ((0, padding), *[(0, 0)] * (x.ndim - 1)), constant_values=fill)
 
+    def by_blocks(table: jax.Array) -> jax.Array:
+        """Return a table with one axis for the blocks of inputs, and one for those of outputs."""
+        return table.reshape(-1, table.shape[-2] if table.ndim > 1 else 1, table.shape[-1])
+
     sorted_moments = jnp.pad(moments[order][:, order], ((0, padding), (0, padding)))
     layer = _Layer(
         rows(original),
@@ -104,21 +114,39 @@ def compensate(
         sorted_moments,
         _spreading(sorted_moments),
         rows(jnp.asarray(_groups(shape, numbers), jnp.int32)),
-        movable.reshape(-1, numbers[-1], movable.shape[-1]),
+        by_blocks(movable),
+        jnp.bool_(scale is not None) & jnp.all(movable | (codebook == 0)),
     )
-    found = _Found(rows(start), tables.reshape(layer.movable.shape))
+    scales = jnp.ones((1, 1, 1)) if scale is None else by_blocks(scale).astype(jnp.float32)
+    scales = jnp.broadcast_to(scales, (math.prod(numbers[:-1]), numbers[-1], 1))
+    dtypes = codebook.dtype, jnp.float32 if scale is None else scale.dtype
+    found = _Found(rows(start), by_blocks(codebook).astype(jnp.float32), scales)
 
     def again(_: int, best: _Found) -> _Found:
-        best = _better(layer, _by_input(layer, best.centroids), best)
-        return _refit(layer, best, centroids.dtype)
+        best = _better(layer, _by_input(layer, best), best)
+        return _refit(layer, best, *dtypes)
 
     passes = jnp.where(jnp.any(movable), _PASSES, 1)  # under the same centroids all are the same
     found = loops.fori_loop(0, passes, again, found)
-    found = _refit(layer, _better(layer, _descend(layer, found), found), centroids.dtype)
+    found = _refit(layer, _better(layer, _descend(layer, found), found), *dtypes)
     new = found.weights[:inputs][jnp.argsort(order)].reshape(shape)
-    tables = found.centroids.reshape(centroids.shape)
-    codes = assigned(new, tables)
-    return Compensated(new, codes, jnp.where(movable, tables.astype(centroids.dtype), centroids))
+    codes = assigned(
+        new, found.tables.reshape(*numbers, k) if tables.ndim > 1 else found.tables[0, 0]
+    )
+    moved = found.codebook.reshape(codebook.shape).astype(codebook.dtype)
+    return Compensated(
+        new,
+        codes,
+        jnp.where(movable, moved, codebook),
+        None if scale is None else _moved_scale(layer, found.scale, scale),
+    )
+
+
+def _moved_scale(layer: "_Layer", new: jax.Array, scale: jax.Array) -> jax.Array:
+    """Return scales in the shape and the dtype that they had."""
+    if new.size != scale.size:  # one for all blocks, which does not move
+        return scale
+    return jnp.where(layer.scale_moves, new.reshape(scale.shape).astype(scale.dtype), scale)
 
 
 class _Layer(NamedTuple):
@@ -129,12 +157,19 @@ class _Layer(NamedTuple):
     moments: jax.Array  # [D, D]
     spreading: jax.Array  # [D, D], above the diagonal: what later inputs take over from an input
     groups: jax.Array  # [D] int32, which of the R blocks of inputs an input is of
-    movable: jax.Array  # [R, C, k]
+    movable: jax.Array  # like the codebook
+    scale_moves: jax.Array  # []
 
 
 class _Found(NamedTuple):
     weights: jax.Array  # [D, N], those that were free on a centroid of their block
-    centroids: jax.Array  # [R, C, k] float32
+    codebook: jax.Array  # [R, C, k] float32, or [1, 1, k] of all blocks
+    scale: jax.Array  # [R, C, 1] float32
+
+    @property
+    def tables(self) -> jax.Array:
+        """The centroids of each block, [R, C, k]."""
+        return self.codebook * self.scale
 
 
 def _groups(shape: tuple[int, ...], numbers: tuple[int, ...]) -> np.ndarray:
@@ -252,9 +287,9 @@ def _look_up(row: jax.Array, group: jax.Array, bounds: jax.Array, results: jax.A
     return found.reshape(outputs)
 
 
-def _by_input(layer: _Layer, centroids: jax.Array) -> _Found:
+def _by_input(layer: _Layer, found: _Found) -> _Found:
     """Freeze one input's weights after the other; those that come later make up for them."""
-    tables = _tables(centroids)
+    tables = _tables(found.tables)
 
     def step(weights: jax.Array, frozen: jax.Array, group: jax.Array) -> tuple[jax.Array, ...]:
         near = _look_up(weights, group, tables.bounds, tables.values)
@@ -263,7 +298,7 @@ def _by_input(layer: _Layer, centroids: jax.Array) -> _Found:
 
     rows = (layer.frozen, layer.groups)
     weights = _by_rows(step, layer.spreading, layer.weights, ~layer.frozen, rows)[0]
-    return _Found(weights, centroids)
+    return found._replace(weights=weights)
 
 
 def _error(layer: _Layer, found: _Found) -> jax.Array:
@@ -278,27 +313,113 @@ def _better(layer: _Layer, new: _Found, old: _Found) -> _Found:
     return old._replace(weights=jnp.where(better, new.weights, old.weights))
 
 
-def _refit(layer: _Layer, found: _Found, dtype: jnp.dtype) -> _Found:
-    """Move the movable centroids, if any, to the least squares of these codes; others stay."""
+def _refit(
+    layer: _Layer, found: _Found, dtype: jnp.dtype, scale_dtype: jax.typing.DTypeLike
+) -> _Found:
+    """Move the movable centroids, then the scales, to the least squares of these codes, if any."""
 
     def refit(found: _Found) -> _Found:
-        return _least_squares(layer, found, dtype)
+        codes = _codes(layer, found)
+        found = _refit_codebook(layer, found, codes, dtype)
+        return loops.cond(
+            layer.scale_moves,
+            lambda found: _refit_scale(layer, found, codes, scale_dtype),
+            lambda found: found,
+            found,
+        )
 
     return loops.cond(jnp.any(layer.movable), refit, lambda found: found, found)
 
 
-def _least_squares(layer: _Layer, found: _Found, dtype: jnp.dtype) -> _Found:
-    """Solve for the movable centroids of each block of outputs by conjugate gradients."""
-    count = layer.movable.size
-    _, blocks, k = layer.movable.shape
-    slots = _slots(layer, found)
-    moves = slots < count
+def _refit_codebook(layer: _Layer, found: _Found, codes: jax.Array, dtype: jnp.dtype) -> _Found:
+    """Return the least squares of the movable centroids, rounded to their dtype."""
+    shape, shared = found.tables.shape, found.codebook.shape != found.tables.shape
+    slots = _slots(layer, codes, shape)
+    movable = jnp.broadcast_to(layer.movable, shape).reshape(-1)
+    moves = ~layer.frozen & movable.at[slots].get(mode="promise_in_bounds")
+    slots = jnp.where(moves, slots, movable.size)
 
-    def weights_of(centroids: jax.Array) -> jax.Array:
-        return centroids.reshape(-1).at[slots].get(mode="fill", fill_value=0.0)
+    def weights_of(codebook: jax.Array) -> jax.Array:
+        tables = (codebook * found.scale).reshape(-1)
+        return tables.at[slots].get(mode="fill", fill_value=0.0)
+
+    def sums(x: jax.Array, scale: jax.Array) -> jax.Array:
+        """Return the sum over the weights of each centroid that moves, like the codebook."""
+        own = _sums(shape, slots, x) * scale
+        return jnp.sum(own, axis=(0, 1), keepdims=True) if shared else own
+
+    energies = jnp.broadcast_to(jnp.diag(layer.moments)[:, None], slots.shape)
+    system = _System(
+        weights_of,
+        lambda x: sums(x, found.scale),
+        sums(energies, jnp.square(found.scale)),
+        steps=shape[-1],
+    )
+    codebook = _least_squares(layer, found, found.codebook, system)
+    codebook = codebook.astype(dtype).astype(jnp.float32)
+    codebook = jnp.where(layer.movable, codebook, found.codebook)
+    weights = jnp.where(moves, weights_of(codebook), found.weights)
+    new = found._replace(weights=weights, codebook=codebook)
+    return _better_blocks(layer, new, found, codebook.shape[1])
+
+
+def _refit_scale(
+    layer: _Layer, found: _Found, codes: jax.Array, dtype: jax.typing.DTypeLike
+) -> _Found:
+    """Return the least squares of the scales, rounded to their dtype."""
+    blocks, shape = found.scale.shape[1], found.tables.shape
+    centroids = jnp.broadcast_to(found.codebook, shape).reshape(-1)
+    units = centroids.at[_slots(layer, codes, shape)].get(mode="promise_in_bounds")
+    units = jnp.where(layer.frozen, 0.0, units)
+
+    def weights_of(scale: jax.Array) -> jax.Array:
+        return jnp.repeat(scale[layer.groups, :, 0], units.shape[1] // blocks, axis=1) * units
+
+    def sums(x: jax.Array) -> jax.Array:
+        """Return the sum over each block, like the scales."""
+        by_row = jnp.sum((x * units).reshape(len(units), blocks, -1), axis=-1)
+        return jnp.zeros(found.scale.shape[:2]).at[layer.groups].add(by_row)[..., None]
+
+    energies = jnp.diag(layer.moments)[:, None] * units
+    system = _System(weights_of, sums, sums(energies), steps=_SCALE_STEPS)
+    scale = _least_squares(layer, found, found.scale, system)
+    scale = scale.astype(dtype).astype(jnp.float32)
+    scale = jnp.where(scale > 0, scale, found.scale)
+    weights = jnp.where(layer.frozen, found.weights, weights_of(scale))
+    return _better_blocks(layer, found._replace(weights=weights, scale=scale), found, blocks)
+
+
+def _better_blocks(layer: _Layer, new: _Found, old: _Found, blocks: int) -> _Found:
+    """Return the better of both for each of some blocks of outputs."""
+
+    def by_block(found: _Found) -> jax.Array:
+        return jnp.sum(_error(layer, found).reshape(blocks, -1), axis=1)
+
+    better = by_block(new) < by_block(old)
+
+    def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
+        """Return entries of a table; one that more than a block shares has not changed."""
+        return jnp.where(better[:, None], new, old) if old.shape[1] >= blocks else old
+
+    outputs = jnp.repeat(better, new.weights.shape[1] // blocks)
+    weights = jnp.where(outputs, new.weights, old.weights)
+    return _Found(weights, chosen(new.codebook, old.codebook), chosen(new.scale, old.scale))
+
+
+class _System(NamedTuple):
+    """Least squares: unknowns [R, C, n], of which weights are a linear function."""
+
+    weights_of: Callable[[jax.Array], jax.Array]  # [D, N], zeros where weights do not move
+    sums: Callable[[jax.Array], jax.Array]  # its transpose
+    diagonal: jax.Array  # of each unknown, how much its square costs: a preconditioner
+    steps: int  # at most
+
+
+def _least_squares(layer: _Layer, found: _Found, unknowns: jax.Array, system: _System) -> jax.Array:
+    """Solve by conjugate gradients; blocks of outputs, on axis 1, are systems of their own."""
 
     def slopes(off: jax.Array) -> jax.Array:
-        return _sums(layer, slots, jnp.matmul(layer.moments, off, precision=_PRECISION))
+        return system.sums(jnp.matmul(layer.moments, off, precision=_PRECISION))
 
     def dot(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.sum(x * y, axis=(0, 2), keepdims=True)  # [1, C, 1]
@@ -306,18 +427,15 @@ def _least_squares(layer: _Layer, found: _Found, dtype: jnp.dtype) -> _Found:
     def over(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.where(y > 0, x / jnp.where(y > 0, y, 1.0), 0.0)
 
-    energies = jnp.broadcast_to(jnp.diag(layer.moments)[:, None], slots.shape)
-    scale = _sums(layer, slots, energies)  # of each unknown: a preconditioner
-
     def step(carry: _Gradients) -> _Gradients:
-        reached = slopes(weights_of(carry.direction))
+        reached = slopes(system.weights_of(carry.direction))
         length = over(carry.square, dot(carry.direction, reached))
         rest = carry.rest - length * reached
-        scaled = over(rest, scale)
+        scaled = over(rest, system.diagonal)
         square = dot(rest, scaled)
         return _Gradients(
             carry.number + 1,
-            carry.centroids + length * carry.direction,
+            carry.unknowns + length * carry.direction,
             rest,
             scaled + over(square, carry.square) * carry.direction,
             square,
@@ -326,67 +444,58 @@ def _least_squares(layer: _Layer, found: _Found, dtype: jnp.dtype) -> _Found:
 
     rest = -slopes(found.weights - layer.weights)
     error = jnp.sum(_error(layer, found))
-    scaled = over(rest, scale)
-    start = _Gradients(jnp.int32(0), found.centroids, rest, scaled, dot(rest, scaled), error)
-    last = loops.while_loop(lambda x: (x.number < k) & (x.gain > _GAIN * error), step, start)
-    centroids = last.centroids.astype(dtype).astype(jnp.float32)
-    centroids = jnp.where(layer.movable, centroids, found.centroids)
-    weights = jnp.where(moves, weights_of(centroids), found.weights)
-    new = found._replace(weights=weights, centroids=centroids)
+    scaled = over(rest, system.diagonal)
+    start = _Gradients(jnp.int32(0), unknowns, rest, scaled, dot(rest, scaled), error)
 
-    def by_block(found: _Found) -> jax.Array:
-        return jnp.sum(_error(layer, found).reshape(blocks, -1), axis=1)
+    def goes_on(carry: _Gradients) -> jax.Array:
+        return (carry.number < system.steps) & (carry.gain > _GAIN * error)
 
-    better = by_block(new) < by_block(found)
-    outputs = jnp.repeat(better, weights.shape[1] // blocks)
-    return _Found(
-        jnp.where(outputs, weights, found.weights),
-        jnp.where(better[:, None], centroids, found.centroids),
-    )
+    return loops.while_loop(goes_on, step, start).unknowns
 
 
 class _Gradients(NamedTuple):
     """Conjugate gradients on their way; a system for each block of outputs."""
 
     number: jax.Array  # int32
-    centroids: jax.Array  # [R, C, k]
-    rest: jax.Array  # [R, C, k], half the descent of the error
-    direction: jax.Array  # [R, C, k]
+    unknowns: jax.Array  # [R, C, n]
+    rest: jax.Array  # like the unknowns, half the descent of the error
+    direction: jax.Array  # like the unknowns
     square: jax.Array  # [1, C, 1], of what rests, scaled
     gain: jax.Array  # of the last step, in all blocks
 
 
-def _slots(layer: _Layer, found: _Found) -> jax.Array:
-    """Return where each weight's centroid is in the tables, raveled; beyond them if it stays."""
-    tables = _tables(found.centroids)
-    _, blocks, k = layer.movable.shape
-    outputs = layer.weights.shape[1]
+def _codes(layer: _Layer, found: _Found) -> jax.Array:
+    """Return the code of each weight in the table of its block, [D, N] int32."""
+    tables = _tables(found.tables)
+
+    def row(item: tuple[jax.Array, jax.Array]) -> jax.Array:
+        weights, group = item
+        return _look_up(weights, group, tables.bounds, tables.codes)
+
+    return loops.scan(lambda _, item: (None, row(item)), None, (found.weights, layer.groups))[1]
+
+
+def _slots(layer: _Layer, codes: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return where each weight's centroid is in tables [R, C, k], raveled."""
+    _, blocks, k = shape
+    outputs = codes.shape[1]
     block = jnp.arange(outputs, dtype=jnp.int32) // (outputs // blocks)
-
-    def row(item: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        weights, frozen, group = item
-        code = _look_up(weights, group, tables.bounds, tables.codes)
-        slot = (group * blocks + block) * k + code
-        moves = layer.movable.reshape(-1).at[slot].get(mode="promise_in_bounds")
-        return jnp.where(moves & ~frozen, slot, layer.movable.size)
-
-    items = (found.weights, layer.frozen, layer.groups)
-    return loops.scan(lambda _, item: (None, row(item)), None, items)[1]
+    return (layer.groups[:, None] * blocks + block[None]) * k + codes
 
 
-def _sums(layer: _Layer, slots: jax.Array, x: jax.Array) -> jax.Array:
-    """Return the sum of `x` over the weights of each centroid that moves, [R, C, k]."""
-    size, outputs = layer.movable.size, x.shape[1]
-    parts = max(1, min(outputs, x.size * layer.movable.shape[-1] // (size * _MEMBERS)))
+def _sums(shape: tuple[int, ...], slots: jax.Array, x: jax.Array) -> jax.Array:
+    """Return the sum of `x` over the weights of each slot of tables [R, C, k]; others drop."""
+    size, outputs = math.prod(shape), x.shape[1]
+    parts = max(1, min(outputs, x.size * shape[-1] // (size * _MEMBERS)))
     part = jnp.arange(outputs, dtype=jnp.int32)[None] % parts
     zeros = jnp.zeros(size * parts, jnp.float32)
     sums = zeros.at[slots * parts + part].add(x, mode="drop")
-    return jnp.sum(sums.reshape(*layer.movable.shape, parts), axis=-1)
+    return jnp.sum(sums.reshape(*shape, parts), axis=-1)
 
 
 def _descend(layer: _Layer, found: _Found) -> _Found:
     """Move each weight that was free to the best centroid given all others."""
-    energy, tables = jnp.diag(layer.moments), _tables(found.centroids)
+    energy, tables = jnp.diag(layer.moments), _tables(found.tables)
 
     def step(
         slope: jax.Array, weights: jax.Array, frozen: jax.Array, own: jax.Array, group: jax.Array

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant import checks, loops
 from jaxquant.clustering.blocks import (
@@ -339,14 +340,27 @@ def _cluster(plan: Plan, alike: _Alike) -> ClusteredLeaf:
     function = functools.partial(cluster_leaf, layer=alike.layer, clustering=plan.clustering)
     arrays = list(zip(alike.weights, alike.sensitivities, strict=True))
     tables = alike.codebook, alike.frozen_centroids, alike.scale
+    return _one_by_one(lambda arrays, tables: function(*arrays, *tables), arrays, tables)
+
+
+def _one_by_one(function: Callable[..., Any], arrays: list[Any], tables: Any) -> Any:
+    """Return what a function tells of each leaf of some that are alike, [leaves, ...].
+
+    By a single program, for which one leaf at a time is copied to where it is read.
+
+    Args:
+      function: of arrays of a leaf, and of its entry of the tables.
+      arrays: of each leaf.
+      tables: [leaves, ...].
+    """
     if len(arrays) == 1:
-        found = function(*arrays[0], *jax.tree.map(lambda x: x[0], tables))
+        found = function(arrays[0], jax.tree.map(lambda x: x[0], tables))
         return jax.tree.map(lambda x: x[None], found)
     choices = [lambda own=own: own for own in arrays]
 
     def step(_: None, inputs: tuple[jax.Array, Any]) -> tuple[None, Any]:
         number, own = inputs
-        return None, function(*loops.switch(number, choices), *own)
+        return None, function(loops.switch(number, choices), own)
 
     numbers = jnp.arange(len(arrays), dtype=jnp.int32)
     return loops.scan(step, None, (numbers, tables))[1]
@@ -440,13 +454,18 @@ def _share(
         counts.append(by_batch(count_frozen, [mask], [], layer.all_numbers))
     new_codebook = clustered.clusters.centroids
     paths = [plan.selection.selected[place].path for place in alike.members]
-    for j, path in enumerate(paths):
-        if path in moments:
-            own_moments = moments[path].astype(jnp.float32)
-            own = [table[j] for table in tables]
-            weights[j], moved = _compensated(plan, alike, j, weights[j], own, own_moments)
-            if alike.scale is None:
-                new_codebook = new_codebook.at[j].set(moved.astype(new_codebook.dtype))
+    scale = clustered.scale
+    told = [j for j, path in enumerate(paths) if path in moments]
+    if told:
+        own_moments = [moments[paths[j]].astype(jnp.float32) for j in told]
+        own_tables = new_codebook, scale, *tables[1:]
+        found = _compensated(plan, alike, told, weights, own_tables, own_moments)
+        own_weights, moved, moved_scale = found
+        for place, j in enumerate(told):
+            weights[j] = own_weights[place]
+        new_codebook = new_codebook.at[np.array(told)].set(moved)
+        if scale is not None:
+            scale = scale.at[np.array(told)].set(moved_scale)
     frozen_share = jnp.stack(counts).astype(jnp.float32) / math.prod(layer.block)
     by_weights = plan.shares_of == "weights"
     joined = chosen
@@ -462,11 +481,10 @@ def _share(
         losses = jnp.where(frozen_centroids, 0.0, clustered.clusters.losses)
         free = jnp.sum(losses, axis=-1)
     codebook = jnp.where(active[..., None], new_codebook, alike.codebook)
-    scale = alike.scale
-    if scale is not None and clustered.scale is not None:
+    if scale is not None:
         several = tuple(axis for axis, number in enumerate(scale.shape) if axis and number == 1)
         taken = jnp.any(active[..., None], axis=several, keepdims=True)
-        scale = jnp.where(taken, clustered.scale, scale)
+        scale = jnp.where(taken, scale, alike.scale)
     return _Shared(
         weights=weights,
         frozen=frozen,
@@ -481,37 +499,46 @@ def _share(
 def _compensated(
     plan: Plan,
     alike: _Alike,
-    number: int,
-    near: jax.Array,
-    tables: list[jax.Array],
-    moments: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Return weights and centroids of a layer, or of stacked ones, where it is whole now.
+    told: list[int],
+    near: list[jax.Array],
+    tables: tuple[Any, ...],
+    moments: list[jax.Array],
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Return weights, codebooks and scales of layers, or of stacked ones, where they are whole now.
+
+    Each has an axis of layers first.
 
     Args:
       plan: of the round.
-      alike: the leaf, and those that are alike.
-      number: which of them.
-      near: the leaf with all that freezes on its nearest centroid.
-      tables: of its blocks: centroids, clusters that are frozen then, whether it is active.
-      moments: of the layer's inputs.
+      alike: leaves that are alike.
+      told: which of them there are moments for.
+      near: the leaves with all that freezes on its nearest centroid.
+      tables: their codebooks and scales, and of their blocks: clusters that are frozen then, which
+        are active.
+      moments: of the inputs of those that are told of.
     """
-    layer = alike.layer
-    centroids, chosen, active = tables
-    if alike.scale is None:
-        centroids = centroids.astype(alike.codebook.dtype)  # and back, without a loss
-    clustering = plan.clustering
-    if clustering.iterations == 0 or clustering.powers_of_two or alike.scale is not None:
-        fixed = jnp.ones(centroids.shape, bool)
+    layer, clustering = alike.layer, plan.clustering
+    codebook, scale, chosen, active = tables
+    stays = scale is not None and not (layer.scaled and jnp.dtype(codebook.dtype).itemsize > 1)
+    if clustering.iterations == 0 or clustering.powers_of_two or stays:
+        fixed = jnp.ones(codebook.shape, bool)
     else:
-        frozen = _of_blocks(layer, alike.frozen_centroids)[number]
-        fixed = frozen | ((centroids == 0) & clustering.zero)
+        fixed = alike.frozen_centroids | ((codebook == 0) & clustering.zero)
     whole = active & jnp.all(chosen, axis=-1)
-    whole = jnp.all(whole, axis=tuple(range(int(layer.stacks), whole.ndim)))
+    whole = jnp.all(whole, axis=tuple(range(1 + int(layer.stacks), whole.ndim)))
     compensate = functools.partial(compensated, input_axes=layer.input_axes)
     compensate = jax.vmap(compensate) if layer.stacks else compensate
-    arrays = alike.weights[number], alike.frozen[number], near, centroids, fixed, whole, moments
-    return compensate(*arrays)
+
+    def close(arrays: Any, tables: Any) -> tuple[jax.Array, jax.Array, Any]:
+        (weights, frozen, near, moments), (codebook, scale, fixed, whole) = arrays, tables
+        return compensate(weights, frozen, near, codebook, scale, fixed, whole, moments)
+
+    arrays = [
+        (alike.weights[j], alike.frozen[j], near[j], own)
+        for j, own in zip(told, moments, strict=True)
+    ]
+    tables = jax.tree.map(lambda x: x[np.array(told)], (codebook, scale, fixed, whole))
+    return _one_by_one(close, arrays, tables)
 
 
 def _of_blocks(layer: Layer, table: jax.Array) -> jax.Array:

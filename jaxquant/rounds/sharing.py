@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import loops
-from jaxquant.clustering.blocks import are_runs, reconstructed
+from jaxquant.clustering.blocks import are_runs, centroids_of, reconstructed
 from jaxquant.clustering.clusters import measure, weight_scale
 from jaxquant.clustering.codebooks import pick
 from jaxquant.clustering.passes import fold
@@ -126,21 +126,23 @@ def compensated(
     weights: jax.Array,
     frozen: jax.Array,
     near: jax.Array,
-    centroids: jax.Array,
+    codebook: jax.Array,
+    scale: jax.Array | None,
     fixed: jax.Array,
     whole: jax.Array,
     moments: jax.Array,
     *,
     input_axes: tuple[int, ...],
-) -> tuple[jax.Array, jax.Array]:
-    """Return the weights and the centroids of a layer that is to answer as well as it can.
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Return weights, codebooks and scales of a layer that is to answer as well as it can.
 
     Args:
       weights: [...] the layer as it was before the round.
       frozen: bool, like the weights, as it was.
       near: like the weights, all that freezes on its nearest centroid.
-      centroids: [*numbers, k] of the layer's blocks; those that move are rounded to their dtype.
-      fixed: bool, like the centroids, those that keep their value.
+      codebook: [*numbers, k] of the layer's blocks; centroids that move are rounded to its dtype.
+      scale: [*numbers, 1] that the codebooks are times, or None.
+      fixed: bool, like the codebook, the centroids that keep their value.
       whole: bool scalar, whether nothing of the layer is free after the round; else it is `near`.
       moments: [D, D] float32.
       input_axes: those that the D inputs are of; all others are of outputs.
@@ -162,17 +164,18 @@ def compensated(
         rest = tuple(range(weights.ndim, like.ndim))
         return x.reshape([like.shape[axis] for axis in (*order, *rest)]).transpose((*back, *rest))
 
-    def close() -> tuple[jax.Array, jax.Array]:
-        tables, movable = (
-            inputs_first(table) if table.ndim > 1 else table for table in (centroids, ~fixed)
-        )
+    def close() -> tuple[jax.Array, jax.Array, jax.Array | None]:
         layer, mask = inputs_first(weights), inputs_first(frozen)
-        found = compensate(layer, mask, tables, movable, moments)
-        new = found.centroids if centroids.ndim == 1 else as_before(found.centroids, centroids)
-        shared = reconstructed(as_before(found.codes, weights), new.astype(weights.dtype))
-        return jnp.where(frozen, weights, shared), new
+        tables, movable = inputs_first(codebook), inputs_first(~fixed)
+        own_scale = None if scale is None else inputs_first(scale)
+        found = compensate(layer, mask, tables, movable, moments, own_scale)
+        new = as_before(found.codebook, codebook)
+        new_scale = None if scale is None else as_before(found.scale, scale)
+        centroids = centroids_of(new, new_scale, weights.dtype)
+        shared = reconstructed(as_before(found.codes, weights), centroids)
+        return jnp.where(frozen, weights, shared), new, new_scale
 
-    return loops.cond(whole, close, lambda: (near, centroids))
+    return loops.cond(whole, close, lambda: (near, codebook, scale))
 
 
 def can_join(sizes: tuple[int, ...], numbers: tuple[int, ...], input_axes: tuple[int, ...]) -> bool:
