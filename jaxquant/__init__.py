@@ -20,6 +20,7 @@ from jaxquant.rounds.quantize import RoundInfo, init, quantize_round
 from jaxquant.rounds.schedules import Plan, inq, mlq, slq
 from jaxquant.rounds.selection import LayerRule, Selection, select
 from jaxquant.rounds.state import QuantState, is_on_codebook
+from jaxquant.rounds.straight_through import release, settle, straight_through
 from jaxquant.rounds.transforms import IncrementalState, freeze_quantized, incremental, quant_state
 
 __version__ = "0.1.0"
@@ -65,11 +66,14 @@ __all__ = [
     "quantize_round",
     "read_metadata",
     "reconstruct",
+    "release",
     "report",
     "save",
     "select",
     "set_centroids",
+    "settle",
     "slq",
+    "straight_through",
     "to_lut_b",
     "unpack",
 ]

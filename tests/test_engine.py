@@ -460,7 +460,7 @@ def test_sensitivity_is_the_mean_of_squared_gradients():
 def test_moments_are_means_over_batches_of_what_layers_get():
     config = Config(quantize=Quantize(moment_batches=4), batch_size=10)
     dataset = make_dataset()
-    functions, variables, images = make_engine(config, dataset, inputs={("dense",): {}})
+    functions, variables, images = make_engine(config, dataset, inputs=["dense/kernel"])
     args = variables["params"], variables["batch_stats"], images, jax.random.key(0)
     guides = functions.guides(*args)
     got = guides["moments"]
@@ -477,7 +477,7 @@ def test_moments_are_means_over_batches_of_what_layers_get():
 def test_a_round_freezes_by_the_moments_it_is_given():
     config = Config(quantize=Quantize(moment_batches=4), batch_size=10)
     dataset = make_dataset()
-    functions, variables, images = make_engine(config, dataset, inputs={("dense",): {}})
+    functions, variables, images = make_engine(config, dataset, inputs=["dense/kernel"])
     params = variables["params"]
     guides = functions.guides(params, variables["batch_stats"], images, jax.random.key(0))
     plan = jq.slq(params, bits=2, rounds=(3,))

@@ -440,15 +440,11 @@ def test_mistakes_end_in_one_line_and_code_2_before_any_device_work(
     assert not (tmp_path / "w").exists()
 
 
-def test_moments_want_one_codebook_for_a_layer():
-    rules = (jq.LayerRule(".*kernel", axis=-1),)
-    config = Config(quantize=Quantize(moment_batches=1, rules=rules))
-    with pytest.raises(ValueError, match="conv2/kernel: expected one codebook for the whole layer"):
-        experiment.check(config)
-    job = experiment.check(Config(quantize=Quantize(moment_batches=1)))
-    assert [path[-1] for path in job.inputs] == ["conv1", "conv2", "conv3", "linear"]
-    assert job.inputs["conv2",]["window_strides"] == (2, 2)
-    assert experiment.check(Config()).inputs == {}
+def test_moments_are_of_the_weights_that_are_quantized():
+    rules = (jq.LayerRule("conv2/kernel", axis=-1), jq.LayerRule("linear/kernel"))
+    job = experiment.check(Config(quantize=Quantize(moment_batches=1, rules=rules)))
+    assert job.inputs == ("conv2/kernel", "linear/kernel")
+    assert experiment.check(Config()).inputs == ()
 
 
 def test_an_unusable_workdir_is_one_line(tmp_path, capsys):

@@ -6,7 +6,8 @@ Where the arrays lie is the layout's business: each function settles its results
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator, Mapping, Sequence
+import re
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,7 +17,6 @@ import numpy as np
 import optax
 
 import jaxquant as jq
-from train import passes
 from train.config import Config, Fit
 from train.data import Dataset, Images
 from train.gradients import in_parts
@@ -67,7 +67,7 @@ def build(
     model: nn.Module,
     batch_model: nn.Module,
     layout: Layout,
-    inputs: Mapping[passes.Path, Mapping[str, Any]] | None = None,
+    inputs: Sequence[str] = (),
 ) -> Engine:
     """Return the compiled functions for one network on one dataset.
 
@@ -77,7 +77,7 @@ def build(
       model: the network.
       batch_model: the same with `bn_momentum=0`: its new statistics are those of the batch.
       layout: where arrays lie.
-      inputs: layers whose inputs' moments rounds take, from `train.passes.find`; None: of none.
+      inputs: paths of the weights whose inputs' moments rounds take.
     """
     prepare = functools.partial(_augment, dataset=dataset)
     tx = _optimizer()
@@ -88,7 +88,7 @@ def build(
         count_correct=functools.partial(_count_correct, model, dataset, layout),
         batch_statistics=functools.partial(_batch_statistics, batch_model, prepare, layout),
         squared_gradient=functools.partial(_squared_gradient, model, prepare, layout),
-        input_moments=functools.partial(_input_moments, model, prepare, layout, inputs or {}),
+        input_moments=functools.partial(_input_moments, model, prepare, layout, inputs),
         quantize=functools.partial(_quantize, layout),
         eval_batch=eval_batch + -eval_batch % layout.size,  # the devices divide a batch
         layout=layout,
@@ -566,13 +566,19 @@ def _input_moments(
     model: nn.Module,
     prepare: Callable[..., jax.Array],
     layout: Layout,
-    inputs: Mapping[passes.Path, Mapping[str, Any]],
+    inputs: Sequence[str],
     variables: Any,
     batch: Images,
     key: jax.Array,
 ) -> dict[str, jax.Array]:
     images = prepare(jax.random.wrap_key_data(key), batch.images)
-    return layout.settle(passes.input_moments(model, inputs, layout.whole(variables), images))
+    rule = jq.LayerRule("params/(" + "|".join(map(re.escape, inputs)) + ")")
+
+    def logits(variables: Any, images: jax.Array) -> Any:
+        return model.apply(variables, images, train=False)
+
+    found = jq.calibrate(logits, layout.whole(variables), [images], rules=[rule], sensitivity=False)
+    return layout.settle({path.removeprefix("params/"): x for path, x in found.moments.items()})
 
 
 def guides(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 import jaxquant as jq
 from train import config as configs
-from train import data, layout, models, passes, pretrained, products
+from train import data, layout, models, pretrained, products
 from train.config import Config, Data
 from train.logs import write_text
 
@@ -30,7 +30,7 @@ class Job(NamedTuple):
     initial: Any  # variables from config.init, maybe packed, or None
     plan: jq.Plan | None
     layout: layout.Layout
-    inputs: dict[passes.Path, dict[str, Any]]  # layers whose inputs' moments rounds take
+    inputs: tuple[str, ...]  # paths of the weights whose inputs' moments rounds take
 
 
 def prepare(config: Config, workdir: Path) -> Job:
@@ -96,9 +96,9 @@ def check(config: Config, *, start: bool = True) -> Job:
     image = jax.ShapeDtypeStruct((1, *dataset.train.image_shape), jnp.float32)
     if config.quantize.method == "qcnn":
         _check_products(config, model, shapes, image)
-    inputs = {}
+    inputs = ()
     if config.quantize.moment_batches and plan is not None:
-        inputs = _find_inputs(model, shapes, image, plan)
+        inputs = tuple(layer.path for layer in plan.selection.selected)
     if plan is not None and len(config.retrain.epochs) not in (1, plan.num_rounds):
         raise ValueError(
             f"retrain.epochs: expected 1 or {plan.num_rounds} numbers, one a round, "
@@ -116,18 +116,6 @@ def _check_products(config: Config, model: nn.Module, shapes: Any, image: Any) -
     if config.mesh.devices != 1 or jax.process_count() > 1:
         raise ValueError("mesh.devices: expected 1, product quantization runs on one device")
     products.check(model, shapes, image, config.quantize)
-
-
-def _find_inputs(
-    model: nn.Module, shapes: Any, image: Any, plan: jq.Plan
-) -> dict[passes.Path, dict[str, Any]]:
-    for layer in plan.selection.selected:
-        if layer.numbers is not None:
-            raise ValueError(
-                f"{layer.path}: expected one codebook for the whole layer where "
-                f"quantize.moment_batches is above 0, got blocks of {layer.block}"
-            )
-    return passes.find(model, shapes, image, [layer.path for layer in plan.selection.selected])
 
 
 @functools.lru_cache(maxsize=1)  # the experiments of a study share it

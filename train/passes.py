@@ -1,13 +1,12 @@
 """What runs in a forward pass of a Linen network: its dense and convolution layers."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
 
-import jaxquant as jq
 from jaxquant.packing.ops.windows import each_axis
 
 Path = tuple[str, ...]  # of a module
@@ -53,7 +52,7 @@ def find(
       wanted: paths of kernels.
 
     Returns:
-      The options of `jq.input_moments` and `jq.product.observe` by the path of the module.
+      The options of `jq.product.observe` by the path of the module.
 
     Raises:
       ValueError: for a wanted leaf that is not the kernel of a plain `nn.Dense` or `nn.Conv`, or
@@ -103,22 +102,3 @@ def _zero_padding(name: str, module: nn.Conv) -> str | tuple[tuple[int, int], ..
     if isinstance(padding, str):
         return padding
     return tuple((p, p) if isinstance(p, int) else (p[0], p[1]) for p in padding)
-
-
-def input_moments(
-    model: nn.Module, layers: Mapping[Path, Mapping[str, Any]], variables: Any, images: jax.Array
-) -> dict[str, jax.Array]:
-    """Return `jq.input_moments` of these layers, which `find` gave, by the paths of their kernels.
-
-    Args:
-      model, variables, images: as of `run`.
-      layers: the options by the path of the module.
-    """
-    moments: dict[str, jax.Array] = {}
-
-    def note(path: Path, _: nn.Module, inputs: jax.Array, *__: Any) -> None:
-        if path in layers:
-            moments[kernel_name(path)] = jq.input_moments(inputs, **layers[path])
-
-    run(model, note, variables, images)
-    return moments

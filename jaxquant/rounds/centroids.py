@@ -52,7 +52,7 @@ def centroid_gradients(gradients: Any, params: Any, state: QuantState) -> Any:
     def leaf(weights: Any, gradient: Any, frozen: Any, codebook: Any, moves: Any) -> jax.Array:
         if not codebook.ndim:
             return jnp.zeros((), jnp.float32)
-        return compiled(_sums_of_blocks, (weights, gradient, frozen), (codebook, moves))
+        return compiled(sums_of_blocks, (weights, gradient, frozen), (codebook, moves))
 
     gradients, params = (pure(x, only_parameters=True) for x in (gradients, params))
     state = pure(state)
@@ -85,7 +85,13 @@ def _sums(
     return jnp.where(moves, jnp.sum(sums.reshape(k, parts), axis=1), 0.0)
 
 
-def _sums_of_blocks(arrays: tuple[jax.Array, ...], tables: tuple[jax.Array, ...]) -> jax.Array:
+def sums_of_blocks(arrays: tuple[jax.Array, ...], tables: tuple[jax.Array, ...]) -> jax.Array:
+    """Return the sum of gradients over the members of each centroid, float32.
+
+    Args:
+      arrays: weights, gradients, and which of them count.
+      tables: [k] or [*numbers, k]: the centroids, and which of them get a sum.
+    """
     shape = tables[0].shape
     numbers = numbers_of(shape, arrays[0].shape)
     own = [table.reshape(*numbers, shape[-1]) for table in tables]

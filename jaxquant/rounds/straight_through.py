@@ -1,0 +1,157 @@
+"""Training weights that the loss already sees quantized, and codes that may change once more."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.clustering.blocks import nearest
+from jaxquant.meshes import compiled
+from jaxquant.rounds.centroids import sums_of_blocks
+from jaxquant.rounds.schedules import Plan
+from jaxquant.rounds.state import QuantState, block_codebooks, check_state
+from jaxquant.trees import check_leaves, pure, replaced
+
+
+def straight_through(plan: Plan, params: Any, state: QuantState) -> Any:
+    """Return the parameters as the network has them once all is quantized; gradients go through.
+
+    A free weight takes the centroid that is nearest, and hands the gradient on as if it had not
+    (Bengio et al., arXiv 1308.3432; with codebooks that train, "LSQ", Esser et al., ICLR 2020). So
+    weights that are still free train for what they will be, and their codes may change. Frozen
+    weights are what they are, and get no gradient. A layer that has no codebook yet stays float.
+
+    The centroids of free weights get their gradients too, by `state.codebooks` and `state.scales`:
+    sums over the weights that share them, so they want a smaller learning rate, or a division by
+    the square root of the members. Centroids that are exactly zero get none.
+
+        def loss(params, tables):
+            own = state._replace(codebooks=tables)
+            return task_loss(jq.straight_through(plan, params, own), batch)
+
+    Begin with the codebooks of a round (`release` what it froze, beside the weights before it), or
+    with those of a plan that is done, whose codes then may change once more; end with `settle`.
+
+    Args:
+      plan: of the state.
+      params: tree of weights.
+      state: with codebooks, from `quantize_round` or `release`.
+
+    Returns:
+      Tree like `params`. Pure, under jit and grad; costs a pass over the weights, and another one
+      with sums by centroid in the backward pass.
+
+    Raises:
+      ValueError: if the trees do not fit the plan; names the leaf.
+
+    >>> import jaxquant as jq
+    >>> params = {"kernel": jnp.array([[0.1, 0.9], [2.2, 1.8]])}
+    >>> plan = jq.slq(params, bits=2, rounds=(3,))
+    >>> state = release(jq.quantize_round(plan, params, jq.init(plan, params))[1])
+    >>> jax.grad(lambda x: jnp.sum(straight_through(plan, x, state)["kernel"]))(params)["kernel"]
+    Array([[1., 1.],
+           [1., 1.]], dtype=float32)
+    """
+    given, params, state = params, pure(params, only_parameters=True), pure(state)
+    _check(plan, params, state)
+
+    def leaf(weights: jax.Array, frozen: jax.Array, centroids: jax.Array) -> jax.Array:
+        if not centroids.ndim:
+            return weights
+        return compiled(_seen, weights, frozen, centroids, like=weights)
+
+    seen = jax.tree.map(leaf, params, state.frozen, block_codebooks(state, params))
+    return replaced(given, seen, only_parameters=True)
+
+
+@jax.custom_vjp
+def _seen(weights: jax.Array, frozen: jax.Array, centroids: jax.Array) -> jax.Array:
+    has_some = jnp.any(centroids != 0)  # before its first round a codebook is all zeros
+    return jnp.where(frozen | ~has_some, weights, nearest(weights, centroids))
+
+
+def _forward(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _seen(*arrays), arrays
+
+
+def _backward(arrays: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[Any, ...]:
+    weights, frozen, centroids = arrays
+    sums = sums_of_blocks((weights, gradient, ~frozen), (centroids, centroids != 0))
+    straight = jnp.where(frozen, jnp.zeros_like(gradient), gradient)
+    return straight, None, sums.astype(centroids.dtype)
+
+
+_seen.defvjp(_forward, _backward)
+
+
+def release(state: QuantState) -> QuantState:
+    """Return the state with its codebooks and nothing frozen: all codes may change again.
+
+    Weights that stand on their centroids stay there until something moves them.
+
+    Args:
+      state: from `quantize_round`, or of an optimizer.
+
+    Raises:
+      ValueError: for what is no state.
+
+    >>> import jaxquant as jq
+    >>> params = {"kernel": jnp.eye(8)}
+    >>> plan = jq.slq(params, bits=2, rounds=(3,))
+    >>> _, state, _ = jq.quantize_round(plan, params, jq.init(plan, params))
+    >>> bool(jnp.any(release(state).frozen["kernel"]))
+    False
+    """
+    check_state(state)
+    masks = state.frozen, state.frozen_centroids
+    frozen, centroids = jax.tree.map(lambda mask: mask & False, masks)
+    return state._replace(frozen=frozen, frozen_centroids=centroids)
+
+
+def settle(plan: Plan, params: Any, state: QuantState) -> tuple[Any, QuantState]:
+    """Put every free weight on the centroid that is nearest, and freeze it: the end of a plan.
+
+    Codebooks stay as they are, where a round would find others.
+
+    Args:
+      plan: of the state.
+      params: tree of weights.
+      state: with codebooks.
+
+    Returns:
+      Params and state, as after the last round: for `pack`, `report` and others.
+
+    Raises:
+      ValueError: if the trees do not fit the plan; names the leaf.
+
+    >>> import jaxquant as jq
+    >>> params = {"kernel": jnp.array([[0.1, 0.9], [2.2, 1.8]])}
+    >>> plan = jq.slq(params, bits=2, rounds=(3,))
+    >>> state = release(jq.quantize_round(plan, params, jq.init(plan, params))[1])
+    >>> params, state = settle(plan, params, state)
+    >>> bool(jq.is_on_codebook(params, state)["kernel"])
+    True
+    """
+    state = pure(state)
+    settled = straight_through(plan, params, state)
+    frozen, centroids = (
+        jax.tree.map(lambda mask: mask | (mask.ndim > 0), masks)
+        for masks in (state.frozen, state.frozen_centroids)
+    )
+    round_ = jnp.full_like(state.round, plan.num_rounds)
+    return settled, state._replace(frozen=frozen, frozen_centroids=centroids, round=round_)
+
+
+def _check(plan: Plan, params: Any, state: QuantState) -> None:
+    check_state(state)
+    layers = plan.selection.layers
+    check_leaves("params", params, [(layer.path, layer.shape) for layer in layers])
+    for name, shapes in {
+        "frozen": [layer.shape for layer in layers],
+        "codebooks": [layer.codebook_shape for layer in layers],
+    }.items():
+        expected = [
+            (layer.path, None if layer.reason else shape)
+            for layer, shape in zip(layers, shapes, strict=True)
+        ]
+        check_leaves(f"state.{name}", getattr(state, name), expected)

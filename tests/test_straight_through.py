@@ -1,0 +1,177 @@
+"""Weights that the loss sees quantized: values, gradients, codes that change, and the end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jaxquant as jq
+
+
+def normal(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
+PARAMS = {"w": normal((16, 12)), "bias": jnp.ones(12)}
+RULES = {
+    "leaf": jq.LayerRule("w", k=4),
+    "outputs": jq.LayerRule("w", k=3, block=(-1, 1)),
+    "groups": jq.LayerRule("w", k=4, block=(8, 1), scaled=True),
+}
+
+
+def quantized(rule, rounds=(1,), params=PARAMS):
+    plan = jq.slq(params, rounds=rounds, rules=[rule])
+    params, state, _ = jax.jit(jq.quantize_round, static_argnums=0)(
+        plan, params, jq.init(plan, params)
+    )
+    return plan, params, state
+
+
+def tables_of(state):
+    """Return the centroids of each weight's block, [16, 12, k]."""
+    codebook = np.asarray(state.codebooks["w"])
+    scale = 1.0 if state.scales is None else np.asarray(state.scales["w"], np.float32)
+    table = codebook * scale
+    table = table.reshape(*(1,) * (3 - table.ndim), *table.shape)
+    for axis, size in enumerate((16, 12)):
+        table = np.repeat(table, size // table.shape[axis], axis=axis)
+    return table
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_free_weights_are_seen_on_their_nearest_centroid_and_get_the_gradient(rule):
+    plan, _, state = quantized(rule)
+    state, gradient = jq.release(state), normal((16, 12), seed=1)
+    seen, pull = jax.vjp(lambda params: jq.straight_through(plan, params, state), PARAMS)
+    tables = tables_of(state)
+    codes = np.abs(np.asarray(PARAMS["w"])[..., None] - tables).argmin(-1)
+    expected = np.take_along_axis(tables, codes[..., None], -1)[..., 0]
+    np.testing.assert_allclose(seen["w"], expected, rtol=1e-6)
+    np.testing.assert_array_equal(seen["bias"], PARAMS["bias"])
+    (back,) = pull({"w": gradient, "bias": jnp.ones(12)})
+    np.testing.assert_array_equal(back["w"], gradient)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_centroids_and_scales_get_the_gradients_of_their_members(rule):
+    plan, _, state = quantized(rule)
+    state, gradient = jq.release(state), normal((16, 12), seed=1)
+
+    def seen(codebooks, scales):
+        own = state._replace(codebooks=codebooks, scales=scales)
+        return jnp.sum(gradient * jq.straight_through(plan, PARAMS, own)["w"])
+
+    found = jax.grad(seen, argnums=(0, 1))(state.codebooks, state.scales)
+    tables = tables_of(state)
+    codes = np.abs(np.asarray(PARAMS["w"])[..., None] - tables).argmin(-1)
+
+    def shared(codebooks, scales):  # the same, by autodiff of a plain look-up
+        own = tables_of_traced(codebooks["w"], None if scales is None else scales["w"])
+        return jnp.sum(
+            gradient * jnp.take_along_axis(own, jnp.asarray(codes)[..., None], -1)[..., 0]
+        )
+
+    expected = jax.grad(shared, argnums=(0, 1))(state.codebooks, state.scales)
+    for got, wanted in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(
+            got.astype(jnp.float32), wanted.astype(jnp.float32), rtol=2e-2, atol=1e-4
+        )
+
+
+def tables_of_traced(codebook, scale):
+    table = codebook if scale is None else codebook * scale.astype(jnp.float32)
+    table = table.reshape(*(1,) * (3 - table.ndim), *table.shape)
+    for axis, size in enumerate((16, 12)):
+        table = jnp.repeat(table, size // table.shape[axis], axis=axis)
+    return table
+
+
+def test_frozen_weights_are_what_they_are_and_get_nothing():
+    plan, params, state = quantized(RULES["leaf"], rounds=(2, 4))
+    frozen = np.asarray(state.frozen["w"])
+    assert 0 < frozen.mean() < 1
+    seen, pull = jax.vjp(lambda params: jq.straight_through(plan, params, state), params)
+    np.testing.assert_array_equal(seen["w"][frozen], params["w"][frozen])
+    (back,) = pull(jax.tree.map(jnp.ones_like, params))
+    np.testing.assert_array_equal(back["w"], ~frozen)
+    codebook = jax.grad(
+        lambda tables: jnp.sum(
+            jq.straight_through(plan, params, state._replace(codebooks=tables))["w"]
+        )
+    )(state.codebooks)["w"]
+    assert float(jnp.sum(codebook)) == pytest.approx((~frozen).sum())
+
+
+def test_a_layer_that_has_no_codebook_stays_float():
+    plan = jq.slq(PARAMS, rules=[RULES["leaf"]])
+    seen = jq.straight_through(plan, PARAMS, jq.init(plan, PARAMS))
+    np.testing.assert_array_equal(seen["w"], PARAMS["w"])
+
+
+def test_zeros_that_are_pinned_get_no_gradient():
+    params = {"w": jnp.concatenate([jnp.zeros((8, 8)), jnp.ones((8, 8)), -jnp.ones((8, 8))])}
+    plan, _, state = quantized(jq.LayerRule("w", k=3), params=params)
+    state = jq.release(state)
+    found = jax.grad(
+        lambda tables: jnp.sum(
+            jq.straight_through(plan, params, state._replace(codebooks=tables))["w"]
+        )
+    )(state.codebooks)["w"]
+    np.testing.assert_array_equal(found, np.where(state.codebooks["w"] == 0, 0.0, 64.0))
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_after_training_it_settles_where_the_network_saw_it(rule):
+    plan, params, state = quantized(rule)
+    target = normal((16, 12), seed=2)
+    state, tx = jq.release(state), optax.sgd(0.05)
+
+    @jax.jit
+    def step(params, opt_state, state):
+        def loss(params):
+            return jnp.sum((jq.straight_through(plan, params, state)["w"] - target) ** 2)
+
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, opt_state = tx.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    opt_state, losses = tx.init(params), []
+    for _ in range(30):
+        params, opt_state, value = step(params, opt_state, state)
+        losses.append(float(value))
+    assert losses[-1] < 0.5 * losses[0]  # which takes other codes: the codebook stays
+    seen = jq.straight_through(plan, params, state)
+    final, done = jq.settle(plan, params, state)
+    np.testing.assert_array_equal(final["w"], seen["w"])
+    np.testing.assert_array_equal(final["bias"], params["bias"])
+    assert all(jax.tree.leaves(jq.is_on_codebook(final, done)))
+    assert jnp.all(done.frozen["w"])
+    assert done.round == plan.num_rounds
+    np.testing.assert_array_equal(jq.unpack(jq.pack(final, done))["w"], final["w"])
+    again, *_ = jq.quantize_round(plan, final, done)
+    np.testing.assert_array_equal(again["w"], final["w"])
+
+
+@given(st.integers(0, 1000))
+def test_what_stands_on_its_centroid_stays_when_it_is_released(seed):
+    params = {"w": normal((16, 12), seed), "bias": jnp.ones(12)}
+    plan, params, state = quantized(RULES["outputs"], params=params)
+    released = jq.release(state)
+    assert not jnp.any(released.frozen["w"])
+    assert not jnp.any(released.frozen_centroids["w"])
+    np.testing.assert_array_equal(jq.straight_through(plan, params, released)["w"], params["w"])
+
+
+def test_bad_input_is_named():
+    plan, params, state = quantized(RULES["leaf"])
+    with pytest.raises(ValueError, match="params: w: expected shape"):
+        jq.straight_through(plan, params | {"w": jnp.ones((4, 4))}, state)
+    with pytest.raises(ValueError, match=r"expected a jq\.QuantState"):
+        jq.release(params)
+    other = quantized(RULES["outputs"])[2]
+    with pytest.raises(ValueError, match=r"state\.codebooks: w: expected shape"):
+        jq.settle(plan, params, other)
