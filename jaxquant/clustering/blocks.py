@@ -370,6 +370,29 @@ def _nearest(leaf: jax.Array, codebooks: jax.Array, values: jax.Array | None) ->
     return elementwise(pick, (leaf,), (last, table))
 
 
+def nearest_in_each(leaves: Sequence[jax.Array], codebooks: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return what `nearest` does of many leaves, a codebook each, by a short program.
+
+    Codebooks of one shape and dtype are put in order by one kernel.
+    """
+    leaves, codebooks = list(leaves), list(codebooks)
+    return compiled(_nearest_in_each, leaves, codebooks, like=leaves)
+
+
+def _nearest_in_each(leaves: list[jax.Array], codebooks: list[jax.Array]) -> list[jax.Array]:
+    alike: dict[Any, list[int]] = {}
+    for place, (leaf, codebook) in enumerate(zip(leaves, codebooks, strict=True)):
+        alike.setdefault((codebook.shape, codebook.dtype, leaf.dtype), []).append(place)
+    found = list(leaves)
+    for members in alike.values():
+        together = jnp.stack([codebooks[place] for place in members])
+        last, codes = in_order(together, leaves[members[0]].dtype)
+        rows = loops.unstacked((last, at_codes(together, codes)))
+        for place, row in zip(members, rows, strict=True):
+            found[place] = elementwise(pick, (leaves[place],), row)
+    return found
+
+
 def reconstructed(codes: jax.Array, codebooks: jax.Array) -> jax.Array:
     """Return the centroid of each code, of its block; codebooks `[*numbers, k]`."""
     return elementwise(_entries, (codes,), (codebooks,))
