@@ -106,6 +106,9 @@ def rewrite(
     views, aligned, whole = _aligned(arrays, tables, numbers)
     view = views[0].shape
     axis, pieces, parts = passes.pieces_of(view)
+    if pieces > 1 and numbers[-1] == arrays[0].shape[-1]:
+        # A codebook for each entry of the last axis: few of them at a time stay in the cache.
+        axis, pieces, parts = passes.in_columns(view) or (axis, pieces, parts)
 
     def cut(x: jax.Array, piece: jax.Array) -> jax.Array:
         place = x.ndim - len(view) - len(parts) + 2 + axis
