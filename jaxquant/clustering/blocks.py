@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxquant import loops
 from jaxquant.clustering import passes
 from jaxquant.clustering.codebooks import bounds, entries, pick
+from jaxquant.clustering.points import taken
 from jaxquant.meshes import compiled
 
 _BATCH_WEIGHTS = 2**16  # that are worked on side by side: what they need besides is in the cache
@@ -347,7 +348,7 @@ def in_order(codebooks: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) ->
 
 def at_codes(table: jax.Array, codes: jax.Array) -> jax.Array:
     """Return the entries [..., k] of tables at the codes of the same codebooks."""
-    return jnp.take_along_axis(table, codes.astype(jnp.int32), axis=-1, mode="promise_in_bounds")
+    return taken(table, codes)
 
 
 def assigned(leaf: jax.Array, codebooks: jax.Array) -> jax.Array:

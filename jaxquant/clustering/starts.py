@@ -15,8 +15,8 @@ _LONGEST = 4  # cells of a cluster at most, over their mean
 def short_clusters(points: Points, sums: Prefix, k: int, *, zero: bool, cells: int) -> jax.Array:
     """Return centroids [k] from which Lloyd's passes go on: `optimum` of clusters of few cells.
 
-    Cells are about as many for each cluster of the optimum; here no cluster has more than four times
-    their mean, so that it costs O(cells**2) instead of O(cells**2 k).
+    Cells are about as many for each cluster of the optimum. Here no cluster has more than four
+    times their mean, so that this costs O(cells**2) instead of O(cells**2 k).
 
     Args:
       points: of an array, at least as many as cells.
@@ -86,9 +86,7 @@ def _fill_tables(costs: jax.Array, k: int, used: jax.Array) -> jax.Array:
     return loops.scan(add, after(none, rests[0]), rests[1:])[1]
 
 
-def _trace_back(
-    costs: jax.Array, rests: jax.Array, used: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _trace_back(costs: jax.Array, rests: jax.Array, used: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the end [k] of each cluster, in cells, and which is about zero."""
     longest, layers, cells = costs.shape
     index = jnp.arange(longest, dtype=jnp.int32)

@@ -163,9 +163,10 @@ def quantize_round(
     NaN or infinite weights, or sensitivities that cannot weigh, is left as it was and reported in
     `finite`; outside of jit it is an error.
 
-    Layers of one shape and setting are clustered by one program, one after the other; what puts
-    their weights on centroids is compiled for each. Cost: about four reads of the weights, more
-    than twice that for shares of weights, and a sort of those of small codebooks.
+    Layers of one shape and setting are clustered by one program, one after the other, and kernels
+    that are alike put their weights on centroids, which XLA compiles once. Cost: about four reads
+    of the weights, more than twice that for shares of weights, and a sort of those of small
+    codebooks.
 
     Weights take the centroid that is nearest. With `moments`, a layer of which nothing is free
     after this round freezes so that what it answers changes least: one input after the other, those
