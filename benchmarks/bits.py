@@ -1,7 +1,7 @@
 r"""Bits a weight against error, of codebooks by all kinds of blocks, on kernels from a file.
 
     python -m benchmarks.bits --weights resnet56.npz        # a minute or two on two cores
-    python -m benchmarks.bits --weights model.safetensors --largest 24
+    python -m benchmarks.bits --weights model.safetensors --names "encoder.*" --largest 12
 
 Every array of two axes or more and 4096 entries or more is taken as a matrix [inputs, outputs]: an
 array [outputs, ..., inputs] as PyTorch stores it is turned (`--inputs-first`: it is one already).
@@ -16,6 +16,8 @@ nothing of the weights, times the largest magnitude of each group in bfloat16.
 
 import argparse
 import re
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,9 @@ TABLES = {"NF4, groups of 64": (NF4, 64), "int4, groups of 64": (INT4, 64)}
 TABLES |= {"NF4, groups of 128": (NF4, 128), "int4, groups of 128": (INT4, 128)}
 
 
-def read(path: Path, *, inputs_first: bool, largest: int | None) -> dict[str, jax.Array]:
+def read(
+    path: Path, *, inputs_first: bool, names: str, largest: int | None
+) -> dict[str, jax.Array]:
     """Return the kernels of a file as matrices [inputs, outputs]."""
     if path.suffix == ".npz":
         arrays = dict(np.load(path))
@@ -62,7 +66,12 @@ def read(path: Path, *, inputs_first: bool, largest: int | None) -> dict[str, ja
         arrays = load_file(path)
     kernels = {}
     for name, array in arrays.items():
-        if array.ndim >= 2 and array.size >= 4096 and array.dtype == np.float32:
+        if (
+            re.fullmatch(names, name)
+            and array.ndim >= 2
+            and array.size >= 4096
+            and array.dtype == np.float32
+        ):
             flat = (
                 array.reshape(-1, array.shape[-1])
                 if inputs_first
@@ -123,9 +132,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--weights", type=Path, required=True, help=".npz or .safetensors")
     parser.add_argument("--inputs-first", action="store_true")
+    parser.add_argument("--names", default=".*", help="only kernels whose whole name it matches")
     parser.add_argument("--largest", type=int, help="only so many kernels, the largest")
     args = parser.parse_args()
-    kernels = read(args.weights, inputs_first=args.inputs_first, largest=args.largest)
+    options = {"inputs_first": args.inputs_first, "names": args.names, "largest": args.largest}
+    kernels = read(args.weights, **options)
     size = sum(kernel.size for kernel in kernels.values())
     print(f"{common.machine()}\n\n{len(kernels)} kernels, {size:,} weights\n")
     rows: list[tuple[str, Callable[[], tuple[float, float]]]] = [
@@ -134,7 +145,11 @@ def main() -> None:
         for k in ((8,) if "tiles" in name else (8, 16))
     ]
     rows += [(name, lambda own=own: by_table(kernels, *own)) for name, own in TABLES.items()]
-    found = [(name, *measure()) for name, measure in rows]
+    found = []
+    for name, measure in rows:
+        start = time.perf_counter()
+        found.append((name, *measure()))
+        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     lines = [(n, f"{bits:.3f}", f"{e:.5f}") for n, bits, e in sorted(found, key=lambda x: x[1])]
     print(common.markdown(["codebooks", "bits a weight", "error"], lines))
 

@@ -6,10 +6,12 @@ do not. Here what a loop starts from, and what branches return, is marked as dif
 to be. Outside of `jax.shard_map` these are the functions of `jax.lax` of the same names.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def fori_loop(lower: Any, upper: Any, body: Callable[[Any, Any], Any], start: Any) -> Any:
@@ -73,6 +75,36 @@ def if_needed(flag: jax.Array, make: Callable[..., Any], otherwise: Any, *operan
         return flag & False, make(*own)
 
     return while_loop(lambda carry: carry[0], step, (flag, otherwise))[1]
+
+
+def unstacked(tree: Any) -> list[Any]:
+    """Return the rows of tables [rows, ...], as many trees, so that compiling stays short.
+
+    XLA compiles a kernel for each slice at a place that it knows: of hundreds of leaves these take
+    longer than all else that a round is. Kernels that read their place from memory are one for
+    all rows. So the place is made of two digits, which come out of a loop, where they are not
+    constants. Cost: a slice a row, and about as many copies of a number.
+
+    >>> [row.tolist() for row in unstacked(jnp.arange(6).reshape(3, 2))]
+    [[0, 1], [2, 3], [4, 5]]
+    """
+    rows = len(jax.tree.leaves(tree)[0])
+    if rows == 1:
+        return [jax.tree.map(lambda x: x[0], tree)]
+    base = math.isqrt(rows - 1) + 1
+
+    def shift(digit: jax.Array, digits: list[jax.Array]) -> list[jax.Array]:
+        return [*digits[1:], digit.astype(jnp.uint32)]  # which no operations check for a sign
+
+    digits = jax.lax.fori_loop(0, base, shift, [jnp.uint32(0)] * base)
+
+    def row(place: int) -> Any:
+        index = digits[place // base] * base + digits[place % base]
+        return jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, index, axis=0, keepdims=False), tree
+        )
+
+    return [row(place) for place in range(rows)]
 
 
 def varying_like(tree: Any, arrays: Any) -> Any:

@@ -1,9 +1,12 @@
 """Loops that are branches."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 
 from jaxquant import loops
 
@@ -26,3 +29,22 @@ def test_it_gives_what_was_made_or_was_there():
         1,
         2,
     ]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 17, 224])
+def test_rows_of_tables_come_out_in_order(rows):
+    tree = {"a": jnp.arange(3 * rows).reshape(rows, 3), "b": jnp.arange(rows) % 3 == 0}
+    for unstacked in (loops.unstacked, jax.jit(loops.unstacked)):
+        found = unstacked(tree)
+        assert len(found) == rows
+        for place, row in enumerate(found):
+            np.testing.assert_array_equal(row["a"], tree["a"][place])
+            np.testing.assert_array_equal(row["b"], tree["b"][place])
+
+
+def test_rows_of_tables_are_cut_by_kernels_that_are_alike():
+    text = jax.jit(loops.unstacked).lower(jnp.zeros((36, 5))).compile().as_text()
+    kernels = [part for part in text.split("\n\n") if "fused_computation" in part.split("(")[0]]
+    plain = [re.sub(r", metadata=.*|%[\w.]+|param_[\d.]+", "", kernel) for kernel in kernels]
+    # Whose two digits are the same number, and whose are two: XLA compiles what is alike once.
+    assert len(plain) >= 36 and len({tuple(sorted(x.splitlines())) for x in plain}) <= 4

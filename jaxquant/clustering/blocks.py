@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxquant import loops
 from jaxquant.clustering import passes
 from jaxquant.clustering.codebooks import bounds, entries, pick
+from jaxquant.clustering.points import taken
 from jaxquant.meshes import compiled
 
 _BATCH_WEIGHTS = 2**16  # that are worked on side by side: what they need besides is in the cache
@@ -106,6 +107,9 @@ def rewrite(
     views, aligned, whole = _aligned(arrays, tables, numbers)
     view = views[0].shape
     axis, pieces, parts = passes.pieces_of(view)
+    if pieces > 1 and numbers[-1] == arrays[0].shape[-1]:
+        # A codebook for each entry of the last axis: few of them at a time stay in the cache.
+        axis, pieces, parts = passes.in_columns(view) or (axis, pieces, parts)
 
     def cut(x: jax.Array, piece: jax.Array) -> jax.Array:
         place = x.ndim - len(view) - len(parts) + 2 + axis
@@ -344,7 +348,7 @@ def in_order(codebooks: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) ->
 
 def at_codes(table: jax.Array, codes: jax.Array) -> jax.Array:
     """Return the entries [..., k] of tables at the codes of the same codebooks."""
-    return jnp.take_along_axis(table, codes.astype(jnp.int32), axis=-1, mode="promise_in_bounds")
+    return taken(table, codes)
 
 
 def assigned(leaf: jax.Array, codebooks: jax.Array) -> jax.Array:
@@ -368,6 +372,29 @@ def _nearest(leaf: jax.Array, codebooks: jax.Array, values: jax.Array | None) ->
     last, codes = in_order(codebooks, leaf.dtype)
     table = at_codes(codebooks if values is None else values, codes)
     return elementwise(pick, (leaf,), (last, table))
+
+
+def nearest_in_each(leaves: Sequence[jax.Array], codebooks: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return what `nearest` does of many leaves, a codebook each, by a short program.
+
+    Codebooks of one shape and dtype are put in order by one kernel.
+    """
+    leaves, codebooks = list(leaves), list(codebooks)
+    return compiled(_nearest_in_each, leaves, codebooks, like=leaves)
+
+
+def _nearest_in_each(leaves: list[jax.Array], codebooks: list[jax.Array]) -> list[jax.Array]:
+    alike: dict[Any, list[int]] = {}
+    for place, (leaf, codebook) in enumerate(zip(leaves, codebooks, strict=True)):
+        alike.setdefault((codebook.shape, codebook.dtype, leaf.dtype), []).append(place)
+    found = list(leaves)
+    for members in alike.values():
+        together = jnp.stack([codebooks[place] for place in members])
+        last, codes = in_order(together, leaves[members[0]].dtype)
+        rows = loops.unstacked((last, at_codes(together, codes)))
+        for place, row in zip(members, rows, strict=True):
+            found[place] = elementwise(pick, (leaves[place],), row)
+    return found
 
 
 def reconstructed(codes: jax.Array, codebooks: jax.Array) -> jax.Array:

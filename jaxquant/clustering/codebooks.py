@@ -85,7 +85,12 @@ def bounds(centroids: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def pick(
-    x: jax.Array, last: jax.Array, table: jax.Array, *, side_by_side: bool = False
+    x: jax.Array,
+    last: jax.Array,
+    table: jax.Array,
+    *,
+    side_by_side: bool = False,
+    short: bool = False,
 ) -> jax.Array:
     """Return for each entry of x the table's entry of its cluster, elementwise.
 
@@ -95,14 +100,16 @@ def pick(
         axes broadcast against x.
       table: [k] or [k, ...], an entry for each cluster in ascending order.
       side_by_side: whether x is one of many under `vmap`.
+      short: whether of a single codebook the codes are made first, a byte for each entry: a tenth
+        of the program, as fast where several tables are looked up at the codes.
     """
     x = x.astype(last.dtype)
     if len(last) > MOST_COMPARES:
         return entries(table, _count_below(x, last))
     few = not jax.export.is_symbolic_dim(x.size) and x.size <= _FEW_ENTRIES
-    if few and not side_by_side:  # slower for each, but a short program
+    if (few and not side_by_side) or (short and last.ndim == 1):
         last = last.reshape(len(last), *([1] * x.ndim)) if last.ndim == 1 else last
-        return entries(table, jnp.sum(x[None] > last, axis=0, dtype=jnp.int32))
+        return entries(table, jnp.sum(x[None] > last, axis=0, dtype=jnp.uint8))
     picked = jnp.broadcast_to(table[0], x.shape)
     for bound, entry in zip(last, table[1:], strict=True):
         picked = jnp.where(x > bound, entry, picked)

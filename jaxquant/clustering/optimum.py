@@ -29,7 +29,9 @@ class Optimum(NamedTuple):
     moved: jax.Array  # upper bound of the squared distance from the entries to their cells' means
 
 
-class _Cells(NamedTuple):
+class Cells(NamedTuple):
+    """Neighbouring points of an array, merged."""
+
     edges: jax.Array  # [cells + 1] first points
     mass: jax.Array  # [cells]
     mean: jax.Array  # [cells]
@@ -51,19 +53,31 @@ def optimum(
       zero: whether one centroid is zero.
       cells: number of them, at most; None for max(512, 4 k).
     """
-    groups = _coarsen(points, sums, _cells(points.value.shape[0], k, cells))
+    groups = coarsen(points, sums, _cells(points.value.shape[0], k, cells))
     costs = _interval_costs(groups, zero=zero)
     tables = _fill_tables(costs, k)
     ends, about_zero, loss = _trace_back(costs, tables)
+    centroids = centroids_between(points, sums, groups, ends, about_zero, zero=zero)
+    return Optimum(centroids, loss, groups.moved)
+
+
+def centroids_between(
+    points: Points,
+    sums: Prefix,
+    groups: Cells,
+    ends: jax.Array,
+    about_zero: jax.Array,
+    *,
+    zero: bool,
+) -> jax.Array:
+    """Return the centroids [k] of clusters that end at some cells, ascending."""
     inner = groups.edges.at[ends].get(mode="promise_in_bounds")
     edges = jnp.pad(inner, (1, 0))
     centroids = means(sums, edges, jnp.float32(-jnp.inf))
     filled = jax.lax.cummax(centroids)  # an empty cluster takes the centroid below
     centroids = jnp.where(jnp.isfinite(filled), filled, points.value[0])
     centroids = jnp.where(about_zero, 0.0, centroids)
-    if zero:
-        centroids = placed(centroids, ranks(centroids))
-    return Optimum(centroids, loss, groups.moved)
+    return placed(centroids, ranks(centroids)) if zero else centroids
 
 
 def _cells(size: int, k: int, cells: int | None) -> int:
@@ -71,7 +85,7 @@ def _cells(size: int, k: int, cells: int | None) -> int:
     return min(max(512, 4 * k) if cells is None else cells, size)
 
 
-def _coarsen(points: Points, sums: Prefix, cells: int) -> _Cells:
+def coarsen(points: Points, sums: Prefix, cells: int) -> Cells:
     """Merge points into cells, equal in a mix of mass and range.
 
     Cell density goes with the cube root of the weights' density, which makes the squared distance
@@ -100,7 +114,7 @@ def _coarsen(points: Points, sums: Prefix, cells: int) -> _Cells:
     # (a + e)**2 <= a**2 (1 + h) + e**2 (1 + 1 / h).
     rounding = jnp.square(points.value * 2.0**-24)
     moved = jnp.sum(mass * (jnp.square(distance) * (1.0 + 2.0**-10) + points.within + rounding))
-    return _Cells(edges, between(sums.mass, edges), mean, moved)
+    return Cells(edges, between(sums.mass, edges), mean, moved)
 
 
 def _cube_root(x: jax.Array) -> jax.Array:
@@ -110,7 +124,7 @@ def _cube_root(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, root, 0.0)
 
 
-def _interval_costs(groups: _Cells, *, zero: bool) -> jax.Array:
+def _interval_costs(groups: Cells, *, zero: bool) -> jax.Array:
     """Return the costs [last, 1 or 2, first] of a cluster of cells, about its mean and zero.
 
     Grows all intervals by one cell at a time (Welford), since differences of prefix sums of
@@ -159,10 +173,10 @@ def _fill_tables(costs: jax.Array, k: int) -> jax.Array:
         return jnp.stack(best), table
 
     none = jnp.full((layers, cells), jnp.inf, jnp.float32)
-    return loops.scan(add, none, _after_all(layers, k))[1]
+    return loops.scan(add, none, after_all(layers, k))[1]
 
 
-def _after_all(layers: int, k: int) -> jax.Array:
+def after_all(layers: int, k: int) -> jax.Array:
     """Return the cost [k, 1 or 2] of 0 to k - 1 clusters of no cells."""
     cost = jnp.zeros((k, layers), jnp.float32)
     return cost if layers == 1 else cost.at[0, 1].set(jnp.inf)
@@ -175,7 +189,7 @@ def _trace_back(costs: jax.Array, tables: jax.Array) -> tuple[jax.Array, jax.Arr
     """
     cells, layers = costs.shape[:2]
     ends = jnp.arange(cells, dtype=jnp.int32)  # the last cell of a cluster
-    after = jnp.concatenate([tables[:, :, 1:], _after_all(layers, tables.shape[0])[:, :, None]], 2)
+    after = jnp.concatenate([tables[:, :, 1:], after_all(layers, tables.shape[0])[:, :, None]], 2)
 
     def first(totals: jax.Array) -> tuple[jax.Array, jax.Array]:
         least = jnp.min(totals)

@@ -10,6 +10,7 @@ import jax
 from jaxquant import loops
 
 _RUN = 64  # weights that lie together fill lines of the cache
+_COLUMNS = 128  # entries of the last axis in a piece, at least: codebooks of each stay in the cache
 _CHUNK = 1 << 20  # weights per step of a long pass: its temporaries stay in the cache
 
 
@@ -68,13 +69,28 @@ def pieces_of(shape: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
     return longest, pieces, parts
 
 
+def in_columns(shape: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]] | None:
+    """Return `pieces_of` that have few entries of the last axis each, or None where that is slow.
+
+    Of all other axes they have all.
+    """
+    length, devices = shape[-1], jax.device_count()
+    run = math.gcd(length, _RUN)
+    if run < _RUN or length < _COLUMNS * devices:
+        return None
+    pieces = max(d for d in _divisors(length // run) if d <= length // (_COLUMNS * devices))
+    return len(shape) - 1, pieces, (length // (run * pieces), pieces, run)
+
+
 def _contiguous(shape: tuple[int, ...], axis: int) -> bool:
     return math.prod(shape[axis + 1 :]) >= _RUN
 
 
 def _divisor_at_least(number: int, least: int) -> int:
     """Return the smallest divisor of `number` that is at least `least`, or `number`."""
-    divisors = (
-        d for i in range(1, math.isqrt(number) + 1) if number % i == 0 for d in (i, number // i)
-    )
-    return min((d for d in divisors if d >= least), default=number)
+    return min((d for d in _divisors(number) if d >= least), default=number)
+
+
+def _divisors(number: int) -> list[int]:
+    pairs = ((i, number // i) for i in range(1, math.isqrt(number) + 1) if number % i == 0)
+    return [d for pair in pairs for d in pair]

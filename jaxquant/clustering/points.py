@@ -231,13 +231,27 @@ def placed(x: jax.Array, rank: jax.Array) -> jax.Array:
         order = jnp.argsort(rank, axis=-1)
         return jnp.take_along_axis(x, order, axis=-1, mode="promise_in_bounds")
     place = jnp.expand_dims(jnp.arange(size, dtype=rank.dtype)[:, None], range(x.ndim - 1))
-    here, own = rank[..., None, :] == place, x[..., None, :]
-    if x.dtype == bool:
+    return _only(rank[..., None, :] == place, x[..., None, :])
+
+
+def taken(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Return the entries [..., n] of short rows [..., k] at some indices in [0, k)."""
+    size = x.shape[-1]
+    if size > MOST_COMPARES:
+        return jnp.take_along_axis(x, index.astype(jnp.int32), axis=-1, mode="promise_in_bounds")
+    # Of a gather XLA would write the indices along all axes to memory.
+    place = jnp.expand_dims(jnp.arange(size, dtype=index.dtype), range(index.ndim))
+    return _only(index[..., :, None] == place, x[..., None, :])
+
+
+def _only(here: jax.Array, own: jax.Array) -> jax.Array:
+    """Return the one entry along the last axis that is here."""
+    if own.dtype == bool:
         return jnp.any(here & own, axis=-1)
     # As integers: sums of floats XLA does not compute within others, but of a table in memory.
-    bits = jax.lax.bitcast_convert_type(own, f"uint{8 * x.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(own, f"uint{8 * own.dtype.itemsize}")
     bits = jnp.sum(jnp.where(here, bits, jnp.zeros((), bits.dtype)), axis=-1, dtype=bits.dtype)
-    return jax.lax.bitcast_convert_type(bits, x.dtype)
+    return jax.lax.bitcast_convert_type(bits, own.dtype)
 
 
 def headroom(largest: jax.Array) -> jax.Array:

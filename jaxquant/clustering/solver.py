@@ -40,6 +40,7 @@ from jaxquant.clustering.points import (
     sorted_points,
     to_units,
 )
+from jaxquant.clustering.starts import short_clusters
 
 _SMALL = 65535  # entries
 _CELLS = 64, 96  # of small blocks at most, for a start from which Lloyd's passes go on
@@ -189,13 +190,12 @@ def _find(
     """Return centroids as float32, which of them are fixed, and the optimum, if it is asked for."""
     sums = prefix(points)
 
-    cells = clustering.cells
     size = points.value.shape[0]
-    if cells is None and quick:
-        cells = max(2 * k, min(_CELLS[size >= 2048], size // 4))
+    few = max(2 * k, min(_CELLS[size >= 2048], size // 4))
+    short = quick and clustering.cells is None and not certify and few <= size
 
     def best(points: Points, sums: Prefix) -> Optimum:
-        return optimum(points, sums, k, zero=clustering.zero, cells=cells)
+        return optimum(points, sums, k, zero=clustering.zero, cells=clustering.cells)
 
     unknown = jnp.float32(jnp.inf)
     solution = Optimum(jnp.zeros(k, jnp.float32), unknown, unknown)
@@ -203,6 +203,9 @@ def _find(
         solution = best(points, sums)
 
     def named(points: Points, sums: Prefix) -> jax.Array:
+        if clustering.init == "optimal" and short:
+            found = short_clusters(points, sums, k, zero=clustering.zero, cells=few)
+            return found * (1.0 / points.scale)
         if clustering.init == "optimal":
             found = solution if certify else best(points, sums)
             return found.centroids * (1.0 / points.scale)

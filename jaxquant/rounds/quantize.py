@@ -166,9 +166,10 @@ def quantize_round(
     NaN or infinite weights, or sensitivities that cannot weigh, is left as it was and reported in
     `finite`; outside of jit it is an error.
 
-    Layers of one shape and setting are clustered by one program, one after the other; what puts
-    their weights on centroids is compiled for each. Cost: about four reads of the weights, more
-    than twice that for shares of weights, and a sort of those of small codebooks.
+    Layers of one shape and setting are clustered by one program, one after the other, and kernels
+    that are alike put their weights on centroids, which XLA compiles once. Cost: about four reads
+    of the weights, more than twice that for shares of weights, and a sort of those of small
+    codebooks.
 
     Weights take the centroid that is nearest. With `moments`, a layer of which nothing is free
     after this round freezes so that what it answers changes least: one input after the other, those
@@ -431,11 +432,10 @@ def _share(
     if plan.shares_of == "clusters":
         wanted = at_codes(with_equals(tables[0], wanted), codes) & tables[2][..., None]
     weights, frozen, counts = [], [], []
-    for j, place in enumerate(alike.members):
+    rows = loops.unstacked((codebooks, wanted, tables[2]))
+    for j, (place, row) in enumerate(zip(alike.members, rows, strict=True)):
         own: list[Any] = [alike.frozen[j], alike.weights[j]]
-        codebook, moving, is_active = jax.tree.map(
-            lambda table, j=j: table[j], (codebooks, wanted, tables[2])
-        )
+        codebook, moving, is_active = row
         join: Callable[..., jax.Array] = join_clusters
         if plan.shares_of == "weights":
             if plan.partition == "loss" and alike.sensitivities[j] is not None:
@@ -461,8 +461,8 @@ def _share(
         own_tables = new_codebook, scale, *tables[1:]
         found = _compensated(plan, alike, told, weights, own_tables, own_moments)
         own_weights, moved, moved_scale = found
-        for place, j in enumerate(told):
-            weights[j] = own_weights[place]
+        for j, own in zip(told, loops.unstacked(own_weights), strict=True):
+            weights[j] = own
         new_codebook = new_codebook.at[np.array(told)].set(moved)
         if scale is not None:
             scale = scale.at[np.array(told)].set(moved_scale)
@@ -559,22 +559,26 @@ def _describe(
 ) -> RoundInfo:
     rows: dict[str, dict[str, jax.Array]] = {name: {} for name in RoundInfo._fields}
     for part, found, new in zip(alike, clustered, shared, strict=True):
-        layer, own = part.layer, found.clusters
-        norm = jnp.where(own.norm > 0, own.norm, 1.0)
+        layer, clusters = part.layer, found.clusters
+        norm = jnp.where(clusters.norm > 0, clusters.norm, 1.0)
         row = {
-            "loss": own.losses,
-            "counts": own.counts,
+            "loss": clusters.losses,
+            "counts": clusters.counts,
             "clusters_frozen": jnp.mean(new.frozen_centroids, axis=-1, dtype=jnp.float32),
             "weights_frozen": new.frozen_share,
-            "error_before": jnp.sum(own.losses, axis=-1) / norm,
+            "error_before": jnp.sum(clusters.losses, axis=-1) / norm,
             "error_after": new.free_loss / norm,
-            "finite": own.finite,
+            "finite": clusters.finite,
         }
         first = () if layer.numbers is None else (layer.codebooks,)
-        for name, value in row.items():
-            shape = (len(part.members), *first, *value.shape[1 + len(layer.shape) :])
-            for place, one in zip(part.members, value.reshape(shape), strict=True):
-                rows[name][plan.selection.selected[place].path] = one
+        lead = len(part.members), *first
+        tables = {
+            name: value.reshape(*lead, *value.shape[1 + len(layer.shape) :])
+            for name, value in row.items()
+        }
+        for place, own in zip(part.members, loops.unstacked(tables), strict=True):
+            for name, value in own.items():
+                rows[name][plan.selection.selected[place].path] = value
     paths = [layer.path for layer in plan.selection.selected]
     return RoundInfo(**{name: {path: row[path] for path in paths} for name, row in rows.items()})
 
@@ -650,13 +654,17 @@ def _gather(plan: Plan, *trees: Any) -> list[Any]:
 
 def _finish(alike: _Alike, shared: _Shared) -> list[_Leaf]:
     """Return the arrays of leaves as they are outside of a round."""
-    shape = (len(alike.members), *alike.layer.codebook_shape)
-    scales = [jnp.zeros(())] * len(alike.members)
+    number = len(alike.members)
+    shape = (number, *alike.layer.codebook_shape)
+    tables = {
+        "codebook": shared.codebook.reshape(shape),
+        "frozen_centroids": shared.frozen_centroids.reshape(shape),
+    }
+    scale = {"scale": jnp.zeros(())}
     if shared.scale is not None:
-        scales = list(shared.scale.reshape(len(alike.members), *alike.layer.scale_shape))
-    tables = list(shared.codebook.reshape(shape)), list(shared.frozen_centroids.reshape(shape))
-    rows = zip(shared.weights, shared.frozen, *tables, scales, strict=True)
-    return [_Leaf(*row) for row in rows]
+        tables["scale"] = shared.scale.reshape(number, *alike.layer.scale_shape)
+    rows = zip(shared.weights, shared.frozen, loops.unstacked(tables), strict=True)
+    return [_Leaf(weights, frozen, **(scale | own)) for weights, frozen, own in rows]
 
 
 def _scatter(plan: Plan, tree: Any, new: Sequence[jax.Array]) -> Any:

@@ -38,7 +38,7 @@ def join_clusters(
       active: [...] bool, whether anything of a block may change.
     """
     del active
-    return frozen | pick(weights, codebook.last, moving)
+    return frozen | pick(weights, codebook.last, moving, short=True)
 
 
 def join_weights(
@@ -68,7 +68,7 @@ def share_centroids(frozen: jax.Array, weights: jax.Array, *others: Any) -> jax.
     Arguments as for `join_clusters`; others may stand before the codebook.
     """
     codebook, _, active = others[-3:]
-    return jnp.where(frozen & active, pick(weights, *codebook), weights)
+    return jnp.where(frozen & active, pick(weights, *codebook, short=True), weights)
 
 
 def least_priority(

@@ -14,7 +14,7 @@ import optax
 
 from jaxquant import loops
 from jaxquant.checks import whole_number, whole_numbers
-from jaxquant.clustering.blocks import nearest
+from jaxquant.clustering.blocks import nearest_in_each
 from jaxquant.rounds.calibration import Calibration
 from jaxquant.rounds.quantize import check_key, quantize_round
 from jaxquant.rounds.quantize import init as init_quantization
@@ -305,9 +305,7 @@ def incremental(
             landing = step < began + _LANDING_STEPS
             change = loops.cond(
                 landing,
-                lambda quant, params, free: jax.tree.map(
-                    _land, quant.frozen, block_codebooks(quant, params), params, free
-                ),
+                _land,
                 lambda quant, params, free: free,
                 *(quant, pure(params), free),
             )
@@ -453,13 +451,16 @@ def _difference(target: jax.Array, weights: jax.Array, update: jax.Array) -> jax
     return (target.astype(wide) - weights.astype(wide)).astype(update.dtype)
 
 
-def _land(
-    frozen: jax.Array, codebook: jax.Array, weights: jax.Array, update: jax.Array
-) -> jax.Array:
-    """Return the update, that of frozen weights leading onto their centroids."""
-    if not codebook.ndim:
-        return update
-    return jnp.where(frozen, _difference(nearest(weights, codebook), weights, update), update)
+def _land(quant: QuantState, params: Any, updates: Any) -> Any:
+    """Return the updates, those of frozen weights leading onto their centroids."""
+    trees = quant.frozen, block_codebooks(quant, params), params, updates
+    frozen, codebooks, weights, updates = map(jax.tree.leaves, trees)
+    selected = [place for place, codebook in enumerate(codebooks) if codebook.ndim]
+    shared = nearest_in_each([weights[i] for i in selected], [codebooks[i] for i in selected])
+    for i, target in zip(selected, shared, strict=True):
+        landing = _difference(target, weights[i], updates[i])
+        updates[i] = jnp.where(frozen[i], landing, updates[i])
+    return jax.tree.structure(quant.frozen).unflatten(updates)
 
 
 def _zero(frozen: jax.Array, update: jax.Array) -> jax.Array:
