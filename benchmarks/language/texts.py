@@ -6,7 +6,7 @@ of the same kind are among gensim's test data (`pip install --no-deps gensim==4.
 
 import importlib.util
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks import generation
 
 SIZE = 512  # tokens of a window
-_COMMON = 16  # tokens in a row by which a window is told to repeat another
+_COMMON = 16  # tokens in a row by which a text is told to repeat another
 
 
 def texts() -> dict[str, str]:
@@ -64,17 +64,22 @@ def windows(
     """
     step = len(tokens) // held_out
     starts = range(0, step * held_out, step)
-    measured = np.array([tokens[start : start + SIZE] for start in starts])
-    seen = set(itertools.chain.from_iterable(map(_runs, measured.tolist())))
+    measured = [tokens[start : start + SIZE] for start in starts]
     between = [
-        window
+        tokens[first : first + SIZE]
         for start in starts
         for first in range(start + SIZE, start + step - SIZE + 1, SIZE)
-        if seen.isdisjoint(_runs(window := tokens[first : first + SIZE]))
     ]
-    chosen = np.linspace(0, len(between) - 1, min(calibrating, len(between))).astype(int)
-    return measured, np.array([between[i] for i in chosen])
+    others = apart(between, measured)
+    chosen = np.linspace(0, len(others) - 1, min(calibrating, len(others))).astype(int)
+    return np.array(measured), np.array([others[i] for i in chosen])
 
 
-def _runs(window: Sequence[int]) -> list[tuple[int, ...]]:
-    return list(zip(*(window[i:] for i in range(_COMMON)), strict=False))
+def apart(texts: Iterable[Sequence[int]], others: Iterable[Sequence[int]]) -> list[Sequence[int]]:
+    """Return the texts that have no 16 tokens in a row in common with any of the others."""
+    seen = set(itertools.chain.from_iterable(map(_runs, others)))
+    return [text for text in texts if seen.isdisjoint(_runs(text))]
+
+
+def _runs(text: Sequence[int]) -> list[tuple[int, ...]]:
+    return list(zip(*(text[i:] for i in range(_COMMON)), strict=False))
