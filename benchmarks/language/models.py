@@ -59,28 +59,30 @@ def loaded(make: Callable[[nnx.Rngs], nnx.Module], weights: Mapping[str, np.ndar
       ValueError: if the paths or shapes are not those of the model's parameters.
     """
     graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-    shapes = flax.traverse_util.flatten_dict(nnx.to_pure_dict(state))
-    expected = {_path(keys): leaf.shape for keys, leaf in shapes.items()}
+    shapes = nnx.to_pure_dict(state)
+    expected = {path: leaf.shape for path, leaf in by_path(shapes).items()}
     got = {path: array.shape for path, array in weights.items()}
     if expected != got:
         differing = sorted(expected.items() ^ got.items())[:4]
         raise ValueError(f"expected the model's weights, got some that differ: {differing}")
-    arrays = {keys: jnp.asarray(weights[_path(keys)]) for keys in shapes}
-    return nnx.merge(graph, nnx.State(flax.traverse_util.unflatten_dict(arrays)))
+    arrays = {path: jnp.asarray(array) for path, array in weights.items()}
+    return nnx.merge(graph, nnx.State(replaced(shapes, arrays)))
 
 
-def kernels(params: Params) -> dict[str, jax.Array]:
+def by_path(tree: Params) -> dict[str, Any]:
+    """Return the leaves of nested dictionaries by paths such as "layers/0/query/kernel"."""
+    flat = flax.traverse_util.flatten_dict(tree)
+    return {"/".join(map(str, keys)): leaf for keys, leaf in flat.items()}
+
+
+def kernels(params: Params) -> dict[str, Any]:
     """Return the matrices of the blocks by path: all that is quantized."""
-    flat = flax.traverse_util.flatten_dict(params)
-    return {_path(keys): leaf for keys, leaf in flat.items() if keys[-1] == "kernel"}
+    leaves = by_path(params)
+    return {path: leaf for path, leaf in leaves.items() if path.endswith("/kernel")}
 
 
-def replaced(params: Params, new: Mapping[str, jax.Array]) -> Params:
+def replaced(params: Params, new: Mapping[str, Any]) -> Params:
     """Return parameters with some of them, by path, replaced."""
     flat = flax.traverse_util.flatten_dict(params)
-    leaves = {keys: new.get(_path(keys), leaf) for keys, leaf in flat.items()}
-    return flax.traverse_util.unflatten_dict(leaves)
-
-
-def _path(keys: tuple[Any, ...]) -> str:
-    return "/".join(map(str, keys))
+    leaves = [new.get(path, leaf) for path, leaf in by_path(params).items()]
+    return flax.traverse_util.unflatten_dict(dict(zip(flat, leaves, strict=True)))
