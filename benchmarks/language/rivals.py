@@ -49,7 +49,11 @@ def compensated(task: models.Task, kind: str, size: int) -> dict[str, jq.PackedA
     plain = _post_training(task, kind, size)
     rules = _rules(gptq.GptqRule, task, kind, size)
     model = _prepared(task, gptq.GptqCalibrationProvider(rules))
-    observe = nnx.jit(lambda model, batch: model(batch) and None)
+
+    @nnx.jit
+    def observe(model: Any, batch: Any) -> None:
+        model(batch)  # which adds to its statistics
+
     for batch in task.batches:
         observe(model, batch)
     variable = nnx.variable_type_from_name("quant_stats")
