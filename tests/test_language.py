@@ -169,6 +169,20 @@ def test_bits_and_losses_of_settings(pair):
     assert 0 < int(fine[2].replace(",", "")) < 20_000
 
 
+def test_calibration_reaches_the_round(pair):
+    """Weights that matter stay as they are where there are fewer than centroids."""
+    first, few = pair.params["first"]["kernel"], jnp.zeros((64, 64)).at[:3, :3].set(1)
+
+    def calibrate(own):
+        like = jax.tree.map(jnp.ones_like, own.params)
+        return {"sensitivity": models.replaced(like, {"first/kernel": few})}
+
+    kernels = settings.clustered(pair, 16, (-1, -1), calibrate=calibrate)
+    got = jq.unpack(kernels["first/kernel"])
+    np.testing.assert_allclose(got[:3, :3], first[:3, :3], atol=2e-4)
+    assert np.abs(got - first).max() > 1e-2
+
+
 def test_values_of_qwix_are_packed_as_they_are():
     codes = jnp.array([[-8, 7], [1, 0], [3, -2], [5, 5]], jnp.int4)
     scale = jnp.array([[0.5, 1], [2, 0.25]])

@@ -21,8 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import flax
 import jax
+from flax import traverse_util
 
 import jaxquant as jq
 from benchmarks import common
@@ -55,7 +55,7 @@ def stored(kernels: dict[str, jq.PackedArray]) -> int:
     """Return the bytes of a file of packed kernels."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernels.safetensors"
-        jq.save(path, flax.traverse_util.unflatten_dict(kernels, sep="/"))
+        jq.save(path, traverse_util.unflatten_dict(kernels, sep="/"))
         return path.stat().st_size
 
 

@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 
 Params = dict[str, Any]
 
@@ -71,7 +70,7 @@ def loaded(make: Callable[[nnx.Rngs], nnx.Module], weights: Mapping[str, np.ndar
 
 def by_path(tree: Params) -> dict[str, Any]:
     """Return the leaves of nested dictionaries by paths such as "layers/0/query/kernel"."""
-    flat = flax.traverse_util.flatten_dict(tree)
+    flat = traverse_util.flatten_dict(tree)
     return {"/".join(map(str, keys)): leaf for keys, leaf in flat.items()}
 
 
@@ -83,6 +82,6 @@ def kernels(params: Params) -> dict[str, Any]:
 
 def replaced(params: Params, new: Mapping[str, Any]) -> Params:
     """Return parameters with some of them, by path, replaced."""
-    flat = flax.traverse_util.flatten_dict(params)
+    flat = traverse_util.flatten_dict(params)
     leaves = [new.get(path, leaf) for path, leaf in by_path(params).items()]
-    return flax.traverse_util.unflatten_dict(dict(zip(flat, leaves, strict=True)))
+    return traverse_util.unflatten_dict(dict(zip(flat, leaves, strict=True)))

@@ -12,13 +12,21 @@ from benchmarks.language import models
 Quantize = Callable[[models.Task], dict[str, jq.PackedArray]]  # of all kernels, by path
 
 
-def clustered(task: models.Task, k: int, block: tuple[int, int], **rule: Any) -> dict[str, Any]:
+def clustered(
+    task: models.Task,
+    k: int,
+    block: tuple[int, int],
+    *,
+    calibrate: Callable[[models.Task], dict[str, Any]] | None = None,
+    **rule: Any,
+) -> dict[str, Any]:
     """Return kernels on codebooks of k centroids.
 
     Args:
       task: the model.
       k: centroids.
       block: as in `jq.LayerRule`; where it does not divide a kernel, the next size that does.
+      calibrate: returns more for `jq.quantize_round`, from what the model makes of the batches.
       **rule: more of `jq.LayerRule`.
     """
     params = task.params
@@ -27,7 +35,8 @@ def clustered(task: models.Task, k: int, block: tuple[int, int], **rule: Any) ->
         for path, kernel in models.kernels(params).items()
     ]
     plan = jq.slq(params, rounds=(k,), rules=rules)
-    params, state, _ = jq.quantize_round(plan, params, jq.init(plan, params))
+    seen = {} if calibrate is None else calibrate(task)
+    params, state, _ = jq.quantize_round(plan, params, jq.init(plan, params), **seen)
     return models.kernels(jq.pack(params, state))
 
 

@@ -109,7 +109,7 @@ def task(held_out: int = 6, calibrating: int = 64) -> models.Task:
         for name, text in texts.texts().items()
     }
     measured = {name: own[0] for name, own in cut.items()}
-    expected = {
+    expected: dict[str, list[Any]] = {
         name: [np.asarray(forward(params, window[None])[0]) for window in own]
         for name, own in measured.items()
     }
