@@ -1,0 +1,1 @@
+"""Real language and embedding models, from packages: what quantization costs them."""
