@@ -27,7 +27,12 @@ def task(model, batches=(TOKENS,)):
         return (float(jnp.mean((forward(params, TOKENS) - expected) ** 2)),)
 
     return models.Task(
-        model=model, batches=list(batches), columns=("error",), measure=measure, notes=""
+        model=model,
+        batches=list(batches),
+        outputs="normal",
+        columns=("error",),
+        measure=measure,
+        notes="",
     )
 
 
@@ -169,18 +174,16 @@ def test_bits_and_losses_of_settings(pair):
     assert 0 < int(fine[2].replace(",", "")) < 20_000
 
 
-def test_calibration_reaches_the_round(pair):
-    """Weights that matter stay as they are where there are fewer than centroids."""
-    first, few = pair.params["first"]["kernel"], jnp.zeros((64, 64)).at[:3, :3].set(1)
+def test_calibrated_kernels_answer_better_and_allocated_ones_keep_their_bits(pair):
+    def error(kernels):
+        new = {path: jq.unpack(kernel) for path, kernel in kernels.items()}
+        answers = pair.function(models.replaced(pair.params, new), TOKENS)
+        return float(jnp.mean((answers - pair.function(pair.params, TOKENS)) ** 2))
 
-    def calibrate(own):
-        like = jax.tree.map(jnp.ones_like, own.params)
-        return {"sensitivity": models.replaced(like, {"first/kernel": few})}
-
-    kernels = settings.clustered(pair, 16, (-1, -1), calibrate=calibrate)
-    got = jq.unpack(kernels["first/kernel"])
-    np.testing.assert_allclose(got[:3, :3], first[:3, :3], atol=2e-4)
-    assert np.abs(got - first).max() > 1e-2
+    plain, told = (settings.clustered(pair, 4, (-1, -1), calibrated=x) for x in (False, True))
+    assert error(told) < 0.7 * error(plain)
+    mixed = settings.allocated(pair, 3.0, {4: [(-1, 1)], 8: [(-1, 1)], 16: [(16, 1)]})
+    assert sum(kernel.nbytes for kernel in mixed.values()) * 8 / 64**2 / len(mixed) < 4
 
 
 def test_values_of_qwix_are_packed_as_they_are():

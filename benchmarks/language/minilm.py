@@ -151,6 +151,7 @@ def task(calibrating: int = 128) -> models.Task:
 
     return models.Task(
         model=model,
+        outputs="normal",
         batches=[jnp.array(others[i : i + _BATCH]) for i in range(0, len(others), _BATCH)],
         columns=("Pearson", "distance"),
         measure=measure,

@@ -12,13 +12,14 @@ from flax import nnx, traverse_util
 Params = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Task:
     """A model, texts to calibrate on, and texts to measure on, which are others.
 
     Attributes:
       model: in Flax NNX.
       batches: tokens [texts, positions] to calibrate on.
+      outputs: what the model's outputs are, as in `jq.calibrate`.
       columns: names of what is measured.
       measure: returns it for parameters.
       notes: what a reader has to know.
@@ -26,6 +27,7 @@ class Task:
 
     model: Any
     batches: list[jax.Array]
+    outputs: str
     columns: tuple[str, ...]
     measure: Callable[[Params], tuple[float, ...]]
     notes: str

@@ -127,6 +127,7 @@ def task(held_out: int = 6, calibrating: int = 64) -> models.Task:
 
     return models.Task(
         model=model,
+        outputs="categorical",
         batches=[jnp.asarray(window)[None] for _, own in cut.values() for window in own],
         columns=tuple(f"{what}, {name}" for name in cut for what in ("KL", "perplexity")),
         measure=measure,
