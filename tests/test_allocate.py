@@ -71,6 +71,25 @@ def test_what_matters_more_gets_more():
     assert found[2].k == 16 > plain[2].k
     told = jq.Calibration(sensitivity=heavy, moments={})
     assert list(jq.allocate(PARAMS, bits=2.5, choices=CHOICES, calibration=told)) == list(found)
+    moments = {f"{name}/kernel": jnp.eye(n) for name, n in (("first", 48), ("second", 40))}
+    guided = jq.Calibration(
+        sensitivity=None, moments=moments | {"third/kernel": 1e6 * jnp.eye(144)}, guided=True
+    )
+    assert list(jq.allocate(PARAMS, bits=2.5, choices=CHOICES, calibration=guided)) == list(found)
+
+
+def test_losses_with_guided_moments_are_those_of_answers():
+    kernel = normal((4, 5, 6))
+    moments = normal((30, 30), seed=1)
+    moments = moments @ moments.T
+    told = jq.Calibration(
+        sensitivity=None, moments={"w": moments}, guided=True, input_axes=(("w", -2),)
+    )
+    rule = jq.LayerRule("w", k=3)
+    rules = jq.allocate({"w": kernel}, bits=30, choices=[rule], calibration=told)
+    new, _ = quantized({"w": kernel}, [rule])
+    off = (new["w"] - kernel).reshape(4, 30)
+    assert rules.loss == pytest.approx(float(jnp.sum((off @ moments) * off)), rel=1e-4)
 
 
 def test_a_choice_is_for_the_weights_that_it_matches():
@@ -157,7 +176,7 @@ def test_budgets_of_many_units_are_kept_and_nearly_as_good():
         ({"bits": 3, "choices": []}, "choices: expected at least one"),
         (
             {"bits": 3, "calibration": jq.Calibration(sensitivity=None, moments={})},
-            "expected sensitivities",
+            "expected sensitivities or guided moments",
         ),
     ],
 )

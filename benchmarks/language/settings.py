@@ -79,7 +79,7 @@ def calibration(task: models.Task) -> jq.Calibration:
     """Return what the model makes of the task's batches."""
     rules = [jq.LayerRule(".*/kernel")]
     found = jq.calibrate(
-        task.function, task.params, task.batches, rules=rules, outputs=task.outputs, guided=1
+        task.function, task.params, task.batches, rules=rules, outputs=task.outputs, guided=True
     )
     return jax.block_until_ready(found)
 

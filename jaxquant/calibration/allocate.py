@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.meshes import compiled
+from jaxquant.packing.arrays import is_packed
 from jaxquant.packing.storage import stored_bytes
 from jaxquant.packing.trees import pack
 from jaxquant.rounds.calibration import Calibration
@@ -95,7 +96,9 @@ def allocate(
     "Knapsack Problems", 2004, section 11: the multiple-choice knapsack).
 
     Losses of different weights add up as far as they are alike, which squares of weights are not:
-    give a calibration, or sensitivities.
+    give a calibration, or sensitivities. With guided moments what a weight loses is that of its
+    answers, `change^T moments change`, by nearest centroids: a round that has the moments loses
+    less.
 
     Args:
       params: tree of weights.
@@ -104,7 +107,7 @@ def allocate(
       choices: rules, of which a weight may match several; each says k or bits. None: those that
         `select` selects by default, with one codebook of 2 to 256 centroids, alone and with a
         scale for each output.
-      calibration: from `calibrate`, whose sensitivities weigh the squares; or
+      calibration: from `calibrate`: its guided moments, or sensitivities, say what is lost; or
       sensitivity: tree like `params`, as of `quantize_round`.
 
     Returns:
@@ -125,15 +128,16 @@ def allocate(
     if calibration is not None:
         if sensitivity is not None:
             raise ValueError("expected calibration or sensitivity, got both")
-        sensitivity = calibration.sensitivity
-        if sensitivity is None:
-            raise ValueError("calibration: expected sensitivities, got none: sensitivity=False?")
+        if calibration.sensitivity is None and not calibration.guided:
+            raise ValueError("calibration: expected sensitivities or guided moments, got none")
     params, sensitivity = (pure(x, only_parameters=True) for x in (params, sensitivity))
     rules = _default_choices(params, calibration) if choices is None else list(choices)
     if not rules:
         raise ValueError("choices: expected at least one, got none")
     matches = [(rule, _matched(params, rule)) for rule in rules]
-    table = [own for part in _apart(matches) for own in _measured(params, part, sensitivity)]
+    told = calibration or Calibration(sensitivity=sensitivity, moments={})
+    told = dataclasses.replace(told, sensitivity=pure(told.sensitivity, only_parameters=True))
+    table = [own for part in _apart(matches) for own in _measured(params, part, told, sensitivity)]
     sizes = {path: leaf.size for path, leaf in leaves_with_paths(params)}
     of_path: dict[str, list[Choice]] = {}
     for choice in sorted(table, key=lambda choice: natural_key(choice.path)):
@@ -193,33 +197,64 @@ def _apart(
     return parts
 
 
-def _measured(params: Any, rules: dict[str, LayerRule], sensitivity: Any) -> list[Choice]:
-    """Return what each weight loses and stores by its rule."""
+def _measured(
+    params: Any, rules: dict[str, LayerRule], told: Calibration, sensitivity: Any
+) -> list[Choice]:
+    """Return what each weight loses and stores by its rule.
+
+    Args:
+      params: tree of weights.
+      rules: by path.
+      told: what losses go by.
+      sensitivity: what clusters go by, if that is not told by calibration; or None.
+    """
     plan = slq(params, rounds=(1,), rules=list(rules.values()))
-    new, state, _ = quantize_round(plan, params, init(plan, params), sensitivity=sensitivity)
+    guide: dict[str, Any] = {"sensitivity": sensitivity}
+    if sensitivity is None and told.sensitivity is not None:
+        guide = {"calibration": dataclasses.replace(told, moments={})}
+    new, state, _ = quantize_round(plan, params, init(plan, params), **guide)
     packed = pack(new, state)
     kept = [(layer.path, None) for layer in plan.selection.layers]
     before, after = (check_leaves("params", tree, kept) for tree in (params, new))
     weighed = [None] * len(kept)
-    if sensitivity is not None:
-        weighed = check_leaves("sensitivity", sensitivity, kept)
-    found = dict(leaves_with_paths(packed, is_leaf=lambda node: hasattr(node, "codebook")))
-    rows = zip(plan.selection.layers, before, after, weighed, strict=True)
-    return [
-        Choice(
-            layer.path,
-            rules[layer.path],
-            float(compiled(_loss, *arrays)),
-            stored_bytes(found[layer.path]),
-        )
-        for layer, *arrays in rows
-        if layer.reason is None
-    ]
+    if told.sensitivity is not None:
+        weighed = check_leaves("sensitivity", told.sensitivity, kept)
+    found = dict(leaves_with_paths(packed, is_leaf=is_packed))
+    choices = []
+    for layer, *leaves, weights in zip(plan.selection.layers, before, after, weighed, strict=True):
+        if layer.reason is None:
+            own = told.moments.get(layer.path) if told.guided else None
+            axes = dataclasses.replace(
+                layer, inputs=layer.inputs or told.inputs.get(layer.path)
+            ).input_axes
+            loss = compiled(_loss, *leaves, weights if own is None else None, own, axes=axes)
+            size = stored_bytes(found[layer.path])
+            choices.append(Choice(layer.path, rules[layer.path], float(loss), size))
+    return choices
 
 
-def _loss(before: jax.Array, after: jax.Array, sensitivity: jax.Array | None) -> jax.Array:
-    squares = jnp.square(after.astype(jnp.float32) - before.astype(jnp.float32))
-    return jnp.sum(squares if sensitivity is None else sensitivity.astype(jnp.float32) * squares)
+def _loss(
+    before: jax.Array,
+    after: jax.Array,
+    sensitivity: jax.Array | None,
+    moments: jax.Array | None,
+    *,
+    axes: tuple[int, ...],
+) -> jax.Array:
+    """Return the (weighted) sum of squares, or that of answers if there are moments.
+
+    `axes` are those of inputs, counted behind that of stacked layers.
+    """
+    change = after.astype(jnp.float32) - before.astype(jnp.float32)
+    if moments is None:
+        weights = jnp.float32(1.0) if sensitivity is None else sensitivity.astype(jnp.float32)
+        return jnp.sum(weights * jnp.square(change))
+    stacked = moments.ndim - 2
+    inputs = [stacked + axis for axis in axes]
+    outputs = [axis for axis in range(stacked, change.ndim) if axis not in inputs]
+    change = change.transpose((*range(stacked), *inputs, *outputs))
+    change = change.reshape(*moments.shape[:-1], -1)
+    return jnp.sum(change * jnp.matmul(moments, change))
 
 
 def _other_bytes(params: Any, chosen: Iterable[str]) -> int:

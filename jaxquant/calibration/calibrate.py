@@ -29,7 +29,7 @@ def calibrate(
     outputs: str = "normal",
     sensitivity: bool = True,
     moments: bool = True,
-    guided: int = 0,
+    guided: bool = False,
     key: jax.Array | None = None,
 ) -> Calibration:
     """Return what the weights of a function meet on some data, and how much each of them matters.
@@ -41,9 +41,9 @@ def calibrate(
 
     - *Moments* of a weight are the mean of `x x^T` over all vectors x that it is multiplied with:
       see `input_moments`. Those of stacked layers are by layer.
-    - *Guided* moments are the sum of `g**2 x x^T`, g**2 the mean over a group of outputs of the
-      squared gradients of the end result: vectors that matter more count more (Kim et al.,
-      "GuidedQuant", ICML 2025).
+    - *Guided* moments are the mean over examples of the sum of `g**2 x x^T`, g**2 the mean over a
+      weight's outputs of the squared gradients of the end result: vectors that matter more count
+      more (Kim et al., "GuidedQuant", ICML 2025, with all outputs as one group).
     - *Sensitivity* of a weight is its diagonal entry of the Fisher information, or of the
       Gauss-Newton matrix, `sum x**2 g**2` over vectors as if they were apart (exact for a dense
       layer that sees one vector for each example). Where a weight meets no product, its gradient is
@@ -65,7 +65,7 @@ def calibrate(
         first axis an example; "categorical", logits [..., classes] whose divergence counts.
       sensitivity: whether sensitivities are wanted. Costs a product for each product.
       moments: whether moments are wanted. Costs O(vectors D**2) for each product, [D, D] in memory.
-      guided: number of groups of outputs which have guided moments; 0 for plain moments of all.
+      guided: whether moments are guided.
       key: typed key of the random combinations; None stands for a fixed one.
 
     Returns:
@@ -85,7 +85,6 @@ def calibrate(
     """
     if outputs not in _OUTPUTS:
         raise ValueError(f"expected outputs to be one of {_OUTPUTS}, got {outputs!r}")
-    guided = checks.integer("guided", guided, least=0)
     if key is not None:
         checks.key("key", key)
     key = jax.random.key(0) if key is None else key
@@ -98,7 +97,7 @@ def calibrate(
     for number, batch in enumerate(batches):
         if setting is None:
             roles = _roles(function, params, batch, selected)
-            setting = _Setting(outputs, guided, sensitivity, moments, tuple(roles.items()))
+            setting = _Setting(outputs, bool(guided), sensitivity, moments, tuple(roles.items()))
             sums = {layer.path: _probes(setting, layer, roles[layer.path]) for layer in selected}
         call, arrays = call_of((params, batch))
         own_key = jax.random.fold_in(key, number)
@@ -113,7 +112,7 @@ class _Setting(NamedTuple):
     """What is observed of which weights; hashable."""
 
     outputs: str
-    guided: int
+    guided: bool
     sensitivity: bool
     moments: bool
     roles: tuple[tuple[str, Role], ...]  # of the selected leaves, by path
@@ -152,8 +151,8 @@ def _axes(layer: Layer, inputs: int) -> tuple[int, ...]:
 
 def _probes(setting: _Setting, layer: Layer, role: Role) -> Probes:
     """Return the probes of a weight; layers that share a codebook have no moments of their own."""
-    groups = max(1, setting.guided) if setting.moments and role.is_stack == layer.stacks else 0
-    return probes_of(layer.shape, role, groups, setting.sensitivity)
+    has_moments = setting.moments and role.is_stack == layer.stacks
+    return probes_of(layer.shape, role, sensitivity=setting.sensitivity, moments=has_moments)
 
 
 def _add(
@@ -177,7 +176,7 @@ def _add(
         for path, leaf in pairs:
             argument, _, own = path.partition("/")
             if argument == "0" and own in roles:
-                leaf = observed(leaf, probes[own], roles[own], setting.guided > 0)
+                leaf = observed(leaf, probes[own], roles[own], setting.guided)
             leaves.append(leaf)
         results = run(*jax.tree.unflatten(structure, leaves))
         return _combined(results, setting.outputs, key)
@@ -232,15 +231,14 @@ def _calibration(
             sensitivity.append((own.squares / examples).reshape(layer.shape))
         is_seen = isinstance(own.count, jax.core.Tracer) or bool(jnp.all(own.count > 0))
         if own.moments.size and is_seen:
-            number = examples if setting.guided else own.count[..., None, None, None]
-            mean = own.moments / number
-            moments[layer.path] = mean if setting.guided > 1 else mean[..., 0, :, :]
+            number = examples if setting.guided else own.count[..., None, None]
+            moments[layer.path] = own.moments / number
     tree = None
     if setting.sensitivity:
         structure = jax.tree.structure(pure(params, only_parameters=True))
         tree = jax.tree.unflatten(structure, sensitivity)
     inputs = tuple((path, roles[path].inputs) for path in moments)
-    found = Calibration(sensitivity=tree, moments=moments, input_axes=inputs)
+    found = Calibration(sensitivity=tree, moments=moments, guided=setting.guided, input_axes=inputs)
     _check(found, layers)
     if setting.sensitivity:
         tree = replaced(params, tree, only_parameters=True)

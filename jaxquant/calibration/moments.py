@@ -66,23 +66,18 @@ def sum_of_products(
     Args:
       inputs: as of `input_moments`.
       options: of the convolution; with an empty window those of a dense layer.
-      energies: [*places, groups] of groups of outputs; each then has its own sum, in which a place
-        counts as much as it says.
+      energies: [*places] how much each of them counts; None for all alike.
 
     Returns:
-      [D, D] float32, or [groups, D, D].
+      [D, D] float32.
     """
 
     def products(parts: tuple[jax.Array, jax.Array | None]) -> jax.Array:
         inputs, energies = parts
         rows = windows(inputs, options)
         rows = rows.reshape(-1, rows.shape[-1])
-        if energies is None:
-            return jnp.matmul(rows.T, rows, precision=_PRECISION)
-        own = energies.reshape(len(rows), -1).T  # of each group: a product of matrices
-        return jax.lax.map(
-            lambda each: jnp.matmul(rows.T, rows * each[:, None], precision=_PRECISION), own
-        )
+        weighed = rows if energies is None else rows * energies.reshape(-1, 1)
+        return jnp.matmul(rows.T, weighed, precision=_PRECISION)
 
     shape = jax.eval_shape(lambda: windows(inputs, options)).shape
     parts = _parts(shape)
@@ -94,8 +89,7 @@ def sum_of_products(
         return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
 
     split = jax.tree.map(cut, (inputs, energies))
-    zeros = jax.eval_shape(products, jax.tree.map(lambda x: x[0], split))
-    zeros = jnp.zeros(zeros.shape, jnp.float32)
+    zeros = jnp.zeros((shape[-1],) * 2, jnp.float32)
     return loops.scan(lambda sums, part: (sums + products(part), None), zeros, split)[0]
 
 

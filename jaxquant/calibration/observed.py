@@ -45,7 +45,7 @@ class Probes(NamedTuple):
     """
 
     squares: jax.Array  # [rows, columns] float32, sums of squared gradients; none if not wanted
-    moments: jax.Array  # [groups of outputs, D, D] float32, sums of products; none if not wanted
+    moments: jax.Array  # [D, D] float32, sums of products; none if not wanted
     count: jax.Array  # [] float32, how many vectors these are sums of
 
 
@@ -121,22 +121,21 @@ def observed(weight: jax.Array, probes: Probes, role: Role, guided: bool) -> Vie
     return View(packed=own, axes=whole(layers, rows, columns), dtype=weight.dtype)  # type: ignore[arg-type]
 
 
-def probes_of(shape: Sequence[int], role: Role, groups: int, sensitivity: bool) -> Probes:
+def probes_of(shape: Sequence[int], role: Role, *, sensitivity: bool, moments: bool) -> Probes:
     """Return the probes of a weight before anything is observed.
 
     Args:
       shape: of the weight.
       role: of the weight in the function; with 0 inputs nothing is known of its products.
-      groups: of outputs with moments of their own; 0: no moments.
       sensitivity: whether squared gradients are wanted.
+      moments: whether sums of products are.
     """
     layers, rows, columns = _parts(shape, role)
-    inputs = math.prod(rows if role.inputs > 0 else columns)
-    groups = groups if role.inputs else 0
+    inputs = math.prod(rows if role.inputs > 0 else columns) if moments and role.inputs else 0
     size = (math.prod(rows), math.prod(columns)) if sensitivity else (0, 0)
     return Probes(
         squares=jnp.zeros((*layers, *size), jnp.float32),
-        moments=jnp.zeros((*layers, groups, *(inputs if groups else 0,) * 2), jnp.float32),
+        moments=jnp.zeros((*layers, inputs, inputs), jnp.float32),
         count=jnp.zeros(layers, jnp.float32),
     )
 
@@ -421,7 +420,7 @@ def _products(sides: _Sides, x: jax.Array, gradient: jax.Array) -> tuple[jax.Arr
     every = 0 if len(x) == len(gradient) else None  # of layers that are not shared, x is the same
     moments = jax.vmap(of_layer, (every, 0))(x if every == 0 else x[0], gradient)
     count = jnp.broadcast_to(jnp.float32(gradient.shape[1]), own.layers)
-    return _as_probed(own, moments), count
+    return moments.reshape(own.probes.moments.shape), count
 
 
 def _window_products(
@@ -449,24 +448,10 @@ def _window_products(
     sizes = [piece.size for piece in summed]
     stored = sorted(range(len(summed)), key=lambda place: -summed[place].stride)
     order = np.arange(math.prod(sizes)).reshape(sizes).transpose(stored).ravel()
-    moments = _as_probed(own, moments[..., order[:, None], order])
+    moments = moments[order[:, None], order]
     return moments, jnp.float32(math.prod(gradient.shape[:-1]))
 
 
 def _energies(own: Observed, gradient: jax.Array) -> jax.Array | None:
-    """Return how much each vector counts, [..., groups], from gradients [..., outputs]."""
-    if not own.guided:
-        return None
-    groups, outputs = own.probes.moments.shape[-3], gradient.shape[-1]
-    if outputs % groups:
-        groups = 1  # of a part of the outputs
-    squares = jnp.square(gradient).reshape(*gradient.shape[:-1], groups, -1)
-    means = jnp.mean(squares, axis=-1)
-    return jnp.broadcast_to(means, (*means.shape[:-1], own.probes.moments.shape[-3]))
-
-
-def _as_probed(own: Observed, moments: jax.Array) -> jax.Array:
-    """Return moments as the probes have them: those of all outputs alike are for each group."""
-    if not own.guided:
-        moments = moments[..., None, :, :]
-    return moments.reshape(own.probes.moments.shape)
+    """Return how much each vector counts, from gradients [..., outputs]; None for all alike."""
+    return jnp.mean(jnp.square(gradient), axis=-1) if own.guided else None

@@ -6,15 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from jaxquant.meshes import compiled
 from jaxquant.rounds.schedules import Plan
 from jaxquant.rounds.selection import Layer
+from jaxquant.trees import pure
+
+_DAMPING = 1.0  # of the mean sensitivity of a layer
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("sensitivity", "moments"),
-    meta_fields=("input_axes",),
+    meta_fields=("guided", "input_axes"),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
@@ -24,12 +29,14 @@ class Calibration:
       sensitivity: tree like the parameters, float32, how much a squared change of each weight
         matters; scalar zeros where nothing is quantized. None if it was not asked for.
       moments: of what a weight is multiplied with, by path: [D, D] float32, [layers, D, D] of
-        stacked layers; guided ones of several groups of outputs [..., groups, D, D].
+        stacked layers.
+      guided: whether vectors count in the moments as much as they matter.
       input_axes: how many axes products with a weight sum over, by path, as pairs.
     """
 
     sensitivity: Any
     moments: dict[str, jax.Array]
+    guided: bool = False
     input_axes: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -45,6 +52,9 @@ def guided_by(
     moments: Mapping[str, jax.Array] | None,
 ) -> tuple[Plan, Any, dict[str, jax.Array]]:
     """Return a plan whose layers know their inputs, and the sensitivity and the moments of a round.
+
+    The mean of a layer's sensitivities is added to each of them: weights that matter little alone
+    still do together, and clusters that go by a few weights of large sensitivity lose the others.
 
     Raises:
       ValueError: if calibration and one of the others are given.
@@ -67,4 +77,9 @@ def guided_by(
     selected = {layer.path for layer in selection.selected}
     own = {path: x for path, x in calibration.moments.items() if path in selected}
     plan = dataclasses.replace(plan, selection=selection)
-    return plan, calibration.sensitivity, own if plan.shares_of == "clusters" else {}
+    damped = compiled(_damped, pure(calibration.sensitivity, only_parameters=True))
+    return plan, damped, own if plan.shares_of == "clusters" else {}
+
+
+def _damped(sensitivity: Any) -> Any:
+    return jax.tree.map(lambda own: own + _DAMPING * jnp.mean(own), sensitivity)
