@@ -5,6 +5,7 @@ A function that becomes public has to come into `CALLS`, or into `ELSEWHERE` wit
 
 import functools
 import inspect
+import re
 from typing import NamedTuple
 
 import jax
@@ -32,6 +33,7 @@ ELSEWHERE = {
     "load": "runs on the host: test_storage",
     "read_metadata": "runs on the host: test_storage",
     "report": "runs on the host: test_metrics",
+    "allocate": "runs on the host: test_allocate",
     "packed": "makes a function: `both_ways` stands for it",
     "freeze_quantized": "makes a transformation: `freeze_update` stands for it",
     "incremental": "makes a transformation: `incremental_init` and `_update` stand for it",
@@ -107,6 +109,18 @@ def correct(g):
     return jq.product.correct(product_of(g), response, sweeps=1)
 
 
+def answers(params, inputs):
+    return jnp.tanh(inputs @ params["w"])
+
+
+def calibrated(g, **options):
+    return jq.calibrate(answers, {"w": g.weights}, [g.inputs], rules=CALIBRATED, **options)
+
+
+CALIBRATED = [jq.LayerRule("w")]
+SEEN = jq.slq(TREE, bits=2, rounds=(3,))
+
+
 @jq.packed
 def both_ways(weights, inputs):
     outputs = inputs @ weights
@@ -131,6 +145,14 @@ CALLS = {
     "quantize_round by moments": lambda g: round_of(
         g, jq.slq(TREE, bits=2, rounds=(3,)), moments={"w": g.inputs.T @ g.inputs}
     ),
+    "calibrate": lambda g: calibrated(g).moments,
+    "calibrate guided": lambda g: calibrated(g, guided=True, outputs="categorical"),
+    "quantize_round calibrated": lambda g: round_of(g, SEEN, calibration=calibrated(g)),
+    "straight_through": lambda g: jq.straight_through(
+        SEEN, {"w": g.weights}, jq.release(state_of(g)[1])
+    ),
+    "release": lambda g: jq.release(state_of(g)[1]),
+    "settle": lambda g: jq.settle(SEEN, {"w": g.weights}, jq.release(state_of(g)[1])),
     "quantize_round inq": lambda g: round_of(
         g, jq.inq(TREE, bits=3, shares=(0.5, 1.0), partition="random"), key=g.key
     ),
@@ -161,10 +183,18 @@ CALLS = {
     ),
 }
 NAMES = list(CALLS)
-MOST = mostly_slow(NAMES, *(name for name in NAMES if "moments" not in name))  # long to compile
+MOST = mostly_slow(
+    NAMES, *(name for name in NAMES if not re.search("moments|calibrated|guided|settle", name))
+)  # long to compile
 # Compiling takes most of the time: of calls that share their parts with others, or compile for
 # long, some places only see the trace, at which what cannot stand there fails.
-LONG = ("quantize_round by moments", "quantize_round inq", "incremental_update", "product.correct")
+LONG = (
+    "quantize_round by moments",
+    "quantize_round calibrated",
+    "quantize_round inq",
+    "incremental_update",
+    "product.correct",
+)
 RUN = ("kmeans weighed", "assign many", "quantize_round", "set_centroids", "pack", "conv")
 RUN += (
     "packed",

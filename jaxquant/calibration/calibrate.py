@@ -9,7 +9,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from jaxquant import checks
+from jaxquant import checks, loops
 from jaxquant.calibration.observed import OBSERVING, Probes, observed, probes_of
 from jaxquant.meshes import compiled
 from jaxquant.packing.function import Call, PackedFunction, Role, call_of, leaves_as_given
@@ -181,6 +181,8 @@ def _add(
         results = run(*jax.tree.unflatten(structure, leaves))
         return _combined(results, setting.outputs, key)
 
+    # Inside of `jax.shard_map` each device adds up what is its own.
+    sums = loops.varying_like(sums, arrays)
     found, own = jax.grad(combined, has_aux=True)(jax.tree.map(jnp.zeros_like, sums))
     return jax.tree.map(jnp.add, sums, found), examples + own
 
@@ -224,7 +226,7 @@ def _calibration(
     moments, sensitivity = {}, []
     for layer in layers:
         if layer.reason is not None:
-            sensitivity.append(jnp.zeros(()))
+            sensitivity.append(jnp.zeros((), jnp.float32))
             continue
         own = sums[layer.path]
         if setting.sensitivity:

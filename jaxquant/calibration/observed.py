@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
+from jaxquant import loops
 from jaxquant.calibration.moments import sum_of_products
 from jaxquant.packing.arrays import View, seen, unpack_node
 from jaxquant.packing.axes import (
@@ -176,15 +177,16 @@ def _use(
     def use(x: Any, arrays: _Arrays) -> jax.Array:
         return apply(x, arrays.weight)
 
-    def forward(x: Any, arrays: _Arrays) -> tuple[jax.Array, tuple[Any, jax.Array]]:
-        return use(x, arrays), (x, arrays.weight)
+    def forward(x: Any, arrays: _Arrays) -> tuple[jax.Array, Any]:
+        return use(x, arrays), (x, arrays.weight, arrays.probes.count)
 
-    def backward(kept: tuple[Any, jax.Array], gradient: jax.Array) -> tuple[Any, _Arrays]:
-        x, weight = kept
+    def backward(kept: Any, gradient: jax.Array) -> tuple[Any, _Arrays]:
+        x, weight, _ = kept
         back = None
         if x is not None:
             (back,) = jax.linear_transpose(lambda x: apply(x, weight), x)(gradient)
-        return back, _Arrays(jnp.zeros_like(weight), share(x, weight, gradient))
+        found = loops.varying_like(share(x, weight, gradient), (kept, gradient))
+        return back, _Arrays(jnp.zeros_like(weight), found)
 
     use.defvjp(forward, backward)
     return use(x, arrays)
@@ -342,8 +344,8 @@ def _observe(
 
         found = _zeros(arrays.probes)
         if found.squares.size:
-            kind = jax.ShapeDtypeStruct(weight.shape, jnp.float32)
-            (squares,) = jax.linear_transpose(of_squares, kind)(jnp.square(gradient))
+            _, pull = jax.vjp(of_squares, weight.astype(jnp.float32))
+            (squares,) = pull(jnp.square(gradient))
             found = found._replace(squares=squares)
         if products is not None and found.moments.size:
             moments, count = products(x, gradient)

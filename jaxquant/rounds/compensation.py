@@ -117,7 +117,9 @@ def compensate(
         by_blocks(movable),
         jnp.bool_(scale is not None) & jnp.all(movable | (codebook == 0)),
     )
-    scales = jnp.ones((1, 1, 1)) if scale is None else by_blocks(scale).astype(jnp.float32)
+    scales = (
+        jnp.ones((1, 1, 1), jnp.float32) if scale is None else by_blocks(scale).astype(jnp.float32)
+    )
     scales = jnp.broadcast_to(scales, (math.prod(numbers[:-1]), numbers[-1], 1))
     dtypes = codebook.dtype, jnp.float32 if scale is None else scale.dtype
     found = _Found(rows(start), by_blocks(codebook).astype(jnp.float32), scales)
@@ -378,7 +380,7 @@ def _refit_scale(
     def sums(x: jax.Array) -> jax.Array:
         """Return the sum over each block, like the scales."""
         by_row = jnp.sum((x * units).reshape(len(units), blocks, -1), axis=-1)
-        return jnp.zeros(found.scale.shape[:2]).at[layer.groups].add(by_row)[..., None]
+        return jnp.zeros(found.scale.shape[:2], jnp.float32).at[layer.groups].add(by_row)[..., None]
 
     energies = jnp.diag(layer.moments)[:, None] * units
     system = _System(weights_of, sums, sums(energies), steps=_SCALE_STEPS)
