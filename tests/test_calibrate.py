@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxquant as jq
@@ -306,6 +309,47 @@ def test_sensitivities_predict_the_divergence_of_predictions():
     assert abs(predicted / divergence - 1) < 0.1
 
 
+# Whatever made the layers -------------------------------------------------------------------------
+
+
+class Attention(nnx.Module):
+    """Attention and a dense layer, with statistics and randomness beside the parameters."""
+
+    def __init__(self, rngs):
+        """Make the layers."""
+        self.attention = nnx.MultiHeadAttention(2, WIDTH, rngs=rngs, decode=False)
+        self.norm = nnx.BatchNorm(WIDTH, use_running_average=True, rngs=rngs)
+        self.dense = nnx.Linear(WIDTH, 3, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, deterministic=True, rngs=rngs)
+
+    def __call__(self, x):
+        """Return [batch, positions, 3]."""
+        return self.dense(self.dropout(self.norm(self.attention(x))))
+
+
+@pytest.mark.default_promotion
+def test_models_of_nnx_are_taken_as_they_are():
+    model, x = Attention(nnx.Rngs(0)), normal((2, 5, WIDTH))
+    rules = [jq.LayerRule(".*kernel", k=4)]
+    found = jq.calibrate(lambda model, x: model(x), model, [x], rules=rules)
+    heads = {f"attention/{name}/kernel": 1 for name in ("key", "query", "value")}
+    assert found.inputs == heads | {"attention/out/kernel": 2, "dense/kernel": 1}
+    for name in heads:
+        close(found.moments[name], second_moments(x))
+    plan = jq.slq(model, rounds=(1,), rules=rules)
+    new, state, _ = jq.quantize_round(plan, model, jq.init(plan, model), calibration=found)
+    assert all(jax.tree.leaves(jq.is_on_codebook(new, state)))
+
+
+def test_grouped_convolutions_have_sensitivities_alone():
+    model = nn.Conv(8, (3, 3), feature_group_count=2, use_bias=False)
+    x = normal((2, 6, 6, 4))
+    params = model.init(jax.random.key(0), x)
+    found = jq.calibrate(model.apply, params, [x])
+    assert found.moments == {}
+    assert jnp.all(found.sensitivity["params"]["kernel"] > 0)
+
+
 # Where it runs -----------------------------------------------------------------------------------
 
 
@@ -344,6 +388,18 @@ def test_it_compiles_once_for_batches_of_a_shape():
     looks = len(traces) - once  # at what products sum over, by shapes alone
     jq.calibrate(function, chain_params(), batches)
     assert len(traces) == once + 2 * looks < 3 * once
+
+
+def test_checkpoints_hold_it(tmp_path):
+    params, x = chain_params(), normal((BATCH, WIDTH), seed=2)
+    found = jq.calibrate(chain, params, [x], guided=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "seen", found)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "seen", found)
+    jax.tree.map(np.testing.assert_array_equal, restored, found)
+    assert restored.guided
+    assert restored.inputs == found.inputs
 
 
 # What rounds make of it --------------------------------------------------------------------------

@@ -36,6 +36,7 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
     names = {
         "params": params,
         "loss": loss,
+        "forward": lambda params, batch: batch * jnp.ones((4, 32)) @ params["dense"]["kernel"],
         "batches": [jnp.float32(0.1), jnp.float32(-0.1)],
         "x": jnp.ones((2, 32)),
         "images": jnp.ones((2, 32)),
@@ -161,6 +162,19 @@ def test_the_example_of_blocks_runs(capsys):
     for name, leaf in jq.unpack(names["packed"]).items():
         np.testing.assert_array_equal(leaf, names["new"][name])
     assert "| layers | 4x64x64 | 8 | 8 |" in capsys.readouterr().out
+
+
+@pytest.mark.default_promotion
+def test_the_recipes_for_language_models_run(capsys):
+    names: dict = {}
+    for block in _blocks((ROOT / "docs" / "language_models.md").read_text()):
+        exec(block, names)
+    assert all(jax.tree.leaves(jq.is_on_codebook(names["quantized"], names["state"])))
+    assert names["mixed"].bits <= 3.5
+    assert "| layers/1/up |" in capsys.readouterr().out
+    for layer in names["quantized"]["layers"]:
+        for name in ("up", "down"):
+            assert len(np.unique(layer[name][:, 0])) <= 3
 
 
 def _blocks(text):
