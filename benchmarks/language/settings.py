@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ def clustered(
 
 
 def allocated(
-    task: models.Task, bits: float, choices: dict[int, Sequence[tuple[int, int]]]
+    task: models.Task, bits: float, choices: Mapping[int, Sequence[tuple[int, int]]]
 ) -> dict[str, Any]:
     """Return kernels by the rules that lose least at so many stored bits.
 
@@ -69,7 +69,7 @@ def quantized(
     """Return kernels that are quantized in one round."""
     params = task.params
     plan = jq.slq(params, rounds=(1,), rules=rules)
-    seen = {"calibration": calibration(task)} if calibrated else {}
+    seen: dict[str, Any] = {"calibration": calibration(task)} if calibrated else {}
     params, state, _ = jq.quantize_round(plan, params, jq.init(plan, params), **seen)
     return models.kernels(jq.pack(params, state))
 

@@ -47,7 +47,7 @@ def decoded_rows(packed: PackedArray, codes: jax.Array, numbers: jax.Array) -> j
 
 
 @functools.singledispatch
-def columns_of(packed: PackedArray, numbers: jax.Array) -> PackedArray:
+def columns_of(packed: PackedArray, numbers: jax.Array) -> Any:
     """Return some columns of a weight, packed, on one axis.
 
     Args:

@@ -170,7 +170,9 @@ def compensated(
         own_scale = None if scale is None else inputs_first(scale)
         found = compensate(layer, mask, tables, movable, moments, own_scale)
         new = as_before(found.codebook, codebook)
-        new_scale = None if scale is None else as_before(found.scale, scale)
+        new_scale = None
+        if scale is not None and found.scale is not None:
+            new_scale = as_before(found.scale, scale)
         centroids = centroids_of(new, new_scale, weights.dtype)
         shared = reconstructed(as_before(found.codes, weights), centroids)
         return jnp.where(frozen, weights, shared), new, new_scale
