@@ -103,7 +103,7 @@ def ours() -> dict[str, Quantize]:
     told = {
         f"{name}, calibrated": functools.partial(row, calibrated=True) for name, row in rows.items()
     }
-    tried = {k: [(WHOLE, 1), (64, 1)] for k in (4, 6, 8, 12, 16, 24, 32)}
+    tried = {k: [(WHOLE, 1), (64, 1)] for k in (4, 8, 12, 16, 24)}
     mixed = {
         f"{bits} bits, allocated": functools.partial(allocated, bits=bits, choices=tried)
         for bits in (4.1, 3.1)
