@@ -4,14 +4,17 @@ r"""Text from the packed weights of a real language model, beside the same model
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m benchmarks.generation
     ... python -m benchmarks.generation --block -1              # a scale for each output: faster
     ... python -m benchmarks.generation --gguf model.gguf --prompt "Who wrote Hamlet?"
+    ... python -m benchmarks.generation --calibrating 8 --file smollm2.safetensors
 
 SmolLM2-135M-Instruct is read from its GGUF file, with its tokenizer. It answers token by token,
 with a cache of keys and values, under one `lax.while_loop`: `generate` knows nothing of this
-library, and `jq.packed(generate)` runs it from packed weights. Weights are quantized in one round,
-without training: codebooks of k centroids, one for each matrix, times a scale for each `--block`
-inputs of an output (-1: for all of them); the embedding, which is the output layer as well, has one
-codebook of `--words` centroids. The file's own weights have 4 bits already (the embedding 8); what
-is printed is lost on top of that.
+library, and `jq.packed(generate)` runs it from packed weights, those of a file if one is named.
+Weights are quantized in one round, without training, by what the model makes of some windows of
+512 tokens if `--calibrating` says so: codebooks of k centroids, one for each matrix, times a scale
+for each `--block` inputs of an output (-1: for all of them); the embedding, which is the output
+layer as well, has one codebook of `--words` centroids. The file's own weights have 4 bits already
+(the embedding 8); what is printed is lost on top of that.
+
 
 Layers are stacked, and run under `lax.scan`. XLA on CPU copies the float weights of each layer
 then, so there is a row as well for floats with layers in a list.
@@ -23,7 +26,7 @@ import functools
 import importlib.util
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ from benchmarks.decode import medians
 from benchmarks.gguf import Reader, Tokenizer
 from benchmarks.matmul import Program
 
+WINDOW = 512  # tokens to calibrate on at a time
 HEAD_SIZE, ROTATION_BASE, EPSILON, END = 64, 100_000.0, 1e-5, 2  # of all SmolLM2; `check` them
 MATRICES = {
     "query": "attn_q",
@@ -209,7 +213,9 @@ def unstack(params: Params) -> Params:
 # Measurements ------------------------------------------------------------------------------------
 
 
-def quantize(params: Params, k: int, size: int, words: int = 256) -> Params:
+def quantize(
+    params: Params, k: int, size: int, words: int = 256, windows: Sequence[jax.Array] = ()
+) -> Params:
     """Return the parameters packed after one round.
 
     Args:
@@ -217,13 +223,19 @@ def quantize(params: Params, k: int, size: int, words: int = 256) -> Params:
       k: centroids of the layers.
       size: how many inputs of an output share a scale.
       words: centroids of the embedding.
+      windows: tokens to calibrate the layers on.
     """
     rules = [
         jq.LayerRule("layers/.*", k=k, block=(1, size, 1), scaled=True, min_ndim=3),
         jq.LayerRule("embedding", k=words),
     ]
     plan = jq.slq(params, rounds=(max(k, words),), rules=rules)
-    params, state, _ = jq.quantize_round(plan, params, jq.init(plan, params))
+    seen = None
+    if windows:
+        seen = jq.calibrate(
+            predicted, params, windows, rules=rules[:1], outputs="categorical", guided=True
+        )
+    params, state, _ = jq.quantize_round(plan, params, jq.init(plan, params), calibration=seen)
     return jq.pack(params, state)
 
 
@@ -265,11 +277,23 @@ def main() -> None:
     parser.add_argument("--prompt", default="Explain in three sentences why the sky is blue.")
     parser.add_argument("--count", type=int, default=64, help="of tokens, at most")
     parser.add_argument("--text", type=int, default=256, help="tokens of the text to predict")
+    parser.add_argument("--calibrating", type=int, default=0, help="windows to calibrate on")
+    parser.add_argument("--file", type=Path, help="write packed weights there, and run from it")
     parser.add_argument("--turns", type=int, default=3)
     options = parser.parse_args()
     print(common.machine())
     params, tokenizer = load(options.gguf or installed())
-    packed = quantize(params, options.k, options.block, options.words)
+    words = tokenizer.encode(documentation()) if options.calibrating else []
+    first = options.text  # which is what is predicted
+    windows = [
+        jnp.asarray(words[first + i * WINDOW : first + (i + 1) * WINDOW])
+        for i in range(options.calibrating)
+    ]
+    packed = quantize(params, options.k, options.block, options.words, windows)
+    if options.file:
+        jq.save(options.file, packed)
+        packed = jq.load(options.file)
+        print(f"{options.file}: {options.file.stat().st_size / 1e6:.1f} MB")
     models = {"float32": unstack(params), "float32, stacked": params, "packed, stacked": packed}
     print(f"uses in a step: {summary(packed, options.count)}\n", flush=True)
     prompt = jnp.asarray(tokenizer.encode(conversation(options.prompt)))

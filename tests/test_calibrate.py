@@ -432,6 +432,17 @@ def test_inputs_that_no_rule_tells_are_those_that_were_found():
     jax.tree.map(np.testing.assert_array_equal, quantized(told), quantized(untold))
 
 
+def test_layers_that_were_not_looked_at_are_clustered_as_without():
+    params, x = chain_params(), normal((BATCH, WIDTH), seed=2)
+    plan = jq.slq(params, rounds=(4,), rules=[jq.LayerRule("heads|out", k=4)])
+    found = jq.calibrate(chain, params, [x], rules=[jq.LayerRule("out")])
+    state = jq.init(plan, params)
+    new, *_ = jq.quantize_round(plan, params, state, calibration=found)
+    plain, *_ = jq.quantize_round(plan, params, state)
+    close(new["heads"], plain["heads"])
+    assert jnp.any(new["out"] != plain["out"])
+
+
 def test_optimizers_take_it_too():
     params, x = chain_params(), normal((BATCH, WIDTH), seed=2)
     rules = [jq.LayerRule("heads|out", k=3)]

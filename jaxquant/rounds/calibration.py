@@ -77,9 +77,18 @@ def guided_by(
     selected = {layer.path for layer in selection.selected}
     own = {path: x for path, x in calibration.moments.items() if path in selected}
     plan = dataclasses.replace(plan, selection=selection)
-    damped = compiled(_damped, pure(calibration.sensitivity, only_parameters=True))
-    return plan, damped, own if plan.shares_of == "clusters" else {}
+    sensitivity = pure(calibration.sensitivity, only_parameters=True)
+    if sensitivity is not None:
+        leaves, structure = jax.tree.flatten(sensitivity)
+        shapes = tuple(layer.shape if layer.reason is None else () for layer in selection.layers)
+        if len(leaves) == len(shapes):  # else it is refused where it is read
+            sensitivity = structure.unflatten(compiled(_damped, leaves, shapes=shapes))
+    return plan, sensitivity, own if plan.shares_of == "clusters" else {}
 
 
-def _damped(sensitivity: Any) -> Any:
-    return jax.tree.map(lambda own: own + _DAMPING * jnp.mean(own), sensitivity)
+def _damped(leaves: list[jax.Array], *, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
+    """Return sensitivities; weights of a layer that calibration did not look at count alike."""
+    return [
+        jnp.ones(shape, jnp.float32) if not own.ndim else own + _DAMPING * jnp.mean(own)
+        for own, shape in zip(leaves, shapes, strict=True)
+    ]
