@@ -186,6 +186,22 @@ def test_calibrated_kernels_answer_better_and_allocated_ones_keep_their_bits(pai
     assert sum(kernel.nbytes for kernel in mixed.values()) * 8 / 64**2 / len(mixed) < 4
 
 
+def test_training_by_a_teacher_loses_less_than_the_round_that_it_begins_with(pair, monkeypatch):
+    monkeypatch.setattr(settings, "_STEPS", 60)
+    monkeypatch.setattr(settings, "_RATE", 3e-3)
+    rule = {"block": (-1, 1), "scaled": True}
+
+    def error(kernels):
+        new = {path: jq.unpack(kernel) for path, kernel in kernels.items()}
+        answers = pair.function(models.replaced(pair.params, new), TOKENS)
+        return float(jnp.mean((answers - pair.function(pair.params, TOKENS)) ** 2))
+
+    before = settings.clustered(pair, 3, **rule, calibrated=True)
+    after = settings.trained(pair, 3, **rule)
+    assert error(after) < 0.8 * error(before)
+    assert len(np.unique(jq.unpack(after["first/kernel"])[:, 0])) <= 3
+
+
 def test_values_of_qwix_are_packed_as_they_are():
     codes = jnp.array([[-8, 7], [1, 0], [3, -2], [5, 5]], jnp.int4)
     scale = jnp.array([[0.5, 1], [2, 0.25]])

@@ -10,7 +10,9 @@ import jax
 import jaxquant as jq
 from benchmarks.bits import WHOLE, fitting
 from benchmarks.language import models
+from benchmarks.language.training import distilled
 
+_STEPS, _RATE = 200, 3e-4  # of training
 Quantize = Callable[[models.Task], dict[str, jq.PackedArray]]  # of all kernels, by path
 
 
@@ -31,12 +33,20 @@ def clustered(
       calibrated: whether it goes by what the model makes of the task's batches.
       **rule: more of `jq.LayerRule`.
     """
-    params = task.params
-    rules = [
+    return quantized(task, _rules(task, k, block, **rule), calibrated=calibrated)
+
+
+def trained(task: models.Task, k: int, block: tuple[int, int], **rule: Any) -> dict[str, Any]:
+    """Return kernels on codebooks of k centroids after training, see `training.distilled`."""
+    rules = _rules(task, k, block, **rule)
+    return distilled(task, rules, calibration(task), steps=_STEPS, rate=_RATE)
+
+
+def _rules(task: models.Task, k: int, block: tuple[int, int], **rule: Any) -> list[jq.LayerRule]:
+    return [
         jq.LayerRule(re.escape(path), k=k, block=tuple(map(fitting, kernel.shape, block)), **rule)
-        for path, kernel in models.kernels(params).items()
+        for path, kernel in models.kernels(task.params).items()
     ]
-    return quantized(task, rules, calibrated=calibrated)
 
 
 def allocated(
@@ -108,4 +118,12 @@ def ours() -> dict[str, Quantize]:
         f"{bits} bits, allocated": functools.partial(allocated, bits=bits, choices=tried)
         for bits in (4.1, 3.1)
     }
-    return rows | told | mixed
+    few = {
+        f"k = {k}, {name}, trained": functools.partial(trained, k=k, **blocks[name])
+        for k, name in (
+            (8, "a scale a channel"),
+            (3, "a scale a channel"),
+            (3, "groups of 64, scaled"),
+        )
+    }
+    return rows | told | mixed | few
