@@ -3,6 +3,7 @@
 from jaxquant import product
 from jaxquant.calibration.allocate import Allocation, allocate
 from jaxquant.calibration.calibrate import calibrate
+from jaxquant.calibration.in_order import quantize_in_order
 from jaxquant.calibration.moments import input_moments
 from jaxquant.clustering.codebooks import assign, num_centroids, reconstruct
 from jaxquant.clustering.kmeans import KMeansResult, kmeans
@@ -63,6 +64,7 @@ __all__ = [
     "packed",
     "product",
     "quant_state",
+    "quantize_in_order",
     "quantize_round",
     "read_metadata",
     "reconstruct",

@@ -72,6 +72,12 @@ def is_nnx(tree: Any) -> bool:
     return _nnx() is not None and any(map(_is_node, jax.tree.leaves(tree, is_leaf=_is_node)))
 
 
+def is_module(tree: Any) -> bool:
+    """Return whether a tree is a module of Flax NNX, of which a round returns the state."""
+    nnx = _nnx()
+    return nnx is not None and isinstance(tree, nnx.Pytree)
+
+
 def leaves_with_paths(
     tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> list[tuple[str, Any]]:

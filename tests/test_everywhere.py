@@ -34,6 +34,7 @@ ELSEWHERE = {
     "read_metadata": "runs on the host: test_storage",
     "report": "runs on the host: test_metrics",
     "allocate": "runs on the host: test_allocate",
+    "quantize_in_order": "runs on the host: test_in_order",
     "packed": "makes a function: `both_ways` stands for it",
     "freeze_quantized": "makes a transformation: `freeze_update` stands for it",
     "incremental": "makes a transformation: `incremental_init` and `_update` stand for it",

@@ -294,7 +294,7 @@ def select(params: Any, rules: Sequence[LayerRule] | None = None, *, k: int = 17
         position, rule = _first_match(path, endings, rules, default)
         used.add(position)
         layer = _setting(path, jnp.shape(leaf), _dtype(leaf), rule, k)
-        layers.append(_left_alone(layer, layer.reason or guessed.get(path)))
+        layers.append(left_alone(layer, layer.reason or guessed.get(path)))
     unused = [rule.pattern for i, rule in enumerate(rules or ()) if i not in used]
     if unused:
         paths = ", ".join(layer.path for layer in layers[:5])
@@ -376,7 +376,8 @@ def _is_uniform(shapes: Sequence[tuple[int, ...]]) -> bool:
     return all(len(shape) > 1 and shape[0] == shapes[0][0] for shape in shapes)
 
 
-def _left_alone(layer: Layer, reason: str | None) -> Layer:
+def left_alone(layer: Layer, reason: str | None) -> Layer:
+    """Return the setting of a leaf that is left alone, if there is a reason."""
     if reason is None:
         return layer
     return Layer(path=layer.path, shape=layer.shape, dtype=layer.dtype, reason=reason)
@@ -401,7 +402,7 @@ def _setting(path: str, shape: tuple, dtype: Any, rule: LayerRule | None, k: int
     layer = Layer(path=path, shape=tuple(shape), dtype=str(dtype))
     if rule is None or not rule.quantize:
         reason = "no rule matches it" if rule is None else f"left alone by rule {rule.pattern!r}"
-        return _left_alone(layer, reason)
+        return left_alone(layer, reason)
     k = rule.k or (num_centroids(rule.bits) if rule.bits else k)
     layer = dataclasses.replace(layer, k=k, depth=rule.depth)
     if not _too_few(layer, dtype, rule):
@@ -411,7 +412,7 @@ def _setting(path: str, shape: tuple, dtype: Any, rule: LayerRule | None, k: int
         _check_inputs(layer, rule)
     reason = _reason(layer, dtype, rule)
     if reason is not None:
-        return _left_alone(layer, reason)
+        return left_alone(layer, reason)
     return dataclasses.replace(layer, groups=_check_groups(layer, rule))
 
 
