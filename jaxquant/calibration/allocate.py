@@ -15,6 +15,7 @@ from jaxquant.packing.arrays import is_packed
 from jaxquant.packing.storage import stored_bytes
 from jaxquant.packing.trees import pack
 from jaxquant.rounds.calibration import Calibration
+from jaxquant.rounds.compensation import own_energies
 from jaxquant.rounds.quantize import init, quantize_round
 from jaxquant.rounds.schedules import slq
 from jaxquant.rounds.selection import LayerRule, natural_key, select
@@ -96,9 +97,9 @@ def allocate(
     "Knapsack Problems", 2004, section 11: the multiple-choice knapsack).
 
     Losses of different weights add up as far as they are alike, which squares of weights are not:
-    give a calibration, or sensitivities. With guided moments what a weight loses is that of its
-    answers, `change^T moments change`, by nearest centroids: a round that has the moments loses
-    less.
+    give a calibration, or sensitivities. With guided moments what counts is the answers: each
+    squared change times what of its input's moment the inputs after it cannot make up for, about
+    what a round loses that has the moments.
 
     Args:
       params: tree of weights.
@@ -241,7 +242,7 @@ def _loss(
     *,
     axes: tuple[int, ...],
 ) -> jax.Array:
-    """Return the (weighted) sum of squares, or that of answers if there are moments.
+    """Return the (weighted) sum of squares; with moments, what the answers lose.
 
     `axes` are those of inputs, counted behind that of stacked layers.
     """
@@ -254,7 +255,8 @@ def _loss(
     outputs = [axis for axis in range(stacked, change.ndim) if axis not in inputs]
     change = change.transpose((*range(stacked), *inputs, *outputs))
     change = change.reshape(*moments.shape[:-1], -1)
-    return jnp.sum(change * jnp.matmul(moments, change))
+    energies = jax.vmap(own_energies) if stacked else own_energies
+    return jnp.sum(energies(moments)[..., None] * jnp.square(change))
 
 
 def _other_bytes(params: Any, chosen: Iterable[str]) -> int:
