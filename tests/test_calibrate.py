@@ -1,6 +1,7 @@
 """What `calibrate` observes, against sums worked out from the inputs of each layer."""
 
 import dataclasses
+import itertools
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxquant as jq
+from tests.cases import mostly_slow
 
 WIDTH, BATCH = 6, 10
 
@@ -96,7 +98,10 @@ def by_branch(params, x):
     return jnp.tanh(jnp.tanh(x) @ params["stack"][1])
 
 
-@pytest.mark.parametrize("function", [by_scan, by_index, by_checkpointed_scan, by_loop, by_branch])
+STACKED = [by_scan, by_index, by_checkpointed_scan, by_loop, by_branch]
+
+
+@pytest.mark.parametrize("function", mostly_slow(STACKED, by_checkpointed_scan, by_loop))
 def test_stacked_layers_have_what_they_have_apart(function):
     apart = {"first": normal((WIDTH, WIDTH)), "second": normal((WIDTH, WIDTH), seed=1)}
     x = normal((BATCH, WIDTH), seed=2)
@@ -193,8 +198,13 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("options", [{}, {"strides": (2, 1)}, {"dilations": (1, 2)}])
+OPTIONS = [{}, {"strides": (2, 1)}, {"dilations": (1, 2)}]
+CONVOLUTIONS = list(itertools.product(LAYOUTS, OPTIONS))
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"), mostly_slow(CONVOLUTIONS, *(CONVOLUTIONS[i] for i in (2, 4, 6)))
+)
 def test_moments_of_convolutions_are_of_their_windows(layout, options):
     of_images, of_kernel = LAYOUTS[layout]
     strides, dilations = options.get("strides", (1, 1)), options.get("dilations", (1, 1))

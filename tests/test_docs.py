@@ -165,6 +165,7 @@ def test_the_example_of_blocks_runs(capsys):
 
 
 @pytest.mark.default_promotion
+@pytest.mark.slow
 def test_the_recipes_for_language_models_run(capsys):
     names: dict = {}
     for block in _blocks((ROOT / "docs" / "language_models.md").read_text()):

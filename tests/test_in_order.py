@@ -44,6 +44,7 @@ def test_each_part_is_calibrated_behind_those_that_come_before():
     jax.tree.map(np.testing.assert_array_equal, unpacked, new)
 
 
+@pytest.mark.slow
 def test_one_part_is_a_round():
     plan = plan_of()
     new, state = jq.quantize_in_order(plan, function, PARAMS, BATCHES, parts=1)

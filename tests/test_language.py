@@ -186,6 +186,7 @@ def test_calibrated_kernels_answer_better_and_allocated_ones_keep_their_bits(pai
     assert sum(kernel.nbytes for kernel in mixed.values()) * 8 / 64**2 / len(mixed) < 4
 
 
+@pytest.mark.slow
 def test_training_by_a_teacher_loses_less_than_the_round_that_it_begins_with(pair, monkeypatch):
     monkeypatch.setattr(settings, "_STEPS", 60)
     monkeypatch.setattr(settings, "_RATE", 3e-3)

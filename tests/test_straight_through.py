@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxquant as jq
+from tests.cases import mostly_slow
 
 
 def normal(shape, seed=0):
@@ -124,7 +125,7 @@ def test_zeros_that_are_pinned_get_no_gradient():
     np.testing.assert_array_equal(found, np.where(state.codebooks["w"] == 0, 0.0, 64.0))
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("rule", mostly_slow(RULES.values(), RULES["groups"]))
 def test_after_training_it_settles_where_the_network_saw_it(rule):
     plan, params, state = quantized(rule)
     target = normal((16, 12), seed=2)

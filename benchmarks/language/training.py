@@ -41,7 +41,7 @@ def distilled(
         "scales": state.scales,
     }
     rates = {"kernels": rate, "codebooks": rate / 3, "scales": rate / 3}
-    optimizers = {
+    optimizers: dict[Any, optax.GradientTransformation] = {
         name: optax.adam(optax.cosine_decay_schedule(own, steps)) for name, own in rates.items()
     }
     tx = optax.partition(optimizers, {name: name for name in rates})
