@@ -216,7 +216,7 @@ def own_energies(moments: jax.Array) -> jax.Array:
     Returns:
       [D] float32; costs O(D**3).
 
-    >>> own_energies(jnp.array([[1.0, 0.8], [0.8, 1.0]])).round(2).tolist()
+    >>> [round(float(x), 2) for x in own_energies(jnp.array([[1.0, 0.8], [0.8, 1.0]]))]
     [0.38, 1.01]
     """
     order = jnp.argsort(jnp.diag(moments), descending=True)
