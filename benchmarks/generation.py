@@ -15,7 +15,6 @@ for each `--block` inputs of an output (-1: for all of them); the embedding, whi
 layer as well, has one codebook of `--words` centroids. The file's own weights have 4 bits already
 (the embedding 8); what is printed is lost on top of that.
 
-
 Layers are stacked, and run under `lax.scan`. XLA on CPU copies the float weights of each layer
 then, so there is a row as well for floats with layers in a list.
 """

@@ -122,8 +122,9 @@ def test_without_choices_what_is_selected_by_default_is_tried(monkeypatch):
 
 
 def test_it_prints_as_a_table():
-    lines = str(jq.allocate(PARAMS, bits=3, choices=CHOICES)).splitlines()
-    assert lines[2].startswith("| first/kernel | ")
+    choices = [jq.LayerRule("first/kernel", bits=3), *CHOICES[:2]]
+    lines = str(jq.allocate(PARAMS, bits=3, choices=choices)).splitlines()
+    assert lines[2].startswith("| first/kernel | 5 | ")
     assert "bits a weight" in lines[-1]
 
 
@@ -180,6 +181,7 @@ def test_budgets_of_many_units_are_kept_and_nearly_as_good():
         ({"bits": 3, "choices": [jq.LayerRule(".*")]}, "choices: expected k or bits"),
         ({"bits": 3, "choices": [jq.LayerRule("nothing", k=2)]}, "'nothing'"),
         ({"bits": 3, "choices": []}, "choices: expected at least one"),
+        ({"bits": 3, "choices": [jq.LayerRule(".*bias", k=2)]}, "some that can quantize a weight"),
         (
             {"bits": 3, "calibration": jq.Calibration(sensitivity=None, moments={})},
             "expected sensitivities or guided moments",

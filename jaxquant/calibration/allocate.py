@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.clustering.codebooks import num_centroids
 from jaxquant.meshes import compiled
 from jaxquant.packing.arrays import is_packed
 from jaxquant.packing.storage import stored_bytes
@@ -143,6 +144,8 @@ def allocate(
     of_path: dict[str, list[Choice]] = {}
     for choice in sorted(table, key=lambda choice: natural_key(choice.path)):
         of_path.setdefault(choice.path, []).append(choice)
+    if not of_path:
+        raise ValueError("choices: expected some that can quantize a weight, got none")
     size = sum(sizes[path] for path in of_path)
     if bits is not None:
         budget = math.floor(bits * size / 8)
@@ -194,7 +197,8 @@ def _apart(
             if part is None:
                 part = {}
                 parts.append(part)
-            part[path] = dataclasses.replace(rule, pattern=re.escape(path))
+            k = rule.k or num_centroids(rule.bits or 0)
+            part[path] = dataclasses.replace(rule, pattern=re.escape(path), k=k, bits=None)
     return parts
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +119,12 @@ def observed(weight: jax.Array, probes: Probes, role: Role, guided: bool) -> Vie
         part=None if not role.inputs else ROWS if role.inputs > 0 else COLUMNS,
         guided=guided,
     )
-    return View(packed=own, axes=whole(layers, rows, columns), dtype=weight.dtype)  # type: ignore[arg-type]
+    return View(packed=cast(Any, own), axes=whole(layers, rows, columns), dtype=weight.dtype)
+
+
+def _observed_by(view: View) -> Observed:
+    """Return the weight that a view shows, which here is no packed one."""
+    return cast(Any, view.packed)
 
 
 def probes_of(shape: Sequence[int], role: Role, *, sensitivity: bool, moments: bool) -> Probes:
@@ -194,7 +199,7 @@ def _use(
 
 def _shown(view: View) -> _Arrays:
     """Return the weight as a view shows it, and its probe of squares likewise."""
-    own: Observed = view.packed  # type: ignore[assignment]
+    own = _observed_by(view)
     weight, squares = seen(own.weight, view.axes).astype(view.dtype), own.probes.squares
     if squares.size:
         squares = seen(squares, view.axes)
@@ -360,7 +365,7 @@ def _observe(
 
 def _sums_whole_part(view: View, contracted: Sequence[int], batch: Sequence[int]) -> bool:
     """Return whether a product sums over the part that moments are of, layer by layer."""
-    part = view.packed.part  # type: ignore[union-attr]
+    part = _observed_by(view).part
     if part is None or not is_whole(view.axes, contracted, (part,)):
         return False
     shared = pieces_of(tuple(view.axes[axis] for axis in batch))
@@ -382,7 +387,7 @@ class _Sides(NamedTuple):
 def _products(sides: _Sides, x: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return moments and count of a product: of each layer, where they are stacked."""
     view = sides.view
-    own: Observed = view.packed  # type: ignore[assignment]
+    own = _observed_by(view)
     (x_contracted, x_batch), (contracted, batch) = sides.of_x, sides.of_view
     free = [axis for axis in range(view.ndim) if axis not in (*contracted, *batch)]
     x_free = [axis for axis in range(x.ndim) if axis not in (*x_contracted, *x_batch)]
@@ -429,7 +434,7 @@ def _window_products(
     view: View, params: Mapping[str, Any], x: jax.Array, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return moments and count of a convolution."""
-    own: Observed = view.packed  # type: ignore[assignment]
+    own = _observed_by(view)
     inputs_spec, kernel_spec, outputs_spec = params["dimension_numbers"]
     (batch, feature, *space), (_, *summed) = inputs_spec, kernel_spec
     x = x.transpose((batch, *space, feature))
