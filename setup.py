@@ -1,4 +1,4 @@
-"""Compile the products for CPU, if there is a compiler; everything else is in pyproject.toml."""
+"""Compile what is native, for CPU, if there is a compiler; everything else is in pyproject.toml."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-_FOLDER = "jaxquant/packing/ops/native"
+_FOLDER = "jaxquant/cpp"
 _FLAGS = {  # of a source file; what it compiles runs only where the processor has these registers
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx2 -mfma -mf16c",
     "avx2": "-mavx2 -mfma -mf16c",
@@ -53,7 +53,7 @@ class BuildNative(build_ext):
 
 sources = ["avx512", "avx2", "plain", "product", "ffi"]
 native = Extension(
-    "jaxquant.packing.ops.native._native",
+    "jaxquant.cpp._native",
     [f"{_FOLDER}/{name}.cpp" for name in sources],
     optional=True,
     py_limited_api=True,  # it uses none of Python, so one wheel serves all versions

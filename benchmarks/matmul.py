@@ -39,9 +39,9 @@ import numpy as np
 
 import jaxquant as jq
 from benchmarks import common, others
+from jaxquant import cpp
 from jaxquant.packing.arrays import pack_product
 from jaxquant.packing.codes import pack_codes
-from jaxquant.packing.ops import native
 
 SHAPES = ((4096, 4096), (8192, 8192), (4096, 14336))
 BLOCKS = {  # block, k, dtype of the codebooks, scaled
@@ -55,7 +55,7 @@ BLOCKS = {  # block, k, dtype of the codebooks, scaled
 }
 CONVS = ((32, 16), (16, 32), (8, 64))  # height and width, channels: the stages of ResNet-20
 IMPLEMENTATIONS = {
-    "cpu": ("unpack", "blocks", *(("native",) if native.missing() is None else ())),
+    "cpu": ("unpack", "blocks", *(("native",) if cpp.missing() is None else ())),
     "gpu": ("unpack", "triton"),
     "tpu": ("unpack", "mosaic"),
 }[jax.default_backend()]

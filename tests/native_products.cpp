@@ -13,7 +13,7 @@
 #include <thread>
 #include <vector>
 
-#include "../jaxquant/packing/ops/native/product.h"
+#include "../jaxquant/cpp/product.h"
 
 using namespace jaxquant;
 

@@ -4,7 +4,7 @@
 set -euo pipefail
 folder=$1
 here=$(cd "$(dirname "$0")" && pwd)
-native=$here/../jaxquant/packing/ops/native
+native=$here/../jaxquant/native
 
 declare -A flags=([avx512]="" [avx2]="" [plain]="" [product]="")
 if [ "$(uname -m)" = x86_64 ]; then

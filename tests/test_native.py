@@ -14,21 +14,22 @@ import pytest
 from block_cases import CASES, packed_blocks
 
 import jaxquant as jq
+from jaxquant import cpp
 from jaxquant.packing.codes import pack_codes
 from jaxquant.packing.ops import choice, native, platform
 
-FOLDER = Path(native.__file__).parent
+FOLDER = Path(cpp.__file__).parent
 LEVELS = [
-    pytest.param(name, marks=() if native.level(name) else pytest.mark.skip("not here"))
-    for name in native.LEVELS
+    pytest.param(name, marks=() if cpp.level(name) else pytest.mark.skip("not here"))
+    for name in cpp.LEVELS
 ]
-needs_native = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+needs_native = pytest.mark.skipif(cpp.missing() is not None, reason=str(cpp.missing()))
 
 
 def test_they_are_compiled_where_the_project_is_checked():
     if os.environ.get("CI"):
-        assert native.missing() is None
-        assert native.level() in native.LEVELS
+        assert cpp.missing() is None
+        assert cpp.level() in cpp.LEVELS
 
 
 def packed_array(k, rows, columns):
@@ -168,8 +169,8 @@ def test_what_does_not_fit_is_refused_before_it_is_read():
 
 
 def test_without_them_it_is_said_what_is_missing_and_all_else_runs(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(native, "_library", functools.cache(native._library.__wrapped__))
+    monkeypatch.setattr(cpp, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(cpp, "_library", functools.cache(cpp._library.__wrapped__))
     monkeypatch.setattr(platform, "is_one_device", lambda: True)
     monkeypatch.setattr(choice, "_FEW_WEIGHTS", 0)
     packed, x = packed_array(3, 40, 8), jnp.ones((2, 40))
@@ -178,15 +179,15 @@ def test_without_them_it_is_said_what_is_missing_and_all_else_runs(monkeypatch, 
     assert choice.fastest(1, x, packed) == "blocks"
     np.testing.assert_allclose(jq.matmul(x, packed), x @ jq.unpack(packed), rtol=1e-5)
     (tmp_path / "_native.so").write_bytes(b"no library")
-    monkeypatch.setattr(native, "_library", functools.cache(native._library.__wrapped__))
-    assert "_native.so does not load" in str(native.missing())
+    monkeypatch.setattr(cpp, "_library", functools.cache(cpp._library.__wrapped__))
+    assert "_native.so does not load" in str(cpp.missing())
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
 def test_nothing_outside_of_arrays_is_touched(tmp_path):
     """Guard pages, sanitizers, and sums by the definition: tests/native_products.cpp."""
-    script = FOLDER.parents[3] / "tests" / "native_products.sh"
+    script = FOLDER.parents[1] / "tests" / "native_products.sh"
     made = subprocess.run([script, tmp_path], capture_output=True, text=True, timeout=1200)
     assert made.returncode == 0, made.stdout + made.stderr
-    assert made.stdout.count("ok:") == sum(bool(native.level(name)) for name in native.LEVELS)
+    assert made.stdout.count("ok:") == sum(bool(cpp.level(name)) for name in cpp.LEVELS)

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxquant as jq
-from jaxquant.packing.ops import IMPLEMENTATIONS, blocks, choice, native, platform
+from jaxquant import cpp
+from jaxquant.packing.ops import IMPLEMENTATIONS, blocks, choice, platform
 from tests.cases import mostly_slow
 
 NARROW = ("float8_e4m3fn", "float8_e5m2", "bfloat16", "float16")
-HERE = [name for name in IMPLEMENTATIONS if name != "native" or native.missing() is None]
+HERE = [name for name in IMPLEMENTATIONS if name != "native" or cpp.missing() is None]
 OF_CODES = tuple(name for name in HERE if name != "words")  # see tests/test_product.py
 BEST = "native" if "native" in HERE else "blocks"  # on CPU
 matmul = jax.jit(jq.matmul, static_argnames=("implementation", "preferred_element_type"))
@@ -74,7 +75,7 @@ def one_device(monkeypatch):
 def test_matmul_is_that_of_the_unpacked_weight(k, axis, implementation):
     packed, x = packed_array(k, (70, 24), axis=axis), normal(2, 3, 70)
     if implementation not in (None, *HERE):
-        pytest.skip(native.missing())
+        pytest.skip(cpp.missing())
     if not supported(implementation, k, axis):
         with pytest.raises(ValueError, match=f"that '{implementation}' supports, got k={k}, code"):
             jq.matmul(x, packed, implementation=implementation)
@@ -242,7 +243,7 @@ def test_the_implementation_is_that_of_platform_and_shape(
     name, platform_name, k, vectors, one_device, monkeypatch
 ):
     monkeypatch.setattr(platform, "name", lambda: platform_name)
-    monkeypatch.setattr(native, "level", lambda: "avx2")
+    monkeypatch.setattr(cpp, "level", lambda: "avx2")
     x, packed = jnp.ones((vectors, 70)), packed_array(k, (70, 24))
     assert choice.fastest(vectors, x, packed) == name
     (unknown,) = jax.export.symbolic_shape("b")

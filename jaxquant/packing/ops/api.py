@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant import checks
+from jaxquant import checks, cpp
 from jaxquant.packing.arrays import PackedArray, ProductArray, View
 from jaxquant.packing.axes import whole
-from jaxquant.packing.ops import choice, native, reference, windows, words
+from jaxquant.packing.ops import choice, reference, windows, words
 from jaxquant.packing.ops.choice import IMPLEMENTATIONS
 from jaxquant.packing.ops.primitive import product
 from jaxquant.packing.parts import with_one_axis_of_columns
@@ -199,7 +199,7 @@ def _check_implementation(implementation: str | None) -> None:
             f"expected implementation to be one of {', '.join(IMPLEMENTATIONS)} or None, "
             f"got {implementation!r}"
         )
-    if implementation == "native" and (missing := native.missing()) is not None:
+    if implementation == "native" and (missing := cpp.missing()) is not None:
         raise ValueError(f"expected native products for implementation='native', but {missing}")
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from jaxquant import cpp
 from jaxquant.packing.arrays import PackedArray, ProductArray
 from jaxquant.packing.ops import blocks, mosaic, native, platform, triton, words
 
@@ -47,7 +48,7 @@ def fastest(
 def _most_vectors(name: str) -> int | None:
     """Return for how many vectors an implementation is the best; None: for any number."""
     if name == "native":  # without vectors of the processor, XLA's own product is faster for many
-        return _FEW_FOR_PLAIN if native.level() == "plain" else None
+        return _FEW_FOR_PLAIN if cpp.level() == "plain" else None
     return {"words": _FEW_FOR_WORDS, "blocks": None}.get(name, _FEW_VECTORS)
 
 

@@ -1,61 +1,27 @@
 """The products for CPU in C++: codes are looked up in registers, or in the innermost cache.
 
 XLA on CPU cannot keep a table in a register; the machine can. `kernels.h` has how: a register of
-codes looks up 16 centroids at once. A custom call of XLA, compiled when the package is installed,
-if there is a compiler; `missing` says what is not there. At run time the best code is taken that
-the processor has: AVX-512, AVX2, or C++ alone.
+codes looks up 16 centroids at once. At run time the best code is taken that the processor has:
+AVX-512, AVX2, or C++ alone.
 """
 
-import ctypes
 import functools
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant import cpp
 from jaxquant.packing.arrays import PackedArray, ProductArray
 from jaxquant.packing.ops import reference
 
-LEVELS = ("avx512", "avx2", "plain")
-_TARGET = "jaxquant_product"
 _ROUNDING = {jnp.dtype(jnp.float32): 0, jnp.dtype(jnp.bfloat16): 1, jnp.dtype(jnp.float16): 2}
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | str:
-    """Return the library, its product known to XLA; or what is missing."""
-    files = sorted(pathlib.Path(__file__).parent.glob("_native*"))
-    if not files:
-        return "it was not compiled when jaxquant was installed: that needs a C++17 compiler"
-    jax.default_backend()  # started first, XLA refuses at once what it cannot call
-    try:
-        library = ctypes.CDLL(str(files[0]))
-        handler = jax.ffi.pycapsule(library.jaxquant_product)
-        jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")
-    except Exception as error:  # of the loader, or of XLA, which may be of another version
-        return f"{files[0].name} does not load: {error}"
-    library.jaxquant_level.restype = ctypes.c_char_p
-    return library
-
-
-def missing() -> str | None:
-    """Return why there are no native products here, or None."""
-    library = _library()
-    return library if isinstance(library, str) else None
-
-
-@functools.cache
-def level(wanted: str = "") -> str:
-    """Return the code that this processor runs, "avx512", "avx2" or "plain"; "" if not `wanted`."""
-    library = _library()
-    return "" if isinstance(library, str) else library.jaxquant_level(wanted.encode()).decode()
 
 
 def supports(x: jax.Array, packed: PackedArray | ProductArray) -> bool:
     """Return whether there is a product here, plain and transposed: sums in float32."""
-    if isinstance(packed, ProductArray) or packed.k == 1 or missing() is not None:
+    if isinstance(packed, ProductArray) or packed.k == 1 or cpp.missing() is not None:
         return False
     scale = packed.scale
     narrow = scale is None or (
@@ -73,7 +39,7 @@ def matmul(
       x: floating point, not float64.
       packed: one layer, its columns on one axis.
       transposed: whether to return [vectors, prod(rows)] from x [vectors, columns].
-      level: one of LEVELS that the processor has; "" for the best.
+      level: one of `cpp.LEVELS` that the processor has; "" for the best.
     """
     axes = len(packed.rows)
 
@@ -96,7 +62,7 @@ def matmul(
         scales = scales[..., 0]
     outputs = math.prod(packed.rows) if transposed else packed.columns[0]
     like = jax.ShapeDtypeStruct((len(x), outputs), jnp.float32)
-    multiply = jax.ffi.ffi_call(_TARGET, like, vmap_method="sequential")
+    multiply = jax.ffi.ffi_call("jaxquant_product", like, vmap_method="sequential")
     return multiply(
         x.astype(jnp.float32),
         packed.codes,
