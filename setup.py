@@ -37,6 +37,7 @@ class BuildNative(build_ext):
                     "-g0",
                     "-fvisibility=hidden",
                     "-w",
+                    *(["-O3"] if Path(source).stem == "clusters" else []),
                     *flags,
                 ],
             )
@@ -51,7 +52,7 @@ class BuildNative(build_ext):
         )
 
 
-sources = ["avx512", "avx2", "plain", "product", "ffi"]
+sources = ["avx512", "avx2", "plain", "product", "clusters", "pool", "ffi"]
 native = Extension(
     "jaxquant.cpp._native",
     [f"{_FOLDER}/{name}.cpp" for name in sources],

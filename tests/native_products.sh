@@ -4,9 +4,9 @@
 set -euo pipefail
 folder=$1
 here=$(cd "$(dirname "$0")" && pwd)
-native=$here/../jaxquant/native
+native=$here/../jaxquant/cpp
 
-declare -A flags=([avx512]="" [avx2]="" [plain]="" [product]="")
+declare -A flags=([avx512]="" [avx2]="" [plain]="" [product]="" [pool]="" [clusters]="")
 if [ "$(uname -m)" = x86_64 ]; then
     flags[avx512]="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx2 -mfma -mf16c"
     flags[avx2]="-mavx2 -mfma -mf16c"

@@ -11,7 +11,8 @@ import pytest
 
 import jaxquant as jq
 from benchmarks import generation, gguf
-from jaxquant.packing.ops import choice, platform
+from jaxquant import platform
+from jaxquant.packing.ops import choice
 
 pytestmark = pytest.mark.default_promotion
 WIDTH, HIDDEN, WORDS, LAYERS, SIZE = 64, 96, 50, 2, generation.HEAD_SIZE

@@ -16,8 +16,9 @@ from flax import nnx
 from jax import lax
 
 import jaxquant as jq
+from jaxquant import platform
 from jaxquant.packing.arrays import is_quantized
-from jaxquant.packing.ops import choice, platform
+from jaxquant.packing.ops import choice
 from tests.cases import mostly_slow
 
 pytestmark = pytest.mark.default_promotion

@@ -14,9 +14,9 @@ import pytest
 from block_cases import CASES, packed_blocks
 
 import jaxquant as jq
-from jaxquant import cpp
+from jaxquant import cpp, platform
 from jaxquant.packing.codes import pack_codes
-from jaxquant.packing.ops import choice, native, platform
+from jaxquant.packing.ops import choice, native
 
 FOLDER = Path(cpp.__file__).parent
 LEVELS = [

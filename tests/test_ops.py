@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxquant as jq
-from jaxquant import cpp
-from jaxquant.packing.ops import IMPLEMENTATIONS, blocks, choice, platform
+from jaxquant import cpp, platform
+from jaxquant.packing.ops import IMPLEMENTATIONS, blocks, choice
 from tests.cases import mostly_slow
 
 NARROW = ("float8_e4m3fn", "float8_e5m2", "bfloat16", "float16")

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxquant as jq
-from jaxquant import meshes, product
+from jaxquant import meshes, platform, product
 from jaxquant.packing.arrays import pack_product, product_codes, unpack_product
-from jaxquant.packing.ops import choice, platform
+from jaxquant.packing.ops import choice
 from tests.cases import mostly_slow
 
 cluster = jax.jit(product.cluster, static_argnames=("words", "length", "iterations"))

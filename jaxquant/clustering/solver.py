@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import loops
-from jaxquant.clustering import codebooks
+from jaxquant.clustering import codebooks, native
 from jaxquant.clustering.clusters import (
     MAX_SETTLES,
     Clusters,
@@ -109,15 +109,23 @@ def cluster_block(
         one of very many.
     """
     k = codebook.shape[0]
-    options = {"clustering": clustering, "dtype": dtype, "quick": quick}
-    solved = solve(x, sample_weight, k, codebook, frozen, **options)
-    return ClusteredBlock(
-        solved.centroids,
-        solved.clusters.counts,
-        solved.in_squares(solved.clusters.losses),
-        solved.in_squares(solved.clusters.norm),
-        solved.finite,
-    )
+    options = {"clustering": clustering, "dtype": dtype}
+
+    def by_xla(*arrays: Any) -> ClusteredBlock:
+        x, sample_weight, codebook, frozen = arrays
+        solved = solve(x, sample_weight, k, codebook, frozen, **options, quick=quick)
+        return ClusteredBlock(
+            solved.centroids,
+            solved.clusters.counts,
+            solved.in_squares(solved.clusters.losses),
+            solved.in_squares(solved.clusters.norm),
+            solved.finite,
+        )
+
+    arrays = x, sample_weight, codebook, frozen
+    if not (quick and is_small(x.size) and native.supports(x, k, clustering)):
+        return by_xla(*arrays)
+    return ClusteredBlock(*native.cluster(by_xla, *arrays, **options))
 
 
 def solve(

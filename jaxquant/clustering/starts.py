@@ -26,11 +26,16 @@ def short_clusters(points: Points, sums: Prefix, k: int, *, zero: bool, cells: i
       cells: number of them.
     """
     groups = coarsen(points, sums, cells)
-    costs = _costs(groups, min(cells, _LONGEST * -(-cells // k)), zero=zero)
+    costs = _costs(groups, longest_cluster(cells, k), zero=zero)
     used = jnp.max(jnp.where(groups.mass > 0, jnp.arange(1, cells + 1, dtype=jnp.int32), 0))
     rests = _fill_tables(costs, k, used)
     ends, about_zero = _trace_back(costs, rests, used)
     return centroids_between(points, sums, groups, ends, about_zero, zero=zero)
+
+
+def longest_cluster(cells: int, k: int) -> int:
+    """Return how many cells a cluster has at most."""
+    return min(cells, _LONGEST * -(-cells // k))
 
 
 def _costs(groups: Cells, longest: int, *, zero: bool) -> jax.Array:

@@ -11,7 +11,7 @@ import pathlib
 import jax
 
 LEVELS = ("avx512", "avx2", "plain")
-_TARGETS = ("jaxquant_product",)
+_TARGETS = ("jaxquant_product", "jaxquant_clusters")
 
 
 @functools.cache

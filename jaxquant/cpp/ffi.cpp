@@ -1,4 +1,4 @@
-// The products as a custom call of XLA. Whatever comes is checked first: nothing is read or written
+// Products and clusters as custom calls of XLA. Whatever comes is checked first: nothing is read or written
 // that its buffers do not hold.
 #include <algorithm>
 #include <cstdint>
@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "clusters.h"
 #include "product.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -22,6 +23,13 @@ int64_t product_of(Sizes sizes) {
   int64_t product = 1;
   for (const int64_t size : sizes) product *= size;
   return product;
+}
+
+Pool pool_of(ffi::ThreadPool& threads) {
+  Pool pool;
+  pool.threads = threads.num_threads();
+  pool.schedule = [&](std::function<void()> work) { threads.Schedule(std::move(work)); };
+  return pool;
 }
 
 // Fill in which of `counts` blocks along axes of such sizes each row is in; in the order of both.
@@ -46,10 +54,11 @@ bool blocks_of_rows(Sizes sizes, Sizes counts, std::vector<int32_t>& blocks) {
   return true;
 }
 
-ffi::Error run(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes,
-               ffi::Buffer<ffi::F32> codebooks, ffi::AnyBuffer scales,
-               ffi::ResultBuffer<ffi::F32> y, Sizes row_sizes, Sizes codebook_rows,
-               Sizes scale_rows, bool transposed, int32_t rounding, std::string_view level) {
+ffi::Error run_product(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> codes,
+                       ffi::Buffer<ffi::F32> codebooks, ffi::AnyBuffer scales,
+                       ffi::ResultBuffer<ffi::F32> y, Sizes row_sizes, Sizes codebook_rows,
+                       Sizes scale_rows, bool transposed, int32_t rounding,
+                       std::string_view level) {
   const auto x_shape = x.dimensions(), codes_shape = codes.dimensions();
   const auto codebooks_shape = codebooks.dimensions(), scales_shape = scales.dimensions();
   const auto y_shape = y->dimensions();
@@ -114,10 +123,60 @@ ffi::Error run(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
   problem.y = y->typed_data();
   problem.transposed = transposed;
   problem.rounding = static_cast<Rounding>(rounding);
-  Pool pool;
-  pool.threads = threads.num_threads();
-  pool.schedule = [&](std::function<void()> work) { threads.Schedule(std::move(work)); };
-  multiply(problem, *kernels, pool);
+  multiply(problem, *kernels, pool_of(threads));
+  return ffi::Error::Success();
+}
+
+// Axes before the last are of blocks; weights [..., 0] are none.
+ffi::Error run_clusters(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x,
+                        ffi::Buffer<ffi::F32> weights, ffi::Buffer<ffi::F32> start,
+                        ffi::Buffer<ffi::PRED> frozen, ffi::ResultBuffer<ffi::F32> centroids,
+                        ffi::ResultBuffer<ffi::S32> counts, ffi::ResultBuffer<ffi::F32> losses,
+                        ffi::ResultBuffer<ffi::F32> norms, ffi::ResultBuffer<ffi::PRED> finite,
+                        int64_t cells, int64_t longest, int64_t iterations, int64_t passes,
+                        bool zero, int32_t digits, int32_t least_exponent, float least,
+                        float largest) {
+  const auto shape = x.dimensions(), of_codebooks = start.dimensions();
+  if (shape.size() < 1 || of_codebooks.size() != shape.size()) {
+    return invalid("expected x [blocks, size] and codebooks [blocks, k]");
+  }
+  Blocks1D problem = {};
+  problem.size = shape.back();
+  problem.k = of_codebooks.back();
+  problem.blocks = product_of({shape.begin(), shape.size() - 1});
+  const auto count = [](const auto& buffer) { return static_cast<int64_t>(buffer.element_count()); };
+  const int64_t in_codebooks = problem.blocks * problem.k;
+  if (std::min({problem.size, problem.k, problem.blocks}) < 1 || problem.size >= 1 << 16) {
+    return invalid("expected blocks of 1 to 65,535 weights");
+  }
+  if (count(start) != in_codebooks || count(frozen) != in_codebooks ||
+      count(*centroids) != in_codebooks || count(*counts) != in_codebooks ||
+      count(*losses) != in_codebooks || count(*norms) != problem.blocks ||
+      count(*finite) != problem.blocks) {
+    return invalid("expected a codebook for each block");
+  }
+  if (count(weights) != 0 && count(weights) != count(x)) {
+    return invalid("expected sample weights like x, or none");
+  }
+  if (cells < 1 || cells > problem.size || longest < 1 || longest > cells || longest * problem.k < cells) {
+    return invalid("expected cells that the blocks and the codebooks have");
+  }
+  problem.x = x.typed_data();
+  problem.weights = count(weights) ? weights.typed_data() : nullptr;
+  problem.start = start.typed_data();
+  problem.frozen = frozen.typed_data();
+  problem.centroids = centroids->typed_data();
+  problem.counts = counts->typed_data();
+  problem.losses = losses->typed_data();
+  problem.norms = norms->typed_data();
+  problem.finite = finite->typed_data();
+  problem.cells = cells;
+  problem.longest = longest;
+  problem.iterations = iterations;
+  problem.passes = passes;
+  problem.zero = zero;
+  problem.format = {digits, least_exponent, least, largest};
+  cluster(problem, pool_of(threads));
   return ffi::Error::Success();
 }
 
@@ -130,7 +189,7 @@ ffi::Error run(ffi::ThreadPool threads, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
 #endif
 
 JAXQUANT_EXPORT XLA_FFI_Error* jaxquant_product(XLA_FFI_CallFrame* frame);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_product, run,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_product, run_product,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
@@ -144,6 +203,29 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_product, run,
                                   .Attr<bool>("transposed")
                                   .Attr<int32_t>("rounding")
                                   .Attr<std::string_view>("level"));
+
+JAXQUANT_EXPORT XLA_FFI_Error* jaxquant_clusters(XLA_FFI_CallFrame* frame);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxquant_clusters, run_clusters,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::PRED>>()
+                                  .Attr<int64_t>("cells")
+                                  .Attr<int64_t>("longest")
+                                  .Attr<int64_t>("iterations")
+                                  .Attr<int64_t>("passes")
+                                  .Attr<bool>("zero")
+                                  .Attr<int32_t>("digits")
+                                  .Attr<int32_t>("least_exponent")
+                                  .Attr<float>("least")
+                                  .Attr<float>("largest"));
 
 // The name of the kernels that this processor runs by default, or nothing if it has not those asked
 // for.

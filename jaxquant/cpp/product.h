@@ -2,17 +2,11 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
+#include "pool.h"
 #include "problem.h"
 
 namespace jaxquant {
-
-// Threads that run what they are given, whenever they can; none need.
-struct Pool {
-  int64_t threads = 0;
-  std::function<void(std::function<void()>)> schedule;
-};
 
 // The kernels of a name that this processor runs, or of "" the fastest; null if there are none.
 const Kernels* kernels_of(const char* name);

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 
-from jaxquant import cpp
+from jaxquant import cpp, platform
 from jaxquant.packing.arrays import PackedArray, ProductArray
-from jaxquant.packing.ops import blocks, mosaic, native, platform, triton, words
+from jaxquant.packing.ops import blocks, mosaic, native, triton, words
 
 Product = Callable[[jax.Array, Any], jax.Array]
 

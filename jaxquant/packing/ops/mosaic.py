@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxquant import loops
+from jaxquant import loops, platform
 from jaxquant.packing.arrays import PackedArray
 from jaxquant.packing.codes import byte_planes, unpack_planes
-from jaxquant.packing.ops import planes, platform
+from jaxquant.packing.ops import planes
 from jaxquant.packing.ops.reference import accumulator, output_like
 
 _LANES = 128  # columns of a register, and the longest table that one gather reads

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxquant import loops
+from jaxquant import loops, platform
 from jaxquant.packing.arrays import PackedArray
 from jaxquant.packing.codes import byte_planes, unpack_planes
-from jaxquant.packing.ops import planes, platform
+from jaxquant.packing.ops import planes
 from jaxquant.packing.ops.reference import accumulator, output_like
 
 _MOST_SELECTS = 4  # centroids; above, every weight reads the codebook, which the cache holds
