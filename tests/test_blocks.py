@@ -120,8 +120,10 @@ def test_a_block_is_clustered_as_kmeans_does():
     ("shape", "numbers"),
     [((40, 48), (1, 48)), ((40, 48), (5, 6)), ((12, 10, 14), (12, 2, 7)), ((3, 311), (1, 311))],
 )
-def test_batches_give_what_blocks_give_one_by_one(monkeypatch, shape, numbers):
+@pytest.mark.parametrize("devices", [1, 8])
+def test_batches_give_what_blocks_give_one_by_one(monkeypatch, shape, numbers, devices):
     monkeypatch.setattr(blocks, "_BATCH_WEIGHTS", 16)  # many batches, of whatever divides
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
     x, tables = normal(shape), normal((*numbers, 2), seed=1)
 
     def one(x, table):

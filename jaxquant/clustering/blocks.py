@@ -291,7 +291,8 @@ def _pieces(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return into how many pieces the blocks along each axis are cut, and in which runs.
 
-    Every device gets blocks of each batch where numbers allow it.
+    Every device gets blocks of each batch where numbers allow it. Of one device the blocks of a
+    batch lie together: its results are then in the order of all, and no table is transposed.
     """
     devices = jax.device_count()
     runs = [1] * len(numbers)
@@ -299,11 +300,16 @@ def _pieces(
         runs[-1] = math.gcd(numbers[-1] // math.gcd(numbers[-1], devices), _RUN)
     wanted = -(-math.prod(shape) // (_BATCH_WEIGHTS * devices))
     pieces = [1] * len(numbers)
-    for axis in sorted(range(len(numbers)), key=lambda axis: -numbers[axis]):
+    order = list(range(len(numbers)))
+    if devices > 1:
+        order.sort(key=lambda axis: -numbers[axis])
+    for axis in order:
         left = -(-wanted // math.prod(pieces))
         most = numbers[axis] // runs[axis]
         most //= math.gcd(most, devices)
         pieces[axis] = next(p for p in range(min(left, most), most + 1) if most % p == 0)
+    if devices == 1:
+        runs = [number // count for number, count in zip(numbers, pieces, strict=True)]
     return tuple(pieces), tuple(runs)
 
 

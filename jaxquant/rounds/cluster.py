@@ -93,20 +93,24 @@ def _cluster_blocks(
     codebook: jax.Array,
     frozen_centroids: jax.Array,
     *,
+    scale: jax.Array | None = None,
     layer: Layer,
     clustering: Clustering,
 ) -> ClusteredBlock:
-    """Cluster the weights of each codebook."""
+    """Cluster the weights of each codebook, over its scale [*numbers, 1] if there is one."""
     numbers = codebook.shape[:-1]
     quick = math.prod(numbers) > _FEW
     small = is_small(math.prod(weights.shape) // math.prod(numbers))
 
-    def solve(x: jax.Array, own: jax.Array | None, *tables: jax.Array) -> ClusteredBlock:
+    def solve(
+        x: jax.Array, own: jax.Array | None, scale: jax.Array | None, *tables: jax.Array
+    ) -> ClusteredBlock:
         x, own = jax.tree.map(jnp.ravel, (x, own)) if small else (x, own)
+        x = x if scale is None else _divided(x, scale)
         dtype = jnp.dtype(layer.centroid_dtype)
         return cluster_block(x, own, *tables, clustering=clustering, dtype=dtype, quick=quick)
 
-    return by_batch(solve, (weights, sensitivity), (codebook, frozen_centroids), numbers)
+    return by_batch(solve, (weights, sensitivity), (scale, codebook, frozen_centroids), numbers)
 
 
 def _cluster_scaled(
@@ -121,16 +125,15 @@ def _cluster_scaled(
 ) -> ClusteredBlock:
     """Cluster the weights over their scales."""
     wide = scale.astype(jnp.float32)
-    of_blocks = jnp.broadcast_to(wide, (*layer.all_numbers, 1))
-    over = elementwise(_divided, (weights,), (of_blocks,))
-    importance = sensitivity
-    if layer.scaled:
+    cluster = functools.partial(_cluster_blocks, layer=layer, clustering=clustering)
+    tables = codebook, frozen_centroids
+    if layer.scaled:  # a codebook of many scales
+        of_blocks = jnp.broadcast_to(wide, (*layer.all_numbers, 1))
+        over = elementwise(_divided, (weights,), (of_blocks,))
         importance = elementwise(_weighed, (weights, sensitivity), (jnp.square(of_blocks),))
-    found = _cluster_blocks(
-        over, importance, codebook, frozen_centroids, layer=layer, clustering=clustering
-    )
-    if layer.scaled:
-        return found
+        return cluster(over, importance, *tables)
+    of_codebooks = jnp.broadcast_to(wide, (*codebook.shape[:-1], 1))
+    found = cluster(weights, sensitivity, *tables, scale=of_codebooks)
     square = jnp.square(wide)
     return found._replace(losses=found.losses * square, norm=found.norm * square[..., 0])
 
