@@ -13,6 +13,7 @@ _FLAGS = {  # of a source file; what it compiles runs only where the processor h
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx2 -mfma -mf16c",
     "avx2": "-mavx2 -mfma -mf16c",
 }
+_LOOPS = ("clusters",)  # whose loops the compiler is to make vectors of
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -33,11 +34,10 @@ class BuildNative(build_ext):
                 include_dirs=[str(include)],
                 extra_postargs=[
                     "-std=c++17",
-                    "-O2",
+                    "-O3" if Path(source).stem in _LOOPS else "-O2",
                     "-g0",
                     "-fvisibility=hidden",
                     "-w",
-                    *(["-O3"] if Path(source).stem == "clusters" else []),
                     *flags,
                 ],
             )

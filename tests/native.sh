@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Compiles native_products.cpp in a folder, with the sanitizers of addresses and of undefined
-# behaviour, and runs it at every level. Takes a minute; CXX names the compiler.
+# Compiles native_products.cpp and native_clusters.cpp in a folder, with the sanitizers of addresses
+# and of undefined behaviour, and runs them, products at every level. Takes a minute; CXX names the
+# compiler.
 set -euo pipefail
 folder=$1
 here=$(cd "$(dirname "$0")" && pwd)
@@ -20,5 +21,8 @@ for file in "${!flags[@]}"; do
     jobs+=($!)
 done
 for job in "${jobs[@]}"; do wait "$job"; done
-"${CXX:-g++}" "${common[@]}" -pthread "$here/native_products.cpp" "$folder"/*.o -o "$folder/products"
+for program in products clusters; do
+    "${CXX:-g++}" "${common[@]}" -pthread "$here/native_$program.cpp" "$folder"/*.o -o "$folder/$program"
+done
 for level in avx512 avx2 plain; do "$folder/products" "$level"; done
+"$folder/clusters"
