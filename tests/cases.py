@@ -1,5 +1,6 @@
-"""Which cases of a parametrized test every run takes, and which only `--run-slow`."""
+"""Which cases every run takes and which only `--run-slow`; tables without the spaces of columns."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,3 +18,8 @@ def mostly_slow(cases: Iterable[Any], *kept: Any) -> list[Any]:
 
 def _marked(values: tuple[Any, ...]) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def unpadded(table: str) -> str:
+    """Return a table with one space beside each cell, which columns of one width have more of."""
+    return re.sub(" +", " ", table)

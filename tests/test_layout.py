@@ -198,7 +198,7 @@ def test_two_processes_train_one_network_in_parts(on_one, cache_folder, tmp_path
     processes = [start(cache_folder, workdir, port, index) for index in range(2)]
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "| run |" in outputs[0][0] and "| run |" not in outputs[1][0]  # one of them speaks
+    assert "| run " in outputs[0][0] and "| run " not in outputs[1][0]  # one of them speaks
     assert (workdir / "metrics.jsonl").read_text().count('"kind": "retrained"') == 1
     assert_close_runs(workdir, on_one)
     # All of them pass over what is damaged.

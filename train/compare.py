@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxquant.tables import markdown
 from train.config import Config, Quantize, vary
 from train.logs import read_json, write_text
 
@@ -127,22 +128,19 @@ def _train_float(config: Config, workdir: Path) -> Path:
 
 def table(reports: Mapping[str, Mapping[str, Any]], configs: Mapping[str, Config]) -> str:
     """Return a Markdown table with a row for each report, the float network first."""
-    lines = [
-        "| method | accuracy | change | bits per weight | bytes | entropy-coded | smaller "
-        "| epochs re-trained |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    header = ["method", "accuracy", "change", "bits per weight", "bytes", "entropy-coded"]
+    rows: list[list[object]] = []
     for name, report in reports.items():
         full, q = report["float"]["accuracy"], report["quantized"]
-        if len(lines) == 2:
-            lines.append(f"| float | {full:.2%} | | 32.00 | {q['float_bytes']:,} | | | |")
-        lines.append(
-            f"| {name} | {q['accuracy']:.2%} | {100 * (q['accuracy'] - full):+.2f} "
-            f"| {q['bits_per_weight']:.2f} | {q['bytes']:,} | {q['entropy_bytes']:,} "
-            f"| {q['float_bytes'] / q['entropy_bytes']:.1f}x "
-            f"| {_epochs(configs[name], len(report['rounds']))} |"
-        )
-    return "\n".join(lines)
+        if not rows:
+            floats = f"{q['float_bytes']:,}"
+            rows.append(["float", f"{full:.2%}", "", "32.00", floats, "", "", ""])
+        accuracy = [f"{q['accuracy']:.2%}", f"{100 * (q['accuracy'] - full):+.2f}"]
+        sizes = [f"{q['bits_per_weight']:.2f}", f"{q['bytes']:,}", f"{q['entropy_bytes']:,}"]
+        smaller = f"{q['float_bytes'] / q['entropy_bytes']:.1f}x"
+        epochs = _epochs(configs[name], len(report["rounds"]))
+        rows.append([name, *accuracy, *sizes, smaller, epochs])
+    return markdown([*header, "smaller", "epochs re-trained"], rows, "<" + 7 * ">")
 
 
 def _epochs(config: Config, rounds: int) -> int:

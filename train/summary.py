@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 import jaxquant as jq
+from jaxquant.tables import markdown
 from jaxquant.trees import leaves_with_paths
 from train.config import first_error
 from train.logs import read_json, to_json, write_text
@@ -114,16 +115,13 @@ def write_packed(path: Path, job: "Job", state: "RunState") -> int:
 
 
 def _rounds_table(rounds: Sequence[Mapping[str, Any]]) -> str:
-    lines = [
-        "| round | frozen | before | after quantizing | after re-training |",
-        "|--:|--:|--:|--:|--:|",
-    ]
-    lines += [
-        f"| {r['round']} | {r['weights_frozen']:.1%} | {r['accuracy_before']:.2%} "
-        f"| {r['accuracy_quantized']:.2%} | {r['accuracy']:.2%} |"
+    accuracies = ("accuracy_before", "accuracy_quantized", "accuracy")
+    rows = [
+        [r["round"], f"{r['weights_frozen']:.1%}", *(f"{r[name]:.2%}" for name in accuracies)]
         for r in rounds
     ]
-    return "\n".join(lines)
+    header = ["round", "frozen", "before", "after quantizing", "after re-training"]
+    return markdown(header, rows, ">>>>>")
 
 
 def _closing(result: Mapping[str, Any]) -> str:
@@ -177,23 +175,22 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     Those are called NAME_seed0, NAME_seed1, ..., as `config.seeds` does; their row holds means,
     and the lowest and highest accuracy.
     """
-    lines = [
-        "| run | float | quantized | change | bits per weight | bytes | smaller |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    return "\n".join(lines + [_row(*item) for item in results.items()] + _seed_rows(results))
+    header = ["run", "float", "quantized", "change", "bits per weight", "bytes", "smaller"]
+    rows = [_row(*item) for item in results.items()] + _seed_rows(results)
+    return markdown(header, rows, "<>>>>>>")
 
 
 def curves(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a Markdown table with each quantized run's accuracies round by round, in per cent."""
-    lines = ["| run | after re-training | last, right after quantizing |", "|---|---|--:|"]
+    rows = []
     for name, result in results.items():
         rounds = result.get("rounds")
         if rounds:
             accuracies = ", ".join(f"{100 * row['accuracy']:.2f}" for row in rounds)
             last = 100 * rounds[-1]["accuracy_quantized"]
-            lines.append(f"| {name} | {accuracies} | {last:.2f} |")
-    return "\n".join(lines)
+            rows.append([name, accuracies, f"{last:.2f}"])
+    header = ["run", "after re-training", "last, right after quantizing"]
+    return markdown(header, rows, "<<>")
 
 
 def plot_curves(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
@@ -229,7 +226,7 @@ def _families(
     }
 
 
-def _seed_rows(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _seed_rows(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """Return the rows of `table` that summarize runs of the same name with several seeds."""
     quantized = {name: result for name, result in results.items() if "quantized" in result}
     return [
@@ -237,14 +234,14 @@ def _seed_rows(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _row(name: str, result: Mapping[str, Any]) -> str:
+def _row(name: str, result: Mapping[str, Any]) -> list[str]:
     full, q = result["float"]["accuracy"], result.get("quantized")
     if q is None:
-        return f"| {name} | {full:.2%} | | | | | |"
+        return [name, f"{full:.2%}", *[""] * 5]
     return _cells(name, full, f"{q['accuracy']:.2%}", q["accuracy"], q)
 
 
-def _family_row(label: str, runs: Sequence[Mapping[str, Any]]) -> str:
+def _family_row(label: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:
     accuracies = [run["quantized"]["accuracy"] for run in runs]
     mean, full = np.mean(accuracies), np.mean([run["float"]["accuracy"] for run in runs])
     spread = f"{mean:.2%} ({100 * min(accuracies):.2f} to {100 * max(accuracies):.2f})"
@@ -255,11 +252,10 @@ def _family_row(label: str, runs: Sequence[Mapping[str, Any]]) -> str:
     return _cells(label, float(full), spread, float(mean), sizes)
 
 
-def _cells(name: str, full: float, text: str, accuracy: float, q: Mapping[str, Any]) -> str:
-    return (
-        f"| {name} | {full:.2%} | {text} | {100 * (accuracy - full):+.2f} "
-        f"| {q['bits_per_weight']:.2f} | {q['bytes']:,.0f} | {q['compression']:.1f}x |"
-    )
+def _cells(name: str, full: float, text: str, accuracy: float, q: Mapping[str, Any]) -> list[str]:
+    own = [name, f"{full:.2%}", text, f"{100 * (accuracy - full):+.2f}"]
+    sizes = [f"{q['bits_per_weight']:.2f}", f"{q['bytes']:,.0f}", f"{q['compression']:.1f}x"]
+    return own + sizes
 
 
 @dataclasses.dataclass

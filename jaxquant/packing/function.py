@@ -15,6 +15,7 @@ from jaxquant.packing.arrays import PackedArray, View, is_quantized, unpack_node
 from jaxquant.packing.codes import packed_rows
 from jaxquant.packing.interpreter import Interpreter, Rule, Use
 from jaxquant.packing.rules import RULES
+from jaxquant.tables import markdown
 from jaxquant.trees import is_nnx
 
 
@@ -191,12 +192,10 @@ class Uses(tuple[Use, ...]):
     def __str__(self) -> str:
         """Return a table in Markdown."""
         rows = [
-            f"| {use.path} | {'x'.join(map(str, use.shape))} | {use.operation} | {use.how} | "
-            f"{use.float_bytes:,} |"
-            for use in self
+            [u.path, "x".join(map(str, u.shape)), u.operation, u.how, f"{u.float_bytes:,}"]
+            for u in self
         ]
-        head = "| weight | seen as | operation | how | float bytes |"
-        return "\n".join([head, "| --- | --- | --- | --- | --- |", *rows])
+        return markdown(["weight", "seen as", "operation", "how", "float bytes"], rows, "<<<<>")
 
 
 def packed(function: Callable[..., Any]) -> PackedFunction:

@@ -25,6 +25,7 @@ from jaxquant.packing.codes import packed_rows
 from jaxquant.rounds.schedules import Plan
 from jaxquant.rounds.selection import natural_key, vector_reasons
 from jaxquant.rounds.state import QuantState, check_state, stored_tables
+from jaxquant.tables import markdown
 from jaxquant.trees import check_leaves, check_structure, leaves_with_paths, pure
 
 
@@ -122,18 +123,15 @@ class Report:
 
     def __str__(self) -> str:
         """Return a Markdown table with a row a leaf and one of totals."""
-        lines = [
-            "| layer | shape | k | distinct | frozen | error | bits | entropy | bytes | ideal | |",
-            "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|---|",
-        ]
-        lines += [_row(layer) for layer in self.layers]
-        lines.append(
-            f"| **total** | | | | {self.frozen:.1%} | | {self.bits_per_weight:.2f} | "
-            f"| {self.bytes:,} | {self.entropy_bytes:,} "
-            f"| {self.compression:.1f}x smaller than {self.float_bytes:,}; "
-            f"codebooks {self.codebook_bytes:,}, left alone {self.left_alone_bytes:,} |"
+        words = ("layer", "shape", "k", "distinct", "frozen", "error", "bits", "entropy")
+        total = ["**total**", "", "", "", f"{self.frozen:.1%}", "", f"{self.bits_per_weight:.2f}"]
+        note = (
+            f"{self.compression:.1f}x smaller than {self.float_bytes:,}; "
+            f"codebooks {self.codebook_bytes:,}, left alone {self.left_alone_bytes:,}"
         )
-        return "\n".join(lines)
+        total += ["", f"{self.bytes:,}", f"{self.entropy_bytes:,}", note]
+        rows = [*map(_row, self.layers), total]
+        return markdown([*words, "bytes", "ideal", ""], rows, "<<>>>>>>>><")
 
 
 def report(
@@ -321,19 +319,15 @@ def _entropies(counts: np.ndarray) -> np.ndarray:
     return np.maximum(0.0, -np.sum(shares * logarithms, axis=1))
 
 
-def _row(layer: LayerReport) -> str:
+def _row(layer: LayerReport) -> list[object]:
     shape = "x".join(map(str, layer.shape)) or "scalar"
     if layer.reason is not None:
-        return (
-            f"| {layer.path} | {shape} | | | | | | | {layer.bytes:,} | {layer.bytes:,} "
-            f"| float: {layer.reason} |"
-        )
+        size = f"{layer.bytes:,}"
+        return [layer.path, shape, *[""] * 6, size, size, f"float: {layer.reason}"]
     error = "" if layer.error is None else f"{layer.error:.2e}"
     note = ""
     if layer.lost_zeros >= 0.01:
         note = f"{layer.lost_zeros:.0%} pruned to zero, now not: zero=True keeps them"
-    return (
-        f"| {layer.path} | {shape} | {layer.k} | {layer.distinct} | {layer.frozen:.1%} "
-        f"| {error} | {layer.bits:.2f} | {layer.entropy:.2f} | {layer.bytes:,} "
-        f"| {layer.entropy_bytes:,} | {note} |"
-    )
+    own = [layer.path, shape, layer.k, layer.distinct, f"{layer.frozen:.1%}", error]
+    sizes = [f"{layer.bytes:,}", f"{layer.entropy_bytes:,}"]
+    return [*own, f"{layer.bits:.2f}", f"{layer.entropy:.2f}", *sizes, note]
