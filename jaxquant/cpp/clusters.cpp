@@ -15,7 +15,7 @@ constexpr int kCappings = 6;     // of cells, as in jaxquant/clustering/optimum.
 constexpr int kSettles = 3;      // as in jaxquant/clustering/clusters.py
 constexpr float kUnits = 0x1p40f;  // largest magnitude in the dynamic program: squares stay normal
 constexpr double kRounding = 1e-6;  // of a sum of cells, at most
-constexpr int64_t kTaskWeights = 1 << 13;
+constexpr int64_t kTaskWeights = 1 << 12;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Order ---------------------------------------------------------------------------------------------
