@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,11 +26,12 @@ PARAMS = {
     "third": {"kernel": normal((3, 3, 16, 24), seed=2, scale=0.1)},
 }
 CHOICES = [jq.LayerRule(".*kernel", k=k) for k in (2, 3, 4, 8, 16)]
+CHOICE_OF_ALL = [jq.LayerRule(".*", k=k) for k in (2, 3, 4, 8, 16)]
 
 
-def quantized(params, rules):
+def quantized(params, rules, **guide):
     plan = jq.slq(params, rounds=(1,), rules=rules)
-    return jq.quantize_round(plan, params, jq.init(plan, params))[:2]
+    return jq.quantize_round(plan, params, jq.init(plan, params), **guide)[:2]
 
 
 def squared_error(new, old):
@@ -78,7 +81,7 @@ def test_what_matters_more_gets_more():
     assert list(jq.allocate(PARAMS, bits=2.5, choices=CHOICES, calibration=guided)) == list(found)
 
 
-def test_losses_with_guided_moments_are_what_others_cannot_make_up_for():
+def test_losses_with_guided_moments_are_what_a_calibrated_round_loses():
     kernel, mix = normal((4, 5, 6)), normal((30, 30), seed=1)
     moments = mix @ mix.T
     told = jq.Calibration(
@@ -86,16 +89,111 @@ def test_losses_with_guided_moments_are_what_others_cannot_make_up_for():
     )
     rule = jq.LayerRule("w", k=3)
     rules = jq.allocate({"w": kernel}, bits=30, choices=[rule], calibration=told)
-    new, _ = quantized({"w": kernel}, [rule])
-    damped = np.asarray(moments, np.float64)
-    damped += 0.01 * np.mean(np.diag(damped)) * np.eye(30)
-    order, energies = list(np.argsort(-np.diag(moments), kind="stable")), np.zeros(30)
-    for place, i in enumerate(order):  # the variance of an input, given those after it
-        after = order[place + 1 :]
-        known = np.linalg.solve(damped[np.ix_(after, after)], damped[after, i])
-        energies[i] = damped[i, i] - damped[i, after] @ known
-    squares = np.sum((new["w"] - kernel).reshape(4, 30) ** 2, axis=0)
-    assert rules.loss == pytest.approx(float(squares @ energies), rel=1e-3)
+    new, _ = quantized({"w": kernel}, [rule], calibration=told)
+    change = np.asarray(new["w"] - kernel, np.float64).reshape(4, 30)
+    expected = np.sum(change * (change @ np.asarray(moments, np.float64)))
+    assert rules.loss == pytest.approx(expected, rel=1e-3)
+    near, _ = quantized({"w": kernel}, [rule])
+    change = np.asarray(near["w"] - kernel, np.float64).reshape(4, 30)
+    assert rules.loss < 0.8 * np.sum(change * (change @ np.asarray(moments, np.float64)))
+
+
+WIDTH = 48
+PAIR = {"apart": normal((WIDTH, WIDTH), seed=3), "together": normal((WIDTH, WIDTH), seed=4)}
+
+
+def tokens_and_their_mean(params, x):  # [texts, tokens, WIDTH], [texts, ...]
+    together = jnp.mean(x @ params["together"], axis=1)
+    return x @ params["apart"] / x.shape[1], together
+
+
+def texts(seed):  # whose tokens are much alike
+    return normal((96, 1, WIDTH), seed=seed) + normal((96, 16, WIDTH), seed=seed + 1, scale=0.3)
+
+
+def lost(params, batches):
+    """Return the squared change of the answers of an example."""
+    total = 0.0
+    for batch in batches:
+        new, old = (tokens_and_their_mean(x, batch) for x in (params, PAIR))
+        total += squared_error(new, old)
+    return total / sum(map(len, batches))
+
+
+def test_with_the_function_one_loss_of_each_weight_is_what_its_answers_lose():
+    batches = [texts(5), texts(7)[:32]]
+    seen = jq.calibrate(tokens_and_their_mean, PAIR, batches, guided=True)
+    choices = [jq.LayerRule(".*", k=k) for k in (2, 4, 16)]
+    plain = jq.allocate(PAIR, bits=30, choices=choices, calibration=seen)
+    told = jq.allocate(
+        PAIR,
+        bits=30,
+        choices=choices,
+        calibration=seen,
+        function=tokens_and_their_mean,
+        batches=iter(batches),
+    )
+    new, _ = quantized(PAIR, choices[1:2], calibration=seen)
+    for name in PAIR:
+        before, after = (
+            {x.rule.k: x.loss for x in own.table if x.path == name} for own in (plain, told)
+        )
+        assert after[4] == pytest.approx(lost(PAIR | {name: new[name]}, batches), rel=1e-4)
+        factor = after[4] / before[4]
+        assert all(after[k] == pytest.approx(factor * before[k], rel=1e-4) for k in before)
+        # Of tokens that are alike, and meet, what calibration takes to be apart adds up.
+        assert 0.9 < factor < 1.1 if name == "apart" else 12 < factor < 16
+
+
+def test_with_the_function_what_meets_gets_more_and_less_is_lost():
+    batches = [texts(5), texts(7)]
+    seen = jq.calibrate(tokens_and_their_mean, PAIR, batches, guided=True)
+    ways = {}, {"function": tokens_and_their_mean, "batches": batches}
+    plain, told = (
+        jq.allocate(PAIR, bits=2.2, choices=CHOICE_OF_ALL, calibration=seen, **own) for own in ways
+    )
+    assert (told[0].k, told[1].k, plain[0].k, plain[1].k) == (2, 8, 4, 4)
+    errors = [lost(quantized(PAIR, x, calibration=seen)[0], [texts(9)]) for x in (told, plain)]
+    assert errors[0] < 0.6 * errors[1]
+
+
+def test_losses_of_predictions_are_twice_their_divergence():
+    def logits(params, x):
+        return x @ params["second"]["kernel"]
+
+    batch = normal((32, 40), seed=6)
+    choices = [jq.LayerRule("second/.*", k=k) for k in (4, 8)]
+    rules = jq.allocate(
+        PARAMS, bits=30, choices=choices, function=logits, batches=[batch], outputs="categorical"
+    )
+    new, _ = quantized(PARAMS, choices[:1])
+    ours, theirs = (scipy.special.log_softmax(logits(x, batch), axis=1) for x in (new, PARAMS))
+    expected = 2 * np.mean(np.sum(np.exp(theirs) * (theirs - ours), axis=1))
+    assert max(choice.loss for choice in rules.table) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_function_may_take_a_module_of_nnx():
+    model = nnx.Linear(24, 16, rngs=nnx.Rngs(0))
+    model.kernel[...] = normal((24, 16))
+    batch = normal((4, 24), seed=1)
+    options = {"bits": 30, "choices": [jq.LayerRule("kernel", k=4)], "batches": [batch]}
+    found = jq.allocate(model, function=lambda model, x: model(x), **options)
+    params = {"kernel": model.kernel[...]}
+    same = jq.allocate(params, function=lambda params, x: x @ params["kernel"], **options)
+    assert found.loss == pytest.approx(same.loss, rel=1e-4)
+
+
+def test_other_budgets_come_from_the_same_table():
+    found = jq.allocate(PARAMS, bits=2.5, choices=CHOICES)
+    for budget in ({"bits": 3.5}, {"bytes": 3_000}):
+        same = jq.allocate(PARAMS, choices=CHOICES, **budget)
+        other = found.within(**budget)
+        assert list(other) == list(same) != list(found)
+        assert (other.loss, other.bytes) == (same.loss, same.bytes)
+    with pytest.raises(ValueError, match="of bytes or bits"):
+        found.within()
+    with pytest.raises(ValueError, match=r"of bits 1\.\d+, got 0\.1"):
+        found.within(bits=0.1)
 
 
 def test_a_choice_is_for_the_weights_that_it_matches():
@@ -185,6 +283,17 @@ def test_budgets_of_many_units_are_kept_and_nearly_as_good():
         (
             {"bits": 3, "calibration": jq.Calibration(sensitivity=None, moments={})},
             "expected sensitivities or guided moments",
+        ),
+        ({"bits": 3, "function": max}, "expected a function with batches"),
+        ({"bits": 3, "batches": [jnp.ones(2)]}, "expected a function with batches"),
+        ({"bits": 3, "outputs": "logits"}, "expected outputs to be one of"),
+        (
+            {
+                "bits": 3,
+                "function": lambda params, x: jnp.log(-jnp.abs(params["first"]["kernel"])),
+                "batches": [jnp.ones(2)],
+            },
+            "first/kernel: expected finite answers if it is quantized, got nan",
         ),
     ],
 )

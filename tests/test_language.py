@@ -174,7 +174,7 @@ def test_bits_and_losses_of_settings(pair):
     assert 0 < int(fine[2].replace(",", "")) < 20_000
 
 
-def test_calibrated_kernels_answer_better_and_allocated_ones_keep_their_bits(pair):
+def test_calibrated_kernels_answer_better_and_allocated_ones_keep_their_bytes(pair):
     def error(kernels):
         new = {path: jq.unpack(kernel) for path, kernel in kernels.items()}
         answers = pair.function(models.replaced(pair.params, new), TOKENS)
@@ -182,8 +182,11 @@ def test_calibrated_kernels_answer_better_and_allocated_ones_keep_their_bits(pai
 
     plain, told = (settings.clustered(pair, 4, (-1, -1), calibrated=x) for x in (False, True))
     assert error(told) < 0.7 * error(plain)
-    mixed = settings.allocated(pair, 3.0, {4: [(-1, 1)], 8: [(-1, 1)], 16: [(16, 1)]})
-    assert sum(kernel.nbytes for kernel in mixed.values()) * 8 / 64**2 / len(mixed) < 4
+    choices = [(4, (-1, 1)), (8, (-1, 1)), (16, (16, 1))]
+    mixed = settings.allocated(pair, choices[1], choices)
+    equal = settings.clustered(pair, *choices[1], scaled=True, calibrated=True)
+    assert program.stored(mixed) < 1.02 * program.stored(equal)
+    assert error(mixed) <= error(equal)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,8 @@ from benchmarks.language import models
 from benchmarks.language.training import distilled
 
 _STEPS, _RATE = 200, 3e-4  # of training
+_MEASURED = 4  # batches that tell what each weight loses alone
+_Choice = tuple[int, tuple[int, int]]  # k and the block
 Quantize = Callable[[models.Task], dict[str, jq.PackedArray]]  # of all kernels, by path
 
 
@@ -49,28 +51,31 @@ def _rules(task: models.Task, k: int, block: tuple[int, int], **rule: Any) -> li
     ]
 
 
-def allocated(
-    task: models.Task, bits: float, choices: Mapping[int, Sequence[tuple[int, int]]]
-) -> dict[str, Any]:
-    """Return kernels by the rules that lose least at so many stored bits.
+def allocated(task: models.Task, like: _Choice, choices: Sequence[_Choice]) -> dict[str, Any]:
+    """Return kernels by the rules that lose least in the stored bytes of equal ones.
 
     Args:
       task: the model.
-      bits: for each weight, with codebooks and scales.
-      choices: numbers of centroids, and the blocks that are tried with each.
+      like: k and the block whose bytes they have; one of the choices.
+      choices: numbers of centroids and blocks that are tried.
     """
-    kernels = models.kernels(task.params)
-    shapes = sorted({kernel.shape for kernel in kernels.values()})
-    rules = []
-    for shape in shapes:
-        paths = [re.escape(path) for path, kernel in kernels.items() if kernel.shape == shape]
-        rules += [
-            jq.LayerRule("|".join(paths), k=k, block=tuple(map(fitting, shape, block)), scaled=True)
-            for k, blocks in choices.items()
-            for block in blocks
-        ]
-    found = jq.allocate(task.params, bits=bits, choices=rules, calibration=calibration(task))
-    return quantized(task, found, calibrated=True)
+    found, equal = _measured(task, tuple(choices)), set(_rules(task, *like, scaled=True))
+    saved = sum(choice.bytes for choice in found.table if choice.rule in equal)
+    return quantized(task, found.within(bits=8 * saved / found.size), calibrated=True)
+
+
+@functools.cache
+def _measured(task: models.Task, choices: tuple[_Choice, ...]) -> jq.Allocation:
+    """Return what each of some rules makes of each kernel."""
+    return jq.allocate(
+        task.params,
+        bits=32,
+        choices=[rule for choice in choices for rule in _rules(task, *choice, scaled=True)],
+        calibration=calibration(task),
+        function=task.function,
+        batches=task.batches[:_MEASURED],
+        outputs=task.outputs,
+    )
 
 
 def quantized(
@@ -113,10 +118,12 @@ def ours() -> dict[str, Quantize]:
     told = {
         f"{name}, calibrated": functools.partial(row, calibrated=True) for name, row in rows.items()
     }
-    tried = {k: [(WHOLE, 1), (64, 1)] for k in (4, 8, 12, 16, 24)}
+    tried = [(k, (size, 1)) for k in (4, 6, 8, 12, 16, 24, 32) for size in (WHOLE, 64)]
     mixed = {
-        f"{bits} bits, allocated": functools.partial(allocated, bits=bits, choices=tried)
-        for bits in (4.1, 3.1)
+        f"allocated, bytes of k = {k}": functools.partial(
+            allocated, like=(k, (64, 1)), choices=tried
+        )
+        for k in (16, 8)
     }
     few = {
         f"k = {k}, {name}, trained": functools.partial(trained, k=k, **blocks[name])

@@ -1,22 +1,23 @@
 """Rules for each weight that lose least within a budget of stored bytes: `allocate`."""
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.calibration.answers import OUTPUTS, lost_alone
 from jaxquant.clustering.codebooks import num_centroids
 from jaxquant.meshes import compiled
-from jaxquant.packing.arrays import is_packed
+from jaxquant.packing.arrays import PackedArray, is_packed
 from jaxquant.packing.storage import stored_bytes
 from jaxquant.packing.trees import pack
 from jaxquant.rounds.calibration import Calibration
-from jaxquant.rounds.compensation import own_energies
 from jaxquant.rounds.quantize import init, quantize_round
 from jaxquant.rounds.schedules import slq
 from jaxquant.rounds.selection import LayerRule, natural_key, select
@@ -33,7 +34,7 @@ class Choice(NamedTuple):
 
     path: str
     rule: LayerRule
-    loss: float  # (weighted) sum of squares
+    loss: float  # (weighted) sum of squares, or what the function's answers lose
     bytes: int  # stored
 
 
@@ -44,12 +45,40 @@ class Allocation(list[LayerRule]):
       choices: what the rules make of the weights, in natural order.
       table: all that was measured.
       size: number of weights that are quantized.
+      other_bytes: of a file beside those of the choices, about.
     """
 
-    def __init__(self, choices: Sequence[Choice], table: Sequence[Choice], size: int):
+    def __init__(
+        self, choices: Sequence[Choice], table: Sequence[Choice], size: int, other_bytes: int
+    ):
         """Keep the choices and what they were chosen from."""
         super().__init__(choice.rule for choice in choices)
-        self.choices, self.table, self.size = tuple(choices), tuple(table), size
+        self.choices, self.table = tuple(choices), tuple(table)
+        self.size, self.other_bytes = size, other_bytes
+
+    def within(self, *, bytes: int | None = None, bits: float | None = None) -> "Allocation":
+        """Return the rules for another budget, as of `allocate`, from the same table.
+
+        Raises:
+          ValueError: for no budget or two, and for one that no combination keeps.
+        """
+        _check_budget(bytes, bits)
+        of_weights: dict[str, list[Choice]] = {}
+        for choice in self.table:
+            of_weights.setdefault(choice.path, []).append(choice)
+        least = sum(min(choice.bytes for choice in own) for own in of_weights.values())
+        if bits is not None:
+            budget, possible = math.floor(bits * self.size / 8), f"bits {8 * least / self.size:.6g}"
+        else:
+            assert bytes is not None
+            budget, possible = int(bytes) - self.other_bytes, f"bytes {least + self.other_bytes}"
+        if least > budget:
+            raise ValueError(
+                f"expected a budget that the smallest choices keep, of {possible}, "
+                f"got {bytes if bits is None else bits}"
+            )
+        chosen = _best(list(of_weights.values()), budget)
+        return Allocation(chosen, self.table, self.size, self.other_bytes)
 
     @property
     def loss(self) -> float:
@@ -88,6 +117,9 @@ def allocate(
     choices: Sequence[LayerRule] | None = None,
     calibration: Calibration | None = None,
     sensitivity: Any = None,
+    function: Callable[[Any, Any], Any] | None = None,
+    batches: Iterable[Any] = (),
+    outputs: str = "normal",
 ) -> Allocation:
     """Return the rule for each weight, out of some choices, that lose least within a budget.
 
@@ -97,10 +129,12 @@ def allocate(
     the budget one of least loss is found by dynamic programming (Kellerer, Pferschy and Pisinger,
     "Knapsack Problems", 2004, section 11: the multiple-choice knapsack).
 
-    Losses of different weights add up as far as they are alike, which squares of weights are not:
-    give a calibration, or sensitivities. With guided moments what counts is the answers: each
-    squared change times what of its input's moment the inputs after it cannot make up for, about
-    what a round loses that has the moments.
+    With calibration the round is the calibrated one, and with moments its loss is the squared
+    change of what a weight answers. Those of different weights add up as far as they matter alike,
+    which is what guided moments and sensitivities are for. They take vectors as if they were
+    apart, though: where changes of many tokens or pixels meet in one result, more is lost, of some
+    weights many times more. So give the function as well: it runs with each weight quantized alone,
+    by one of its choices, which tells what one loss is beside another.
 
     Args:
       params: tree of weights.
@@ -109,58 +143,65 @@ def allocate(
       choices: rules, of which a weight may match several; each says k or bits. None: those that
         `select` selects by default, with one codebook of 2 to 256 centroids, alone and with a
         scale for each output.
-      calibration: from `calibrate`: its guided moments, or sensitivities, say what is lost; or
+      calibration: from `calibrate`, that of the round the rules are for; or
       sensitivity: tree like `params`, as of `quantize_round`.
+      function: of the parameters and a batch, as for `calibrate`. None: losses are not measured by
+        what it answers.
+      batches: as for `calibrate`, for the function; a few will do.
+      outputs: as for `calibrate`: losses are the mean over examples of the squared change of
+        outputs ("normal"), or of twice the divergence of predictions ("categorical").
 
     Returns:
       Allocation: a list of rules, with what was measured. Costs a round for each choice that a
-      weight has; outside of jit only.
+      weight has, and a run of the function on all batches for each weight; outside of jit only.
 
     Raises:
       ValueError: for no budget or two, for one that no combination keeps, for choices without k,
-        and as `slq` does; names what was wrong.
+        for a function without batches, and as `slq` does; names what was wrong.
 
     >>> params = {"large": jnp.sin(jnp.arange(4096.0)).reshape(64, 64), "small": jnp.eye(32)}
     >>> rules = allocate(params, bits=3, choices=[LayerRule(".*", k=k) for k in (2, 4, 8, 16)])
     >>> [(rule.pattern, rule.k) for rule in rules]
     [('large', 8), ('small', 2)]
     """
-    if (bytes is None) == (bits is None):
-        raise ValueError(f"expected a budget of bytes or bits, got bytes={bytes} and bits={bits}")
+    _check_budget(bytes, bits)
     if calibration is not None:
         if sensitivity is not None:
             raise ValueError("expected calibration or sensitivity, got both")
-        if calibration.sensitivity is None and not calibration.guided:
+        if calibration.sensitivity is None and not calibration.guided and function is None:
             raise ValueError("calibration: expected sensitivities or guided moments, got none")
+    batches = list(batches)
+    if (function is None) != (not batches):
+        raise ValueError(f"expected a function with batches, got {function} and {len(batches)}")
+    if outputs not in OUTPUTS:
+        raise ValueError(f"expected outputs to be one of {OUTPUTS}, got {outputs!r}")
+    given = params
     params, sensitivity = (pure(x, only_parameters=True) for x in (params, sensitivity))
     rules = _default_choices(params, calibration) if choices is None else list(choices)
     if not rules:
         raise ValueError("choices: expected at least one, got none")
     matches = [(rule, _matched(params, rule)) for rule in rules]
-    told = calibration or Calibration(sensitivity=sensitivity, moments={})
-    told = dataclasses.replace(told, sensitivity=pure(told.sensitivity, only_parameters=True))
-    table = [own for part in _apart(matches) for own in _measured(params, part, told, sensitivity)]
-    sizes = {path: leaf.size for path, leaf in leaves_with_paths(params)}
-    of_path: dict[str, list[Choice]] = {}
-    for choice in sorted(table, key=lambda choice: natural_key(choice.path)):
-        of_path.setdefault(choice.path, []).append(choice)
+    guide = {"sensitivity": sensitivity} if calibration is None else {"calibration": calibration}
+    of_path: dict[str, list[_Measured]] = {}
+    for part in _apart(matches):
+        for own in _measured(params, part, guide):
+            of_path.setdefault(own.choice.path, []).append(own)
+    of_path = dict(sorted(of_path.items(), key=lambda pair: natural_key(pair[0])))
     if not of_path:
         raise ValueError("choices: expected some that can quantize a weight, got none")
-    size = sum(sizes[path] for path in of_path)
-    if bits is not None:
-        budget = math.floor(bits * size / 8)
-    else:
-        assert bytes is not None
-        budget = int(bytes) - _other_bytes(params, of_path)
-    least = sum(min(choice.bytes for choice in own) for own in of_path.values())
-    if least > budget:
-        wanted, got = ("bits", bits) if bits is not None else ("bytes", bytes)
-        possible = 8 * least / size if bits is not None else least + _other_bytes(params, of_path)
-        raise ValueError(
-            f"expected a budget that the smallest choices keep, of {wanted} {possible:.6g}, "
-            f"got {got}"
-        )
-    return Allocation(_best(list(of_path.values()), budget), table, size)
+    of_weights = [[own.choice for own in owns] for owns in of_path.values()]
+    if function is not None:
+        lost = functools.partial(lost_alone, function, given, batches, outputs=outputs)
+        of_weights = _compared(list(of_path.values()), lost)
+    table = [choice for own in of_weights for choice in own]
+    size = sum(leaf.size for path, leaf in leaves_with_paths(params) if path in of_path)
+    found = Allocation((), table, size, _other_bytes(params, of_path))
+    return found.within(bytes=bytes, bits=bits)
+
+
+def _check_budget(bytes: int | None, bits: float | None) -> None:
+    if (bytes is None) == (bits is None):
+        raise ValueError(f"expected a budget of bytes or bits, got bytes={bytes} and bits={bits}")
 
 
 def _default_choices(params: Any, calibration: Calibration | None) -> list[LayerRule]:
@@ -202,40 +243,47 @@ def _apart(
     return parts
 
 
+class _Measured(NamedTuple):
+    """A choice, and the weight that it makes."""
+
+    choice: Choice
+    packed: PackedArray
+
+
 def _measured(
-    params: Any, rules: dict[str, LayerRule], told: Calibration, sensitivity: Any
-) -> list[Choice]:
-    """Return what each weight loses and stores by its rule.
+    params: Any, rules: dict[str, LayerRule], guide: dict[str, Any]
+) -> Iterator[_Measured]:
+    """Yield what each weight loses and stores by its rule.
 
     Args:
       params: tree of weights.
       rules: by path.
-      told: what losses go by.
-      sensitivity: what clusters go by, if that is not told by calibration; or None.
+      guide: what the round goes by, and losses do.
     """
     plan = slq(params, rounds=(1,), rules=list(rules.values()))
-    guide: dict[str, Any] = {"sensitivity": sensitivity}
-    if sensitivity is None and told.sensitivity is not None:
-        guide = {"calibration": dataclasses.replace(told, moments={})}
     new, state, _ = quantize_round(plan, params, init(plan, params), **guide)
-    packed = pack(new, state)
+    packed = dict(leaves_with_paths(pack(new, state), is_leaf=is_packed))
+    told = guide.get("calibration") or Calibration(moments={}, **guide)
     kept = [(layer.path, None) for layer in plan.selection.layers]
     before, after = (check_leaves("params", tree, kept) for tree in (params, new))
     weighed = [None] * len(kept)
     if told.sensitivity is not None:
-        weighed = check_leaves("sensitivity", told.sensitivity, kept)
-    found = dict(leaves_with_paths(packed, is_leaf=is_packed))
-    choices = []
+        sensitivity = pure(told.sensitivity, only_parameters=True)
+        weighed = check_leaves("sensitivity", sensitivity, kept)
     for layer, *leaves, weights in zip(plan.selection.layers, before, after, weighed, strict=True):
         if layer.reason is None:
-            own = told.moments.get(layer.path) if told.guided else None
+            own = told.moments.get(layer.path)
+            if weights is not None and not weights.ndim:
+                weights = None  # of what calibration did not look at
+            if weights is not None and not told.guided:
+                own = None
             axes = dataclasses.replace(
                 layer, inputs=layer.inputs or told.inputs.get(layer.path)
             ).input_axes
             loss = compiled(_loss, *leaves, weights if own is None else None, own, axes=axes)
-            size = stored_bytes(found[layer.path])
-            choices.append(Choice(layer.path, rules[layer.path], float(loss), size))
-    return choices
+            size = stored_bytes(packed[layer.path])
+            choice = Choice(layer.path, rules[layer.path], float(loss), size)
+            yield _Measured(choice, packed[layer.path])
 
 
 def _loss(
@@ -246,7 +294,7 @@ def _loss(
     *,
     axes: tuple[int, ...],
 ) -> jax.Array:
-    """Return the (weighted) sum of squares; with moments, what the answers lose.
+    """Return the (weighted) sum of squares; with moments, of what the layer answers.
 
     `axes` are those of inputs, counted behind that of stacked layers.
     """
@@ -259,8 +307,35 @@ def _loss(
     outputs = [axis for axis in range(stacked, change.ndim) if axis not in inputs]
     change = change.transpose((*range(stacked), *inputs, *outputs))
     change = change.reshape(*moments.shape[:-1], -1)
-    energies = jax.vmap(own_energies) if stacked else own_energies
-    return jnp.sum(energies(moments)[..., None] * jnp.square(change))
+    return jnp.sum(change * jnp.matmul(moments, change, precision=jax.lax.Precision.HIGHEST))
+
+
+def _compared(
+    of_weights: list[list[_Measured]], lost: Callable[[dict[str, PackedArray]], dict[str, float]]
+) -> list[list[Choice]]:
+    """Return choices of weights, with losses such that one of each is what the answers lose by it.
+
+    Those of a weight are all times one factor: how much a weight matters hardly depends on the
+    choice, and how a loss grows from choice to choice they tell themselves.
+
+    Args:
+      of_weights: the choices of each.
+      lost: returns what answers lose by weights, by path, each alone.
+    """
+    losing = [
+        sorted((own for own in owns if own.choice.loss > 0), key=lambda own: own.choice.loss)
+        for owns in of_weights
+    ]
+    middle = {own[0].choice.path: own[len(own) // 2] for own in losing if own}
+    found = lost({path: own.packed for path, own in middle.items()})
+    factors = {path: found[path] / own.choice.loss for path, own in middle.items()}
+    return [
+        [
+            own.choice._replace(loss=factors.get(own.choice.path, 1.0) * own.choice.loss)
+            for own in owns
+        ]
+        for owns in of_weights
+    ]
 
 
 def _other_bytes(params: Any, chosen: Iterable[str]) -> int:

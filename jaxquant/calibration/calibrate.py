@@ -1,7 +1,6 @@
 """What the weights of any function meet, and how much they matter: `calibrate`."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,14 +9,13 @@ import jax.core
 import jax.numpy as jnp
 
 from jaxquant import checks, loops
+from jaxquant.calibration.answers import OUTPUTS, answers_of
 from jaxquant.calibration.observed import OBSERVING, Probes, observed, probes_of
 from jaxquant.meshes import compiled
 from jaxquant.packing.function import Call, PackedFunction, Role, call_of, leaves_as_given
 from jaxquant.rounds.calibration import Calibration
 from jaxquant.rounds.selection import Layer, LayerRule, select
 from jaxquant.trees import pure, replaced
-
-_OUTPUTS = ("normal", "categorical")
 
 
 def calibrate(
@@ -83,8 +81,8 @@ def calibrate(
     >>> found.moments["kernel"].tolist()
     [[5.0, 1.0], [1.0, 2.0]]
     """
-    if outputs not in _OUTPUTS:
-        raise ValueError(f"expected outputs to be one of {_OUTPUTS}, got {outputs!r}")
+    if outputs not in OUTPUTS:
+        raise ValueError(f"expected outputs to be one of {OUTPUTS}, got {outputs!r}")
     if key is not None:
         checks.key("key", key)
     key = jax.random.key(0) if key is None else key
@@ -193,23 +191,14 @@ def _combined(results: Any, outputs: str, key: jax.Array) -> tuple[jax.Array, ja
     The mean of its gradient's square is the Fisher information: what each output is times has that
     of the outputs as its covariance.
     """
-    leaves = [
-        x for x in jax.tree.leaves(results) if jnp.issubdtype(jnp.result_type(x), jnp.floating)
-    ]
-    if not leaves:
-        raise ValueError("expected a function that returns floating point numbers, got none")
-    total, number = jnp.float32(0), 1
-    for place, leaf in enumerate(leaves):
-        x = leaf.astype(jnp.float32)
+    leaves, number = answers_of(results, outputs)
+    total = jnp.float32(0)
+    for place, x in enumerate(leaves):
         factors = jax.random.rademacher(jax.random.fold_in(key, place), x.shape, jnp.float32)
         if outputs == "categorical":
-            if not x.ndim:
-                raise ValueError("expected logits [..., classes] of a categorical, got a scalar")
             shares = jax.nn.softmax(jax.lax.stop_gradient(x))
             roots = jnp.sqrt(shares) * factors
             factors = roots - shares * jnp.sum(roots, axis=-1, keepdims=True)
-        if place == 0:
-            number = math.prod(x.shape[:-1] if outputs == "categorical" else x.shape[:1])
         total += jnp.sum(factors * x)
     return total, jnp.float32(number)
 

@@ -191,37 +191,12 @@ def _spreading(moments: jax.Array) -> jax.Array:
     The rows of U over their diagonal, where `U^T U` is the inverse of the damped moments and U is
     upper triangular. With the moments as `R R^T`, R upper triangular, U is the inverse of R.
     """
-    upper, identity = _root(moments), jnp.eye(len(moments), dtype=jnp.float32)
-    inverse = jax.scipy.linalg.solve_triangular(upper, identity, lower=False)
-    return jnp.triu(inverse / jnp.diag(inverse)[:, None], 1)
-
-
-def _root(moments: jax.Array) -> jax.Array:
-    """Return the upper triangular R whose `R R^T` are the moments, damped."""
     energy, identity = jnp.diag(moments), jnp.eye(len(moments), dtype=jnp.float32)
     mean = jnp.sum(energy) / jnp.maximum(jnp.sum(energy > 0, dtype=jnp.float32), 1.0)
     damped = moments + jnp.where(mean > 0, _DAMPING * mean, 1.0) * identity
-    return jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-
-
-def own_energies(moments: jax.Array) -> jax.Array:
-    """Return what of each input's second moment those that come after it cannot make up for.
-
-    The squared change of a weight times this is what it adds to the error of the answers when
-    inputs are quantized one after the other, as `compensate` does, in its order.
-
-    Args:
-      moments: [D, D] float32, symmetric.
-
-    Returns:
-      [D] float32; costs O(D**3).
-
-    >>> [round(float(x), 2) for x in own_energies(jnp.array([[1.0, 0.8], [0.8, 1.0]]))]
-    [0.38, 1.01]
-    """
-    order = jnp.argsort(jnp.diag(moments), descending=True)
-    energies = jnp.square(jnp.diag(_root(moments[order][:, order])))
-    return jnp.zeros_like(energies).at[order].set(energies)
+    upper = jnp.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+    inverse = jax.scipy.linalg.solve_triangular(upper, identity, lower=False)
+    return jnp.triu(inverse / jnp.diag(inverse)[:, None], 1)
 
 
 def _by_rows(
