@@ -21,6 +21,7 @@ from jaxquant.rounds.calibration import Calibration
 from jaxquant.rounds.quantize import init, quantize_round
 from jaxquant.rounds.schedules import slq
 from jaxquant.rounds.selection import LayerRule, natural_key, select
+from jaxquant.tables import markdown
 from jaxquant.trees import check_leaves, leaves_with_paths, pure
 
 _KS = (2, 3, 4, 5, 8, 16, 32, 64, 256)  # centroids that are tried if nothing is said
@@ -98,15 +99,12 @@ class Allocation(list[LayerRule]):
     def __str__(self) -> str:
         """Return a table with a row for each weight, and one of totals."""
         rows = [
-            f"| {choice.path} | {choice.rule.k} | {_block(choice.rule)} | {choice.loss:.3e} | "
-            f"{choice.bytes:,} |"
-            for choice in self.choices
+            [c.path, c.rule.k, _block(c.rule), f"{c.loss:.3e}", f"{c.bytes:,}"]
+            for c in self.choices
         ]
-        head = ["| weight | k | block | loss | bytes |", "|---|--:|---|--:|--:|"]
-        total = (
-            f"| **total** | | {self.bits:.3f} bits a weight | {self.loss:.3e} | {self.bytes:,} |"
-        )
-        return "\n".join([*head, *rows, total])
+        sizes = [f"{self.bits:.3f} bits a weight", f"{self.loss:.3e}", f"{self.bytes:,}"]
+        rows.append(["**total**", "", *sizes])
+        return markdown(["weight", "k", "block", "loss", "bytes"], rows, "<><>>")
 
 
 def allocate(
