@@ -12,7 +12,7 @@ from benchmarks.bits import WHOLE, fitting
 from benchmarks.language import models
 from benchmarks.language.training import distilled
 
-_STEPS, _RATE = 200, 3e-4  # of training
+_STEPS, _RATE = 300, 0.016  # of training
 Quantize = Callable[[models.Task], dict[str, jq.PackedArray]]  # of all kernels, by path
 
 
@@ -33,16 +33,17 @@ def clustered(
       calibrated: whether it goes by what the model makes of the task's batches.
       **rule: more of `jq.LayerRule`.
     """
-    return quantized(task, _rules(task, k, block, **rule), calibrated=calibrated)
+    return quantized(task, rules_of(task, k, block, **rule), calibrated=calibrated)
 
 
 def trained(task: models.Task, k: int, block: tuple[int, int], **rule: Any) -> dict[str, Any]:
     """Return kernels on codebooks of k centroids after training, see `training.distilled`."""
-    rules = _rules(task, k, block, **rule)
-    return distilled(task, rules, calibration(task), steps=_STEPS, rate=_RATE)
+    own = rules_of(task, k, block, **rule)
+    return distilled(task, own, calibration(task), steps=_STEPS, rate=_RATE)
 
 
-def _rules(task: models.Task, k: int, block: tuple[int, int], **rule: Any) -> list[jq.LayerRule]:
+def rules_of(task: models.Task, k: int, block: tuple[int, int], **rule: Any) -> list[jq.LayerRule]:
+    """Return rules for the kernels, see `clustered`."""
     return [
         jq.LayerRule(re.escape(path), k=k, block=tuple(map(fitting, kernel.shape, block)), **rule)
         for path, kernel in models.kernels(task.params).items()
