@@ -161,11 +161,11 @@ def test_windows_to_calibrate_on_are_others(monkeypatch):
 
 def test_paragraphs_have_no_markup(tmp_path, monkeypatch):
     line = "The [[cat|cats]] of ''Rome''<ref>{{a|{{b}}}}</ref> {{lang|{{x}}}}are [[many]]. "
-    page = f"== Cats ==\n{line * 12}\n* {line * 12}\nShort.\n{'See [[File:a.png|b|c]]' * 30}"
+    page = f"== Cats ==\n{line * 20}\n* {line * 20}\nShort.\n{'See [[File:a.png|b|c]]' * 40}"
     packed = bz2.compress(page.replace("<", "&lt;").replace(">", "&gt;").encode())
     (tmp_path / texts._ARTICLES).write_bytes(packed)
     monkeypatch.setattr(texts, "_folder", lambda: tmp_path)
-    assert texts.paragraphs() == ["The cats of Rome are many. " * 12]
+    assert texts.paragraphs() == ["The cats of Rome are many. " * 20]
 
 
 # Rows --------------------------------------------------------------------------------------------
