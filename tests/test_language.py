@@ -1,5 +1,6 @@
 """Language and embedding models in NNX: tiny ones against plain code, real ones where they are."""
 
+import bz2
 import functools
 import importlib.util
 
@@ -12,7 +13,16 @@ from flax import nnx
 import jaxquant as jq
 from benchmarks import generation
 from benchmarks.language import __main__ as program
-from benchmarks.language import minilm, models, rivals, settings, smollm2, texts, wordpiece
+from benchmarks.language import (
+    minilm,
+    models,
+    rivals,
+    settings,
+    smollm2,
+    texts,
+    training,
+    wordpiece,
+)
 
 pytestmark = pytest.mark.default_promotion
 WIDTH, WORDS, DEPTH = 48, 40, 2  # of the encoder, with heads of 4
@@ -33,6 +43,10 @@ def task(model, batches=(TOKENS,)):
         columns=("error",),
         measure=measure,
         notes="",
+        training=list(batches),
+        distance=lambda ours, theirs, tokens: jnp.mean(
+            (forward(ours, tokens) - forward(theirs, tokens)) ** 2
+        ),
     )
 
 
@@ -145,6 +159,15 @@ def test_windows_to_calibrate_on_are_others(monkeypatch):
     assert texts.windows(tokens, 2, 2)[1][:, 0].tolist() == [20, 180]
 
 
+def test_paragraphs_have_no_markup(tmp_path, monkeypatch):
+    line = "The [[cat|cats]] of ''Rome''<ref>{{a|{{b}}}}</ref> {{lang|{{x}}}}are [[many]]. "
+    page = f"== Cats ==\n{line * 20}\n* {line * 20}\nShort.\n{'See [[File:a.png|b|c]]' * 40}"
+    packed = bz2.compress(page.replace("<", "&lt;").replace(">", "&gt;").encode())
+    (tmp_path / texts._ARTICLES).write_bytes(packed)
+    monkeypatch.setattr(texts, "_folder", lambda: tmp_path)
+    assert texts.paragraphs() == ["The cats of Rome are many. " * 20]
+
+
 # Rows --------------------------------------------------------------------------------------------
 
 
@@ -192,7 +215,7 @@ def test_calibrated_kernels_answer_better_and_allocated_ones_keep_their_bytes(pa
 @pytest.mark.slow
 def test_training_by_a_teacher_loses_less_than_the_round_that_it_begins_with(pair, monkeypatch):
     monkeypatch.setattr(settings, "_STEPS", 60)
-    monkeypatch.setattr(settings, "_RATE", 3e-3)
+    monkeypatch.setattr(settings, "_RATE", 0.03)
     rule = {"block": (-1, 1), "scaled": True}
 
     def error(kernels):
@@ -204,6 +227,27 @@ def test_training_by_a_teacher_loses_less_than_the_round_that_it_begins_with(pai
     after = settings.trained(pair, 3, **rule)
     assert error(after) < 0.8 * error(before)
     assert len(np.unique(jq.unpack(after["first/kernel"])[:, 0])) <= 3
+
+
+def test_clusters_that_freeze_in_rounds_are_all_frozen_behind_the_last_step(pair):
+    rules = settings.rules_of(pair, 3, (-1, 1), scaled=True)
+    kernels = training.in_rounds(
+        pair,
+        functools.partial(jq.slq, rounds=(1, 2, 3)),
+        rules,
+        settings.calibration(pair),
+        steps=8,
+        rate=0.01,
+    )
+    assert set(kernels) == {"first/kernel", "second/kernel"}
+    assert len(np.unique(jq.unpack(kernels["first/kernel"])[:, 0])) <= 3
+
+
+def test_the_temperature_falls_to_zero():
+    got = [training.temperature(done / 10) for done in range(10)]
+    assert got[0] == 0.5
+    assert got[7:] == [0, 0, 0]
+    np.testing.assert_allclose(np.array(got[1:7]) / got[:6], (0.02 / 0.5) ** (1 / 7))
 
 
 def test_values_of_qwix_are_packed_as_they_are():

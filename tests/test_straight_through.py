@@ -91,6 +91,72 @@ def tables_of_traced(codebook, scale):
     return table
 
 
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_at_a_temperature_weights_are_means_of_centroids_in_shares_by_distance(rule):
+    plan, _, state = quantized(rule)
+    state, gradient = jq.release(state), normal((16, 12), seed=1)
+
+    def mixed(params, state, temperature):
+        return jq.straight_through(plan, params, state, temperature=temperature)
+
+    def plain(weights, codebooks):
+        scales = None if state.scales is None else state.scales["w"]
+        tables = tables_of_traced(codebooks, scales)
+        apart = (tables_of(state).max(-1) - tables_of(state).min(-1)) / (tables.shape[-1] - 1)
+        distances = (weights[..., None] - tables) / apart[..., None]
+        return jnp.sum(jax.nn.softmax(-(distances**2) / 0.3) * tables, axis=-1)
+
+    with jax.numpy_rank_promotion("allow"):
+        expected, pull = jax.vjp(plain, PARAMS["w"], state.codebooks["w"])
+        wanted = pull(gradient)
+    seen, pull = jax.vjp(
+        lambda weights, codebook: mixed(
+            PARAMS | {"w": weights},
+            state._replace(codebooks=state.codebooks | {"w": codebook}),
+            0.3,
+        )["w"],
+        PARAMS["w"],
+        state.codebooks["w"],
+    )
+    np.testing.assert_allclose(seen, expected, rtol=1e-4, atol=1e-5)
+    for got, own in zip(pull(gradient), wanted, strict=True):
+        np.testing.assert_allclose(got, own, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_a_temperature_that_falls_to_zero_compiles_once_and_ends_straight_through(rule):
+    plan, _, state = quantized(rule)
+    state, traces = jq.release(state), []
+
+    @jax.jit
+    def seen(params, temperature):
+        traces.append(1)
+        return jq.straight_through(plan, params, state, temperature=temperature)
+
+    def gradient(temperature):
+        return jax.grad(lambda params: jnp.sum(seen(params, temperature)["w"]))(PARAMS)["w"]
+
+    hard = jq.straight_through(plan, PARAMS, state)
+    far = [float(jnp.mean(jnp.abs(seen(PARAMS, t)["w"] - hard["w"]))) for t in (0.5, 0.1, 0.0)]
+    assert far[0] > far[1] > far[2] == 0
+    assert len(traces) == 1
+    np.testing.assert_array_equal(gradient(0.0), 1)
+    np.testing.assert_allclose(seen(PARAMS, 1e-9)["w"], hard["w"], rtol=1e-5, atol=1e-6)
+    assert jnp.all(jnp.isfinite(gradient(1e-9)))
+
+
+def test_frozen_weights_are_what_they_are_at_any_temperature():
+    plan, params, state = quantized(RULES["leaf"], rounds=(2, 4))
+    frozen = np.asarray(state.frozen["w"])
+    seen, pull = jax.vjp(
+        lambda params: jq.straight_through(plan, params, state, temperature=0.2), params
+    )
+    np.testing.assert_array_equal(seen["w"][frozen], params["w"][frozen])
+    (back,) = pull(jax.tree.map(jnp.ones_like, params))
+    np.testing.assert_array_equal(back["w"][frozen], 0)
+    assert np.any(back["w"][~frozen] != 0)
+
+
 def test_frozen_weights_are_what_they_are_and_get_nothing():
     plan, params, state = quantized(RULES["leaf"], rounds=(2, 4))
     frozen = np.asarray(state.frozen["w"])
@@ -111,6 +177,8 @@ def test_a_layer_that_has_no_codebook_stays_float():
     plan = jq.slq(PARAMS, rules=[RULES["leaf"]])
     seen = jq.straight_through(plan, PARAMS, jq.init(plan, PARAMS))
     np.testing.assert_array_equal(seen["w"], PARAMS["w"])
+    warm = jq.straight_through(plan, PARAMS, jq.init(plan, PARAMS), temperature=0.5)
+    np.testing.assert_array_equal(warm["w"], PARAMS["w"])
 
 
 def test_zeros_that_are_pinned_get_no_gradient():
@@ -123,6 +191,14 @@ def test_zeros_that_are_pinned_get_no_gradient():
         )
     )(state.codebooks)["w"]
     np.testing.assert_array_equal(found, np.where(state.codebooks["w"] == 0, 0.0, 64.0))
+    warm = jax.grad(
+        lambda tables: jnp.sum(
+            jq.straight_through(plan, params, state._replace(codebooks=tables), temperature=0.5)[
+                "w"
+            ]
+        )
+    )(state.codebooks)["w"]
+    np.testing.assert_array_equal(warm == 0, state.codebooks["w"] == 0)
 
 
 @pytest.mark.parametrize("rule", mostly_slow(RULES.values(), RULES["groups"]))
@@ -173,6 +249,12 @@ def test_bad_input_is_named():
         jq.straight_through(plan, params | {"w": jnp.ones((4, 4))}, state)
     with pytest.raises(ValueError, match=r"expected a jq\.QuantState"):
         jq.release(params)
+    with pytest.raises(ValueError, match="temperature of at least 0, got -1"):
+        jq.straight_through(plan, params, state, temperature=-1)
+    with pytest.raises(ValueError, match="temperature of at least 0, got nan"):
+        jq.straight_through(plan, params, state, temperature=np.nan)
+    with pytest.raises(ValueError, match=r"scalar temperature, got shape \(2,\)"):
+        jq.straight_through(plan, params, state, temperature=np.ones(2))
     other = quantized(RULES["outputs"])[2]
     with pytest.raises(ValueError, match=r"state\.codebooks: w: expected shape"):
         jq.settle(plan, params, other)

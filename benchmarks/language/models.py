@@ -23,6 +23,8 @@ class Task:
       columns: names of what is measured.
       measure: returns it for parameters.
       notes: what a reader has to know.
+      training: tokens [texts, positions] to train on, batch by batch.
+      distance: of a student's parameters from a teacher's on a batch, which training lowers.
     """
 
     model: Any
@@ -31,6 +33,8 @@ class Task:
     columns: tuple[str, ...]
     measure: Callable[[Params], tuple[float, ...]]
     notes: str
+    training: list[jax.Array]
+    distance: Callable[[Params, Params, jax.Array], jax.Array]
 
     @property
     def function(self) -> Callable[[Params, jax.Array], jax.Array]:
@@ -51,6 +55,16 @@ def function(model: Any) -> Callable[[Params, jax.Array], jax.Array]:
         return nnx.merge(graph, nnx.State(params))(batch)
 
     return call
+
+
+def divergence(function: Callable[[Params, jax.Array], jax.Array]) -> Callable[..., jax.Array]:
+    """Return a `Task.distance`, the mean divergence of predictions."""
+
+    def distance(student: Params, teacher: Params, batch: jax.Array) -> jax.Array:
+        ours, theirs = (jax.nn.log_softmax(function(x, batch)) for x in (student, teacher))
+        return jnp.mean(jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1))
+
+    return distance
 
 
 def loaded(make: Callable[[nnx.Rngs], nnx.Module], weights: Mapping[str, np.ndarray]) -> Any:

@@ -12,9 +12,9 @@ from benchmarks.bits import WHOLE, fitting
 from benchmarks.language import models
 from benchmarks.language.training import distilled
 
-_STEPS, _RATE = 200, 3e-4  # of training
 _MEASURED = 4  # batches that tell what each weight loses alone
 _Choice = tuple[int, tuple[int, int]]  # k and the block
+_TRAINING: dict[str, Any] = {"steps": 400, "rate": 0.008, "warm": 0.0, "begun": 0.5}
 Quantize = Callable[[models.Task], dict[str, jq.PackedArray]]  # of all kernels, by path
 
 
@@ -35,16 +35,17 @@ def clustered(
       calibrated: whether it goes by what the model makes of the task's batches.
       **rule: more of `jq.LayerRule`.
     """
-    return quantized(task, _rules(task, k, block, **rule), calibrated=calibrated)
+    return quantized(task, rules_of(task, k, block, **rule), calibrated=calibrated)
 
 
 def trained(task: models.Task, k: int, block: tuple[int, int], **rule: Any) -> dict[str, Any]:
     """Return kernels on codebooks of k centroids after training, see `training.distilled`."""
-    rules = _rules(task, k, block, **rule)
-    return distilled(task, rules, calibration(task), steps=_STEPS, rate=_RATE)
+    own = rules_of(task, k, block, **rule)
+    return distilled(task, own, calibration(task), **_TRAINING)
 
 
-def _rules(task: models.Task, k: int, block: tuple[int, int], **rule: Any) -> list[jq.LayerRule]:
+def rules_of(task: models.Task, k: int, block: tuple[int, int], **rule: Any) -> list[jq.LayerRule]:
+    """Return rules for the kernels, see `clustered`."""
     return [
         jq.LayerRule(re.escape(path), k=k, block=tuple(map(fitting, kernel.shape, block)), **rule)
         for path, kernel in models.kernels(task.params).items()
@@ -59,7 +60,7 @@ def allocated(task: models.Task, like: _Choice, choices: Sequence[_Choice]) -> d
       like: k and the block whose bytes they have; one of the choices.
       choices: numbers of centroids and blocks that are tried.
     """
-    found, equal = _measured(task, tuple(choices)), set(_rules(task, *like, scaled=True))
+    found, equal = _measured(task, tuple(choices)), set(rules_of(task, *like, scaled=True))
     saved = sum(choice.bytes for choice in found.table if choice.rule in equal)
     return quantized(task, found.within(bits=8 * saved / found.size), calibrated=True)
 
@@ -70,7 +71,7 @@ def _measured(task: models.Task, choices: tuple[_Choice, ...]) -> jq.Allocation:
     return jq.allocate(
         task.params,
         bits=32,
-        choices=[rule for choice in choices for rule in _rules(task, *choice, scaled=True)],
+        choices=[rule for choice in choices for rule in rules_of(task, *choice, scaled=True)],
         calibration=calibration(task),
         function=task.function,
         batches=task.batches[:_MEASURED],

@@ -125,11 +125,14 @@ def task(held_out: int = 6, calibrating: int = 64) -> models.Task:
             numbers += [float(np.mean(divergences)), float(np.exp(np.mean(np.log(perplexities))))]
         return tuple(numbers)
 
+    batches = [jnp.asarray(window)[None] for _, own in cut.values() for window in own]
     return models.Task(
         model=model,
         outputs="categorical",
-        batches=[jnp.asarray(window)[None] for _, own in cut.values() for window in own],
+        batches=batches,
         columns=tuple(f"{what}, {name}" for name in cut for what in ("KL", "perplexity")),
         measure=measure,
         notes=_NOTES,
+        training=batches,
+        distance=models.divergence(forward),
     )

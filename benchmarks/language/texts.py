@@ -1,11 +1,15 @@
 """English from packages, and which of it calibrates and which is held out.
 
-`pydoc_data.topics` is in Python; Lee's news and the similarities that people saw in 50 documents
-of the same kind are among gensim's test data (`pip install --no-deps gensim==4.4.0`).
+`pydoc_data.topics` is in Python; Lee's news, the similarities that people saw in 50 documents of
+the same kind, and articles of Wikipedia are among gensim's test data (`pip install --no-deps
+gensim==4.4.0`).
 """
 
+import bz2
+import html
 import importlib.util
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +19,10 @@ from benchmarks import generation
 
 SIZE = 512  # tokens of a window
 _COMMON = 16  # tokens in a row by which a text is told to repeat another
+_ARTICLES = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+_PARAGRAPH = 400  # characters at least of one, which are more than its tokens
+_NOT_TEXT = r"<ref[^>]*/>|<ref.*?</ref>|<!--.*?-->|<math>.*?</math>"
+_TEMPLATE, _LINK = r"\{\{[^{}]*\}\}|\{\|[^{}]*\|\}", r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]"
 
 
 def texts() -> dict[str, str]:
@@ -25,6 +33,18 @@ def texts() -> dict[str, str]:
 def news() -> list[str]:
     """Return the documents of Lee's background corpus."""
     return _lines("lee_background.cor")
+
+
+def paragraphs() -> list[str]:
+    """Return the longer paragraphs of Wikipedia's articles that are free of markup."""
+    packed = (_folder() / _ARTICLES).read_bytes()
+    text = html.unescape(bz2.decompress(packed).decode())
+    text = re.sub(_NOT_TEXT, "", text, flags=re.DOTALL)
+    for _ in range(4):  # one in another
+        text = re.sub(_TEMPLATE, "", text)
+    text = re.sub(r"'{2,}|<[^>]*>", "", re.sub(_LINK, r"\1", text))
+    lines = [line for line in text.split("\n") if len(line) > _PARAGRAPH and line[0].isalpha()]
+    return [line for line in lines if not set("{}|[]<>=") & set(line)]
 
 
 def rated() -> tuple[list[str], np.ndarray]:

@@ -3,9 +3,11 @@
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
-from jaxquant.clustering.blocks import nearest
+from jaxquant import loops
+from jaxquant.clustering.blocks import elementwise, nearest
 from jaxquant.meshes import compiled
 from jaxquant.rounds.centroids import sums_of_blocks
 from jaxquant.rounds.schedules import Plan
@@ -13,7 +15,7 @@ from jaxquant.rounds.state import QuantState, block_codebooks, check_state
 from jaxquant.trees import check_leaves, pure, replaced
 
 
-def straight_through(plan: Plan, params: Any, state: QuantState) -> Any:
+def straight_through(plan: Plan, params: Any, state: QuantState, *, temperature: Any = 0.0) -> Any:
     """Return the parameters as the network has them once all is quantized; gradients go through.
 
     A free weight takes the centroid that is nearest, and hands the gradient on as if it had not
@@ -29,6 +31,14 @@ def straight_through(plan: Plan, params: Any, state: QuantState) -> Any:
             own = state._replace(codebooks=tables)
             return task_loss(jq.straight_through(plan, params, own), batch)
 
+    Above a temperature T of 0 a free weight w is seen as a mean of all centroids instead, in shares
+    that fall with distance, `softmax_c(-((w - c) / d)**2 / T)`, where d is the mean distance of
+    neighbouring centroids of its block; gradients are those of the mean. A weight between two
+    centroids then feels which way it should go, where straight through it jumps to and fro. From
+    0.5 down to 0.02 there is less and less between; then take 0, to train for what will be
+    (Agustsson et al., "Soft-to-Hard Vector Quantization", NeurIPS 2017; Cho et al., "DKM", ICLR
+    2022).
+
     Begin with the codebooks of a round (`release` what it froze, beside the weights before it), or
     with those of a plan that is done, whose codes then may change once more; end with `settle`.
 
@@ -36,13 +46,16 @@ def straight_through(plan: Plan, params: Any, state: QuantState) -> Any:
       plan: of the state.
       params: tree of weights.
       state: with codebooks, from `quantize_round` or `release`.
+      temperature: scalar, not negative; may be traced: one compile for a whole schedule.
 
     Returns:
       Tree like `params`. Pure, under jit and grad; costs a pass over the weights, and another one
-      with sums by centroid in the backward pass.
+      with sums by centroid in the backward pass. Above a temperature of 0 it costs k exponentials
+      and as many floats in memory for a weight.
 
     Raises:
-      ValueError: if the trees do not fit the plan; names the leaf.
+      ValueError: if the trees do not fit the plan; names the leaf. For a temperature that is no
+        scalar, or negative.
 
     >>> import jaxquant as jq
     >>> params = {"kernel": jnp.array([[0.1, 0.9], [2.2, 1.8]])}
@@ -54,11 +67,14 @@ def straight_through(plan: Plan, params: Any, state: QuantState) -> Any:
     """
     given, params, state = params, pure(params, only_parameters=True), pure(state)
     _check(plan, params, state)
+    temperature = _temperature(temperature)
 
     def leaf(weights: jax.Array, frozen: jax.Array, centroids: jax.Array) -> jax.Array:
         if not centroids.ndim:
             return weights
-        return compiled(_seen, weights, frozen, centroids, like=weights)
+        if temperature is None:
+            return compiled(_seen, weights, frozen, centroids, like=weights)
+        return compiled(_seen_warm, weights, frozen, centroids, temperature, like=weights)
 
     seen = jax.tree.map(leaf, params, state.frozen, block_codebooks(state, params))
     return replaced(given, seen, only_parameters=True)
@@ -82,6 +98,49 @@ def _backward(arrays: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[Any, 
 
 
 _seen.defvjp(_forward, _backward)
+
+
+def _temperature(temperature: Any) -> jax.Array | None:
+    """Return the temperature, or None for one that is known to be zero."""
+    if jnp.ndim(temperature):
+        raise ValueError(f"expected a scalar temperature, got shape {jnp.shape(temperature)}")
+    if isinstance(temperature, jax.core.Tracer):
+        return jnp.asarray(temperature, jnp.float32)
+    if not float(temperature) >= 0:
+        raise ValueError(f"expected a temperature of at least 0, got {temperature}")
+    return jnp.float32(temperature) if temperature else None
+
+
+def _seen_warm(
+    weights: jax.Array, frozen: jax.Array, centroids: jax.Array, temperature: jax.Array
+) -> jax.Array:
+    arrays = weights, frozen, centroids
+    return loops.cond(
+        temperature > 0, _mixed, lambda *arrays: _seen(*arrays[:3]), *arrays, temperature
+    )
+
+
+def _mixed(
+    weights: jax.Array, frozen: jax.Array, centroids: jax.Array, temperature: jax.Array
+) -> jax.Array:
+    wide = jnp.promote_types(centroids.dtype, jnp.float32)
+    table = centroids.astype(wide)
+    table = jnp.where(table != 0, table, jax.lax.stop_gradient(table))
+    ends = jax.lax.stop_gradient((jnp.min(table, axis=-1), jnp.max(table, axis=-1)))
+    apart = (ends[1] - ends[0]) / max(table.shape[-1] - 1, 1)
+    sharpness = jnp.where(apart > 0, 1.0 / jnp.where(apart > 0, apart, 1.0), 0.0)
+    sharpness = sharpness / jnp.sqrt(jnp.where(temperature > 0, temperature, 1.0))
+    has_some = jnp.any(centroids != 0)
+    mean = elementwise(_mean, (weights,), (table, sharpness.astype(wide)))
+    mean = jnp.where(has_some, mean.astype(weights.dtype), weights)
+    return jnp.where(frozen, jax.lax.stop_gradient(weights), mean)
+
+
+def _mean(weights: jax.Array, centroids: jax.Array, sharpness: jax.Array) -> jax.Array:
+    """Return the mean of centroids [k, ...] in shares that fall with their distance."""
+    scores = jax.vmap(lambda centroid: -jnp.square(sharpness * (weights - centroid)))(centroids)
+    shares = jax.nn.softmax(scores, axis=0)
+    return jnp.sum(jax.vmap(jnp.multiply)(shares, centroids), axis=0)
 
 
 def release(state: QuantState) -> QuantState:
