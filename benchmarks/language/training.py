@@ -27,10 +27,10 @@ def distilled(
 ) -> dict[str, jq.PackedArray]:
     """Return packed kernels after training that the float model teaches.
 
-    Codebooks and scales begin as one calibrated round leaves them. The loss
-    sees kernels softly quantized at a temperature that falls, then as they will be. Adam, its rate
-    falling along a cosine to zero; steps are relative to the spread of a kernel, of a codebook, and
-    to a scale. All else stays as it is.
+    Codebooks and scales begin as one calibrated round leaves them. The loss sees kernels softly
+    quantized at a temperature that falls, then as they will be. Adam, its rate falling along a
+    cosine to zero; steps are relative to the spread of a kernel, of a codebook, and to a scale. All
+    else stays as it is.
 
     Args:
       task: the model.
