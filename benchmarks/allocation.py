@@ -15,7 +15,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,10 +48,10 @@ def load(path: Path, model: str, dataset: data.Dataset, calibrating: int) -> Net
     def function(params: Any, pixels: jax.Array) -> jax.Array:
         x = pixels.astype(jnp.float32) / 255
         x = (x - jnp.array(dataset.mean)) / jnp.array(dataset.std)
-        return module.apply({**variables, "params": params}, x, train=False)
+        return cast(jax.Array, module.apply({**variables, "params": params}, x, train=False))
 
     params = variables["params"]
-    batches = list(_cut(dataset.train.images[:calibrating]))
+    batches = list(_cut(cast(data.Images, dataset.train).images[:calibrating]))
     seen = jq.calibrate(function, params, batches, outputs="categorical", guided=True)
     return Network(function, params, batches, seen)
 
@@ -142,7 +142,7 @@ def main() -> None:
     network = load(options.weights, options.model, dataset, options.calibrating)
     header = ["weights", "bits there", "divergence", "cross-entropy", "accuracy, %"]
     print(common.markdown(header, []), flush=True)
-    for row in rows(network, dataset.test, options.k):
+    for row in rows(network, cast(data.Images, dataset.test), options.k):
         print(f"| {' | '.join(row)} |", flush=True)
 
 

@@ -79,7 +79,7 @@ def cluster(
             jax.ShapeDtypeStruct((len(x), *result.shape), _as_called(result.dtype))
             for result in results
         ]
-        return jax.ffi.ffi_call("jaxquant_clusters", shapes)(*wide, frozen, **options)
+        return list(jax.ffi.ffi_call("jaxquant_clusters", shapes)(*wide, frozen, **options))
 
     def of_one(*arrays: jax.Array) -> Sequence[jax.Array]:
         return otherwise(*with_none(arrays))
