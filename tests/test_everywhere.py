@@ -152,6 +152,9 @@ CALLS = {
     "straight_through": lambda g: jq.straight_through(
         SEEN, {"w": g.weights}, jq.release(state_of(g)[1])
     ),
+    "straight_through softly": lambda g: jq.straight_through(
+        SEEN, {"w": g.weights}, jq.release(state_of(g)[1]), temperature=0.1
+    ),
     "release": lambda g: jq.release(state_of(g)[1]),
     "settle": lambda g: jq.settle(SEEN, {"w": g.weights}, jq.release(state_of(g)[1])),
     "quantize_round inq": lambda g: round_of(
