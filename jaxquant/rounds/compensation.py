@@ -15,13 +15,12 @@ import numpy as np
 from jaxquant import loops
 from jaxquant.clustering.blocks import assigned, centroids_of, nearest, numbers_of
 from jaxquant.clustering.codebooks import MOST_COMPARES, last_below_middles
+from jaxquant.rounds.least_squares import PRECISION, System, solve
 
-_PRECISION = jax.lax.Precision.HIGHEST
 _DAMPING = 0.01  # of the mean second moment, as in GPTQ: inputs that hardly vary do not decide
 _PASSES = 4  # over the weights, each with the centroids refitted to the codes of the last
 _SWEEPS = 4  # of coordinate descent on the codes
 _BLOCK = 64  # rows whose changes reach the others in one product of matrices
-_GAIN = 1e-4  # of the error: what a step of least squares has to gain for another
 _SCALE_STEPS = 8  # of least squares for scales, of which those of an output meet in its answers
 _MEMBERS = 2**12  # of a partial sum: float32 keeps its digits, and a GPU does not wait for one cell
 
@@ -239,7 +238,7 @@ def _by_rows(
         _, changes, found = loops.fori_loop(
             0, _BLOCK, row, (cut(state), zeros, tuple(map(cut, results)))
         )
-        moved = jnp.matmul(own.T, changes, precision=_PRECISION)
+        moved = jnp.matmul(own.T, changes, precision=PRECISION)
         state = state - jnp.where(reached, moved, 0.0)
         results = tuple(
             jax.lax.dynamic_update_slice_in_dim(x, y, start, 0)
@@ -306,7 +305,7 @@ def _by_input(layer: _Layer, found: _Found) -> _Found:
 def _error(layer: _Layer, found: _Found) -> jax.Array:
     """Return the squared error of each output's answers, [N]."""
     off = found.weights - layer.weights
-    return jnp.sum(off * jnp.matmul(layer.moments, off, precision=_PRECISION), axis=0)
+    return jnp.sum(off * jnp.matmul(layer.moments, off, precision=PRECISION), axis=0)
 
 
 def _better(layer: _Layer, new: _Found, old: _Found) -> _Found:
@@ -351,13 +350,13 @@ def _refit_codebook(layer: _Layer, found: _Found, codes: jax.Array, dtype: jnp.d
         return jnp.sum(own, axis=(0, 1), keepdims=True) if shared else own
 
     energies = jnp.broadcast_to(jnp.diag(layer.moments)[:, None], slots.shape)
-    system = _System(
+    system = System(
         weights_of,
         lambda x: sums(x, found.scale),
         sums(energies, jnp.square(found.scale)),
         steps=shape[-1],
     )
-    codebook = _least_squares(layer, found, found.codebook, system)
+    codebook = solve(layer.moments, found.weights - layer.weights, found.codebook, system)
     codebook = codebook.astype(dtype).astype(jnp.float32)
     codebook = jnp.where(layer.movable, codebook, found.codebook)
     weights = jnp.where(moves, weights_of(codebook), found.weights)
@@ -383,8 +382,8 @@ def _refit_scale(
         return jnp.zeros(found.scale.shape[:2], jnp.float32).at[layer.groups].add(by_row)[..., None]
 
     energies = jnp.diag(layer.moments)[:, None] * units
-    system = _System(weights_of, sums, sums(energies), steps=_SCALE_STEPS)
-    scale = _least_squares(layer, found, found.scale, system)
+    system = System(weights_of, sums, sums(energies), steps=_SCALE_STEPS)
+    scale = solve(layer.moments, found.weights - layer.weights, found.scale, system)
     scale = scale.astype(dtype).astype(jnp.float32)
     scale = jnp.where(scale > 0, scale, found.scale)
     weights = jnp.where(layer.frozen, found.weights, weights_of(scale))
@@ -406,64 +405,6 @@ def _better_blocks(layer: _Layer, new: _Found, old: _Found, blocks: int) -> _Fou
     outputs = jnp.repeat(better, new.weights.shape[1] // blocks)
     weights = jnp.where(outputs, new.weights, old.weights)
     return _Found(weights, chosen(new.codebook, old.codebook), chosen(new.scale, old.scale))
-
-
-class _System(NamedTuple):
-    """Least squares: unknowns [R, C, n], of which weights are a linear function."""
-
-    weights_of: Callable[[jax.Array], jax.Array]  # [D, N], zeros where weights do not move
-    sums: Callable[[jax.Array], jax.Array]  # its transpose
-    diagonal: jax.Array  # of each unknown, how much its square costs: a preconditioner
-    steps: int  # at most
-
-
-def _least_squares(layer: _Layer, found: _Found, unknowns: jax.Array, system: _System) -> jax.Array:
-    """Solve by conjugate gradients; blocks of outputs, on axis 1, are systems of their own."""
-
-    def slopes(off: jax.Array) -> jax.Array:
-        return system.sums(jnp.matmul(layer.moments, off, precision=_PRECISION))
-
-    def dot(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.sum(x * y, axis=(0, 2), keepdims=True)  # [1, C, 1]
-
-    def over(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.where(y > 0, x / jnp.where(y > 0, y, 1.0), 0.0)
-
-    def step(carry: _Gradients) -> _Gradients:
-        reached = slopes(system.weights_of(carry.direction))
-        length = over(carry.square, dot(carry.direction, reached))
-        rest = carry.rest - length * reached
-        scaled = over(rest, system.diagonal)
-        square = dot(rest, scaled)
-        return _Gradients(
-            carry.number + 1,
-            carry.unknowns + length * carry.direction,
-            rest,
-            scaled + over(square, carry.square) * carry.direction,
-            square,
-            jnp.sum(length * carry.square),
-        )
-
-    rest = -slopes(found.weights - layer.weights)
-    error = jnp.sum(_error(layer, found))
-    scaled = over(rest, system.diagonal)
-    start = _Gradients(jnp.int32(0), unknowns, rest, scaled, dot(rest, scaled), error)
-
-    def goes_on(carry: _Gradients) -> jax.Array:
-        return (carry.number < system.steps) & (carry.gain > _GAIN * error)
-
-    return loops.while_loop(goes_on, step, start).unknowns
-
-
-class _Gradients(NamedTuple):
-    """Conjugate gradients on their way; a system for each block of outputs."""
-
-    number: jax.Array  # int32
-    unknowns: jax.Array  # [R, C, n]
-    rest: jax.Array  # like the unknowns, half the descent of the error
-    direction: jax.Array  # like the unknowns
-    square: jax.Array  # [1, C, 1], of what rests, scaled
-    gain: jax.Array  # of the last step, in all blocks
 
 
 def _codes(layer: _Layer, found: _Found) -> jax.Array:
@@ -508,7 +449,7 @@ def _descend(layer: _Layer, found: _Found) -> _Found:
         return weights - new, new
 
     def sweep(_: int, weights: jax.Array) -> jax.Array:
-        slope = jnp.matmul(layer.moments, weights - layer.weights, precision=_PRECISION)
+        slope = jnp.matmul(layer.moments, weights - layer.weights, precision=PRECISION)
         rows = (weights, layer.frozen, energy, layer.groups)
         return _by_rows(step, layer.moments, slope, jnp.ones_like(layer.frozen), rows)[0]
 
