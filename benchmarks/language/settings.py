@@ -14,7 +14,8 @@ from benchmarks.language.training import distilled
 
 _MEASURED = 4  # batches that tell what each weight loses alone
 _Choice = tuple[int, tuple[int, int]]  # k and the block
-_TRAINING: dict[str, Any] = {"steps": 400, "rate": 0.008, "warm": 0.0, "begun": 0.5}
+_TRAINING: dict[str, Any] = {"steps": 400, "warm": 0.0, "begun": 0.5}
+_RATE = 0.024  # over k: as centroids lie closer, weights need not go as far
 Quantize = Callable[[models.Task], dict[str, jq.PackedArray]]  # of all kernels, by path
 
 
@@ -41,7 +42,7 @@ def clustered(
 def trained(task: models.Task, k: int, block: tuple[int, int], **rule: Any) -> dict[str, Any]:
     """Return kernels on codebooks of k centroids after training, see `training.distilled`."""
     own = rules_of(task, k, block, **rule)
-    return distilled(task, own, calibration(task), **_TRAINING)
+    return distilled(task, own, calibration(task), rate=_RATE / k, **_TRAINING)
 
 
 def rules_of(task: models.Task, k: int, block: tuple[int, int], **rule: Any) -> list[jq.LayerRule]:
