@@ -161,6 +161,18 @@ def test_passes_are_as_many_as_asked(monkeypatch, passes):
     np.testing.assert_array_equal(found.counts, expected.counts)
 
 
+def test_passes_go_on_until_nothing_changes_wherever_they_begin():
+    x = jnp.asarray([[0.0, 1.0, 2.0, 9.0]])  # half of them nearest to each at first
+    found = cluster(x, None, jnp.asarray([[0.0, 3.1]]), jnp.asarray([[True, False]]), k=2)
+    np.testing.assert_array_equal(found.centroids, [[0.0, 9.0]])
+
+
+def test_a_middle_that_is_no_float_is_not_rounded_up():
+    x = jnp.asarray([[1.0, 8388609.0, 8388610.0, 16777218.0]])  # the middle is 8388609.5
+    codebook, frozen = jnp.asarray([[1.0, 16777218.0]]), jnp.asarray([[True, True]])
+    np.testing.assert_array_equal(cluster(x, None, codebook, frozen, k=2).counts, [[2, 2]])
+
+
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 def test_blocks_that_hold_no_numbers_are_told_of_and_harm_no_others(bad):
     x = jnp.asarray(RNG.standard_normal((3, 40)), jnp.float32)
