@@ -68,11 +68,9 @@ def cluster(
         "largest": np.float32(largest),
     }
 
-    def with_none(arrays: Sequence[Any]) -> Sequence[Any]:
-        return arrays if sample_weight is not None else (arrays[0], None, *arrays[1:])
-
-    def of_blocks(*arrays: jax.Array) -> list[jax.Array]:
-        x, weight, codebooks, frozen = with_none(arrays)
+    def of_blocks(
+        x: jax.Array, weight: jax.Array | None, codebooks: jax.Array, frozen: jax.Array
+    ) -> list[jax.Array]:
         weight = jnp.zeros((0, 0)) if weight is None else weight
         wide = [array.astype(jnp.float32) for array in (x, weight, codebooks)]
         shapes = [
@@ -81,13 +79,7 @@ def cluster(
         ]
         return list(jax.ffi.ffi_call("jaxquant_clusters", shapes)(*wide, frozen, **options))
 
-    def of_one(*arrays: jax.Array) -> Sequence[jax.Array]:
-        return otherwise(*with_none(arrays))
-
-    arrays = (
-        [x, codebook, frozen] if sample_weight is None else [x, sample_weight, codebook, frozen]
-    )
-    return call_or(of_blocks, of_one, arrays, results)
+    return call_or(of_blocks, otherwise, [x, sample_weight, codebook, frozen], results)
 
 
 def _as_called(dtype: Any) -> Any:

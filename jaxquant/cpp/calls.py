@@ -18,7 +18,7 @@ from jaxquant import loops
 def call_or(
     native: Callable[..., Sequence[jax.Array]],
     otherwise: Callable[..., Sequence[jax.Array]],
-    operands: Sequence[jax.Array],
+    operands: Sequence[jax.Array | None],
     results: Sequence[jax.ShapeDtypeStruct],
 ) -> list[jax.Array]:
     """Return what a native call makes of arrays, or another function where it cannot be.
@@ -26,12 +26,21 @@ def call_or(
     Args:
       native: of arrays [mapped, ...], to such results.
       otherwise: of the arrays without the first axis.
-      operands: the arrays.
+      operands: the arrays; None stays None.
       results: their shapes and dtypes, without a first axis.
     """
-    operands = loops.varying_like(list(operands), list(operands))
-    shapes = tuple((result.shape, result.dtype) for result in results)
-    return _call.bind(*operands, native=native, otherwise=otherwise, results=shapes, mapped=0)
+    arrays, structure = jax.tree.flatten(loops.varying_like(list(operands), list(operands)))
+
+    def of_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arrays: function(*structure.unflatten(arrays))
+
+    return _call.bind(
+        *arrays,
+        native=of_arrays(native),
+        otherwise=of_arrays(otherwise),
+        results=tuple((result.shape, result.dtype) for result in results),
+        mapped=0,
+    )
 
 
 def _mapped(function: Callable[..., Any], mapped: int) -> Callable[..., Any]:
