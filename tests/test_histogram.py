@@ -101,6 +101,17 @@ def test_refined_bins_tell_near_values_apart_however_wide_the_range():
     np.testing.assert_array_equal(result.mass[result.mass > 0], [3, 3, 3, 3])
 
 
+def test_refined_bins_are_floats_where_narrow_modes_share_their_leading_bits():
+    rng = np.random.default_rng(0)
+    x = rng.choice([1e6, 1e6 + 2000], 50_000) + rng.normal(size=50_000)
+    x = np.r_[x, rng.normal(size=50_000), -1e12].astype(np.float32)
+    result = jax.tree.map(np.asarray, fine(x, None))
+    own, counts = np.unique(x[x > 1e5], return_counts=True)
+    far = (result.mass > 0) & (result.value > 1e5 * result.scale)
+    np.testing.assert_array_equal(result.value[far] / result.scale, own)
+    np.testing.assert_array_equal(result.mass[far], counts)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn])
 def test_points_of_a_small_array_are_its_entries_in_order(dtype):
     x = jnp.asarray(normal(500), dtype)

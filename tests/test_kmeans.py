@@ -185,6 +185,27 @@ def test_hard_inputs_are_within_a_thousandth_of_the_optimum(name, zero):
     assert (result.centroids == 0).any() or not zero
 
 
+@pytest.mark.parametrize("size", [HARD_SIZE, pytest.param(70_000, marks=pytest.mark.slow)])
+def test_modes_of_few_floats_are_within_what_centroids_can_be(size):
+    """Floats are 1 / 16 of a deviation apart in the far mode, and centroids are floats."""
+    rng = np.random.default_rng(0)
+    x = rng.choice([0, 1e6], size) + np.round(rng.normal(size=size) * 64) / 64
+    x = x.astype(np.float32)
+    values, counts = np.unique(x, return_counts=True)
+    best = exact_optimum(values, 17, weight=counts)
+    assert loss_of(x, cluster(x, 17).centroids) <= 1.01 * best
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_no_mode_is_lost_where_bfloat16_has_few_values_far_away(seed):
+    rng = np.random.default_rng(seed)
+    x = rng.choice([0, 1e3], 400_000) + rng.normal(size=400_000)
+    x = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
+    values, counts = np.unique(x, return_counts=True)
+    assert loss_of(x, cluster(x, 64).centroids) <= 1.01 * exact_optimum(values, 64, weight=counts)
+
+
 @pytest.mark.parametrize("name", HARD)
 def test_the_certificate_holds_on_hard_inputs(name):
     x = hard(name)

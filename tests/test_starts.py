@@ -1,12 +1,14 @@
 """The start of one of many small blocks, against the optimum over the same cells."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant.clustering.optimum import optimum
-from jaxquant.clustering.points import prefix, sorted_points
+from jaxquant.clustering.optimum import coarsen, optimum
+from jaxquant.clustering.points import means, prefix, sorted_points
 from jaxquant.clustering.starts import short_clusters
 
 RNG = np.random.default_rng(0)
@@ -47,3 +49,46 @@ def test_it_is_one_of_a_batch():
     together = jax.jit(jax.vmap(start))(x)
     for own, found in zip(x, together, strict=True):
         np.testing.assert_allclose(found, start(own), rtol=1e-6)
+
+
+@pytest.mark.parametrize("cells", [1, 2, 3, 64, 512])
+@pytest.mark.parametrize("digits", [50, 500, 5000])
+def test_wide_gaps_at_the_end_begin_cells_of_their_own(cells, digits):
+    rng = np.random.default_rng(0)
+    x = np.round(rng.standard_normal(30_000) * digits) / digits
+    x = np.r_[x, np.repeat([996.0, 1000.0, 1004.0], [50, 2000, 50])]
+    points = sorted_points(jnp.asarray(x, jnp.float32))[0]
+    groups = coarsen(points, prefix(points), cells)
+    np.testing.assert_array_equal(np.sum(groups.mass), x.size)
+    edges = np.asarray(groups.edges)
+    assert edges[0] == 0 and edges[-1] == x.size
+    if cells >= 64:
+        assert {30_000, 30_050, 32_050} <= set(edges.tolist())
+
+
+@pytest.mark.parametrize("weighing", ["counts", "whole masses", "masses"])
+@pytest.mark.parametrize("center", [0.0, 1e6, -3e4])
+def test_means_are_the_nearest_floats(center, weighing):
+    rng = np.random.default_rng(0)
+    x = (center + rng.standard_normal(3000)).astype(np.float32)
+    weight = {
+        "counts": None,
+        "whole masses": rng.integers(0, 5, x.size).astype(np.float32),
+        "masses": rng.uniform(size=x.size).astype(np.float32),
+    }[weighing]
+    points = sorted_points(jnp.asarray(x), weight)[0]
+    if weighing == "whole masses":
+        points = points._replace(mass=jnp.round(points.mass * weight.max()).astype(jnp.int32))
+    edges = np.r_[0, np.sort(rng.choice(np.arange(1, x.size), 60, replace=False)), x.size]
+    found = means(prefix(points), jnp.asarray(edges), jnp.zeros(len(edges) - 1))
+    values = np.asarray(points.value).astype(np.longdouble)
+    mass = np.ones(x.size) if points.mass is None else np.asarray(points.mass)
+    mass = mass.astype(np.longdouble)
+    pairs = list(itertools.pairwise(edges))
+    some = [mass[a:b].sum() > 0 for a, b in pairs]
+    pairs = [pair for pair, own in zip(pairs, some, strict=True) if own]
+    exact = np.array([(values[a:b] * mass[a:b]).sum() / mass[a:b].sum() for a, b in pairs])
+    high, low = (np.asarray(part)[some] for part in found)
+    np.testing.assert_array_equal(high, exact.astype(np.float32))
+    error = high.astype(np.longdouble) + low - exact
+    assert np.max(np.abs(error)) <= 2.0**-32 * np.max(np.abs(values))

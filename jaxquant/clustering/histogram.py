@@ -5,6 +5,7 @@ device, eight devices and a GPU's atomic additions give the same bits.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from jaxquant.clustering.points import (
 
 BINS = 65536
 _OFFSET_BITS = 8  # float32 resolves a position among 65,536 bins to 2**-8 of a bin
+_CHUNK = 1 << 18  # entries of a piece where they are cut: the program keeps several tables of them
+_CUTS = 2  # of bins into smaller ones, one after the other
 _KEY_BITS = 16  # the upper half of a key: floats that agree in it are equally spaced
 
 
@@ -66,9 +69,9 @@ def refined(
 ) -> Points:
     """Gather all entries again, on bins that are where they are, at any scale.
 
-    Counts floats by the upper half of their bits, which needs no range. Each of these bins is then
-    cut into 2**s equal ones, as its mass and range ask for, down to one for each float; a second
-    count goes by these. Reads `x` twice.
+    Counts floats by the upper half of their bits, which needs no range. These bins are cut as their
+    mass and range ask for, down to one for each float, and counted; then once more, since what was
+    cut first may hold its entries in a small part. Reads `x` three times.
 
     Args:
       x: as for `histogram`.
@@ -78,44 +81,35 @@ def refined(
     """
     low, high, scale = coarse.low, coarse.high, coarse.scale
     number = 2**_KEY_BITS
+    runs = _Runs(
+        (jnp.arange(number, dtype=jnp.int32) - number // 2) << _KEY_BITS,
+        jnp.full(number, _KEY_BITS, jnp.int32),
+    )
+    tables: list[jax.Array] = []
 
-    def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def find(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | int]:
+        """Return the bins of entries, and their keys from the first of a bin on, of 2**shift."""
         key = to_key(x)
-        return (key >> _KEY_BITS) + number // 2, key & (number - 1)
-
-    upper, _, _ = _gather(x, sample_weight, number, lambda x, _: (halves(x)[0], None))
-    which = jnp.arange(number, dtype=jnp.int32)
-    ends = from_key((which - number // 2) << _KEY_BITS)
-    start = jnp.clip(ends, low, high) * scale
-    stop = jnp.clip(from_key(((which - number // 2) << _KEY_BITS) + number - 1), low, high) * scale
-    mass = upper.astype(jnp.float32)
-    occupied = mass > 0
-    effort = jnp.cbrt(mass * jnp.square(stop - start))
-    effort = jnp.where(occupied & (effort > 0), effort, 0.0)
-    shares = [part / jnp.maximum(jnp.sum(part), 1e-30) for part in (mass, effort)]
-    share = (shares[0] + shares[1]) * 0.5 * (bins - jnp.sum(occupied)).astype(jnp.float32)
-    cuts = jnp.clip(jnp.frexp(jnp.maximum(share, 1.0))[1] - 1, 0, _KEY_BITS)
-    size = jnp.where(occupied, 1 << cuts, 0)
-    offset = jnp.cumsum(size) - size
-    table = (offset << 5) | cuts
+        index, shift = (key >> _KEY_BITS) + number // 2, _KEY_BITS
+        for table in tables:
+            entry = table.at[index].get(mode="promise_in_bounds")
+            rest, shift = key & ((1 << shift) - 1), entry & 31
+            index = (entry >> 5) + (rest >> shift)
+        return index, key & ((1 << shift) - 1), shift
 
     def locate(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
-        bin_, rest = halves(x)
-        entry = table.at[bin_].get(mode="promise_in_bounds")
-        shift = _KEY_BITS - (entry & 31)
-        inside = (rest & ((1 << shift) - 1)) << bits >> shift
-        return (entry >> 5) + (rest >> shift), inside.astype(jnp.float32)
+        index, rest, shift = find(x)
+        return index, (rest << bits >> shift).astype(jnp.float32)
 
-    mass, offset_inside, _ = _gather(x, sample_weight, bins, locate)
-    owner = jnp.zeros(bins, jnp.int32).at[jnp.where(occupied, offset, bins)].set(which, mode="drop")
-    owner = jax.lax.cummax(owner)
-    shift = _KEY_BITS - cuts[owner]
-    key = ((owner - number // 2) << _KEY_BITS) + (
-        (jnp.arange(bins, dtype=jnp.int32) - offset[owner]) << shift
-    )
-    floats = 1 << shift  # in a bin
-    left = from_key(key)
-    spacing = (from_key(key | 1) - left) * scale
+    for _ in range(_CUTS):
+        size = runs.key.shape[0]
+        mass, _, _ = _gather(x, sample_weight, size, lambda x, _: (find(x)[0], None), _CHUNK)
+        runs, table = _cut(runs, mass, coarse, bins)
+        tables.append(table)
+    mass, offset_inside, _ = _gather(x, sample_weight, bins, locate, _CHUNK)
+    floats = 1 << runs.shift  # in a bin
+    left = from_key(runs.key)
+    spacing = (from_key(runs.key | 1) - left) * scale
     # Offsets are rounded down to a part of the bin, if that is more than one float.
     part = jnp.maximum(floats.astype(jnp.float32) * 2.0 ** -_bits(x), 1.0)
     inside = offset_inside * floats.astype(jnp.float32) + (part - 1.0) * 0.5
@@ -127,6 +121,39 @@ def refined(
     return _points(mass, value, within, width, error, low, high, scale)
 
 
+class _Runs(NamedTuple):
+    """Bins of neighbouring floats."""
+
+    key: jax.Array  # [bins] int32 of the first float of each
+    shift: jax.Array  # [bins] int32: there are 2**shift of them
+
+
+def _cut(runs: _Runs, mass: jax.Array, coarse: Points, bins: int) -> tuple[_Runs, jax.Array]:
+    """Cut each bin into a power of two of them, as its mass and range ask for; empty ones go.
+
+    Returns the new bins, and for each old one the first of its new ones, times 32, and their shift.
+    """
+    stop = runs.key + ((1 << runs.shift) - 1)
+    first, last = (
+        jnp.clip(from_key(key), coarse.low, coarse.high) * coarse.scale for key in (runs.key, stop)
+    )
+    occupied, mass = mass > 0, mass.astype(jnp.float32)
+    effort = jnp.cbrt(mass * jnp.square(last - first))
+    effort = jnp.where(occupied & (effort > 0), effort, 0.0)
+    shares = [part / jnp.maximum(jnp.sum(part), 1e-30) for part in (mass, effort)]
+    share = (shares[0] + shares[1]) * 0.5 * (bins - jnp.sum(occupied)).astype(jnp.float32)
+    cuts = jnp.clip(jnp.frexp(jnp.maximum(share, 1.0))[1] - 1, 0, runs.shift)
+    size = jnp.where(occupied, 1 << cuts, 0)
+    offset = jnp.cumsum(size) - size
+    shift = runs.shift - cuts
+    which = jnp.arange(mass.shape[0], dtype=jnp.int32)
+    owner = jnp.zeros(bins, jnp.int32).at[jnp.where(occupied, offset, bins)].set(which, mode="drop")
+    owner = jax.lax.cummax(owner)
+    place = jnp.arange(bins, dtype=jnp.int32) - offset[owner]
+    key = runs.key[owner] + (place << shift[owner])
+    return _Runs(key, shift[owner]), (offset << 5) | shift
+
+
 def _bits(x: jax.Array) -> int:
     return min(_OFFSET_BITS, 32 - x.size.bit_length())  # the sums of offsets fit 32 bits
 
@@ -136,6 +163,7 @@ def _gather(
     sample_weight: jax.Array | None,
     bins: int,
     locate: Callable[[jax.Array, int], tuple[jax.Array, jax.Array | None]],
+    chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array, float]:
     """Return the mass of each bin, its entries' mean offset, in bins, and how wrong that may be.
 
@@ -145,6 +173,7 @@ def _gather(
       bins: number of bins.
       locate: function of entries and a number of bits: their bins, and offsets into the bins in
         units of 2**-bits of a bin; or None.
+      chunk: entries of a piece, see `fold`.
     """
     bits, mode = _bits(x), "promise_in_bounds"
     error = 2.0 ** (-bits - 1)
@@ -158,7 +187,7 @@ def _gather(
             parts = [one] if offset is None else [one, jnp.round(offset).astype(jnp.uint32)]
             return sums.at[index].add(jnp.stack(parts, axis=-1), mode=mode)
 
-        sums = fold(count, jnp.zeros((bins, columns), jnp.uint32), x)
+        sums = fold(count, jnp.zeros((bins, columns), jnp.uint32), x, chunk=chunk)
         mass = sums[:, 0].astype(jnp.int32)
     else:
         largest = jnp.max(sample_weight).astype(jnp.float32)
@@ -169,7 +198,8 @@ def _gather(
             parts = [weight] if offset is None else [weight, weight * offset]
             return sums.at[index].add(jnp.stack(parts, axis=-1), mode=mode)
 
-        sums = fold(weigh, jnp.zeros((bins, columns), jnp.float32), x, sample_weight)
+        zeros = jnp.zeros((bins, columns), jnp.float32)
+        sums = fold(weigh, zeros, x, sample_weight, chunk=chunk)
         mass = sums[:, 0]
     if wanted is None:
         return mass, jnp.zeros(bins, jnp.float32), error

@@ -64,7 +64,7 @@ def lloyd(
     def step(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         centroids, edges, passes, _ = carry
         new = edges_of(points, centroids)
-        centroids = jnp.where(still, centroids, means(sums, new, centroids))
+        centroids = jnp.where(still, centroids, means(sums, new, centroids).high)
         more = jnp.any(new != edges) if iterations is None else jnp.bool_(True)
         return centroids, new, passes + 1, more & (passes + 1 < most)
 

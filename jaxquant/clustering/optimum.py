@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxquant import loops
 from jaxquant.clustering.points import (
+    DoubleFloat,
     Points,
     Prefix,
     between,
@@ -34,7 +35,7 @@ class Cells(NamedTuple):
 
     edges: jax.Array  # [cells + 1] first points
     mass: jax.Array  # [cells]
-    mean: jax.Array  # [cells]
+    mean: DoubleFloat  # [cells]
     moved: jax.Array  # scalar, squared distance from the entries to these means, at most
 
 
@@ -73,7 +74,7 @@ def centroids_between(
     """Return the centroids [k] of clusters that end at some cells, ascending."""
     inner = groups.edges.at[ends].get(mode="promise_in_bounds")
     edges = jnp.pad(inner, (1, 0))
-    centroids = means(sums, edges, jnp.float32(-jnp.inf))
+    centroids = means(sums, edges, jnp.float32(-jnp.inf)).high
     filled = jax.lax.cummax(centroids)  # an empty cluster takes the centroid below
     centroids = jnp.where(jnp.isfinite(filled), filled, points.value[0])
     centroids = jnp.where(about_zero, 0.0, centroids)
@@ -95,10 +96,12 @@ def coarsen(points: Points, sums: Prefix, cells: int) -> Cells:
     gap = jnp.diff(points.value, prepend=points.value[:1])
     mass = masses(points)
     effort = _cube_root(mass * jnp.square(gap))
-    cap = jnp.sum(effort) / cells
+    # The cap falls from one step to the next, so that there are never more shares than this.
+    shares = cells - 0.5
+    cap = jnp.sum(effort) / max(shares - 1.0, 0.5)
     effort = jnp.concatenate([jnp.maximum(effort[:1], jnp.inf), effort[1:]])  # begins a cell
     cap = loops.fori_loop(
-        0, _CAPPINGS, lambda _, cap: jnp.sum(jnp.minimum(effort, cap)) / cells, cap
+        0, _CAPPINGS, lambda _, cap: jnp.sum(jnp.minimum(effort, cap)) / shares, cap
     )
     distinct = jnp.sum(gap > 0, dtype=jnp.int32) + 1
     few = distinct <= cells
@@ -109,12 +112,13 @@ def coarsen(points: Points, sums: Prefix, cells: int) -> Cells:
     inner = count_up_to(cell, jnp.arange(cells - 1, dtype=jnp.int32))
     edges = jnp.pad(inner, (1, 1), constant_values=(0, cell.shape[0]))
     mean = means(sums, edges, points.value.at[jnp.minimum(edges[:-1], cell.shape[0] - 1)].get())
-    distance = points.value - mean.at[cell].get(mode="promise_in_bounds")
+    high, low = (part.at[cell].get(mode="promise_in_bounds") for part in mean)
+    distance = (points.value - high) - low
     # An error of a point's value, and the rounding of means, move it to whatever other: with
     # (a + e)**2 <= a**2 (1 + h) + e**2 (1 + 1 / h).
-    rounding = jnp.square(points.value * 2.0**-24)
+    rounding = jnp.square(points.value * 2.0**-32) * 1025.0
     moved = jnp.sum(mass * (jnp.square(distance) * (1.0 + 2.0**-10) + points.within + rounding))
-    return Cells(edges, between(sums.mass, edges), mean, moved)
+    return Cells(edges, between(sums.mass, edges).high, mean, moved)
 
 
 def _cube_root(x: jax.Array) -> jax.Array:
@@ -128,7 +132,8 @@ def _interval_costs(groups: Cells, *, zero: bool) -> jax.Array:
     """Return the costs [last, 1 or 2, first] of a cluster of cells, about its mean and zero.
 
     Grows all intervals by one cell at a time (Welford), since differences of prefix sums of
-    squares would drown two modes that lie far apart.
+    squares would drown two modes that lie far apart. Means are counted from an interval's first
+    cell on: far from zero floats are too coarse for them.
     """
     cells = groups.mass.shape[0]
     starts = jnp.arange(cells, dtype=jnp.int32)
@@ -136,16 +141,17 @@ def _interval_costs(groups: Cells, *, zero: bool) -> jax.Array:
     def grow(carry: tuple[jax.Array, ...], cell: tuple[jax.Array, ...]):
         mass, mean, about_mean, about_zero = carry
         index, cell_mass, cell_mean = cell
+        distance = (cell_mean.high - groups.mean.high) + (cell_mean.low - groups.mean.low)
         inside, before = starts <= index, starts < index
         total = jnp.where(inside, mass + cell_mass, 0.0)
-        delta = cell_mean - mean
+        delta = distance - mean
         fraction = cell_mass / jnp.where(total > 0, total, 1.0)
         cost = about_mean + mass * fraction * jnp.square(delta)
         about_mean = jnp.where(before, cost, jnp.where(inside, 0.0, jnp.inf))
-        mean = jnp.where(before, mean + delta * fraction, cell_mean)
+        mean = jnp.where(before, mean + delta * fraction, 0.0)
         if not zero:
             return (total, mean, about_mean, about_zero), about_mean[None]
-        cost = jnp.where(before, about_zero, 0.0) + cell_mass * jnp.square(cell_mean)
+        cost = jnp.where(before, about_zero, 0.0) + cell_mass * jnp.square(cell_mean.high)
         about_zero = jnp.where(inside, cost, jnp.inf)
         return (total, mean, about_mean, about_zero), jnp.stack([about_mean, about_zero])
 

@@ -14,23 +14,24 @@ _COLUMNS = 128  # entries of the last axis in a piece, at least: codebooks of ea
 _CHUNK = 1 << 20  # weights per step of a long pass: its temporaries stay in the cache
 
 
-def fold(step: Callable[..., Any], carry: Any, *arrays: jax.Array) -> Any:
+def fold(step: Callable[..., Any], carry: Any, *arrays: jax.Array, chunk: int | None = None) -> Any:
     """Accumulate `carry = step(carry, *pieces)` over all entries of equally shaped arrays.
 
-    Long arrays go through in pieces of about a million entries, see `pieces_of`.
+    Long arrays go through in pieces of about `chunk` entries, a million for None, see `pieces_of`.
     """
+    chunk = chunk or _CHUNK
     shape = arrays[0].shape
     size = math.prod(shape)
-    axis, pieces, parts = pieces_of(shape)
+    axis, pieces, parts = pieces_of(shape, chunk)
     if pieces == 1:
         rows = shape[axis]
-        unit = (1 if _contiguous(shape, axis) else _RUN) * math.ceil(size / _CHUNK)
+        unit = (1 if _contiguous(shape, axis) else _RUN) * math.ceil(size / chunk)
         main = rows - rows % unit
-        if size <= 2 * _CHUNK or main in (0, rows):
+        if size <= 2 * chunk or main in (0, rows):
             return step(carry, *arrays)
         for start, end in ((0, main), (main, rows)):  # no good divisor: cut a tail off
             tail = (jax.lax.slice_in_dim(a, start, end, axis=axis) for a in arrays)
-            carry = fold(step, carry, *tail)
+            carry = fold(step, carry, *tail, chunk=chunk)
         return carry
     split = (*shape[:axis], *parts, *shape[axis + 1 :])
     views = [a.reshape(split) for a in arrays]
@@ -42,17 +43,18 @@ def fold(step: Callable[..., Any], carry: Any, *arrays: jax.Array) -> Any:
     return loops.fori_loop(0, pieces, body, carry)
 
 
-def pieces_of(shape: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
+def pieces_of(shape: tuple[int, ...], chunk: int | None = None) -> tuple[int, int, tuple[int, ...]]:
     """Return an axis, into how many pieces to cut it, and what it is split in for that.
 
     The split is (major, pieces, ...), with a major part for all devices where there is such an
     axis: an array sharded over it keeps its sharding. It is the first such axis, or the longest.
     There is one piece of a short array, and of one that has no good divisor.
     """
+    chunk = chunk or _CHUNK
     size, longest = math.prod(shape), shape.index(max(shape))
-    if size <= 2 * _CHUNK:
+    if size <= 2 * chunk:
         return longest, 1, (shape[longest], 1)
-    wanted = math.ceil(size / _CHUNK)
+    wanted = math.ceil(size / chunk)
 
     def split(axis: int) -> tuple[int, ...]:
         run = 1 if _contiguous(shape, axis) else math.gcd(shape[axis], _RUN)  # that stay together
@@ -64,7 +66,7 @@ def pieces_of(shape: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
         if wanted <= pieces <= 16 * wanted and major >= jax.device_count():
             return axis, pieces, parts
     _, pieces, *_ = parts = split(longest)
-    if size // pieces < _CHUNK // 16:
+    if size // pieces < chunk // 16:
         return longest, 1, (shape[longest], 1)
     return longest, pieces, parts
 

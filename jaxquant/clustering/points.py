@@ -116,61 +116,88 @@ def sorted_points(
 # Sums over runs of points ------------------------------------------------------------------------
 
 
-class Sums(NamedTuple):
-    """Sums over the first entries of an array, 0 of them to all, as two floats each: [n + 1]."""
+class DoubleFloat(NamedTuple):
+    """Numbers as sums of two floats each, to twice the digits of float32."""
 
     high: jax.Array
     low: jax.Array
 
 
-def prefix_sums(x: jax.Array) -> Sums:
-    """Return the sums over the first 0..n entries, to twice the digits of float32.
+def prefix_sums(x: jax.Array | DoubleFloat) -> DoubleFloat:
+    """Return the sums [n + 1] over the first 0..n of some numbers [n].
 
     The difference of two of them is as exact as a sum over the run between would be, however large
     what lies before; over entries of zero it is zero. Source: Knuth, TAOCP 2, 4.2.2, theorem B.
     Rows of entries are summed side by side, then the rows.
     """
-    size = x.shape[0]
+    x = x if isinstance(x, DoubleFloat) else DoubleFloat(x, jnp.zeros_like(x))
+    size = x.high.shape[0]
     columns = 2 ** round(math.log2(size) / 2) if size > 1 else 1
     rows = -(-size // columns)
-    table = jnp.pad(x, (0, rows * columns - size)).reshape(rows, columns)
-    none = Sums(jnp.zeros(rows, jnp.float32), jnp.zeros(rows, jnp.float32))
 
-    def along(sums: Sums, column: jax.Array) -> tuple[Sums, Sums]:
-        sums = _add(sums, Sums(column, jnp.zeros_like(column)))
-        return sums, sums
+    def table(part: jax.Array) -> jax.Array:
+        return jnp.pad(part, (0, rows * columns - size)).reshape(rows, columns).T
 
-    def down(sums: Sums, row: Sums) -> tuple[Sums, Sums]:
+    none = DoubleFloat(jnp.zeros(rows, jnp.float32), jnp.zeros(rows, jnp.float32))
+
+    def add(sums: DoubleFloat, numbers: DoubleFloat) -> tuple[DoubleFloat, DoubleFloat]:
+        total = _add(sums, numbers)
+        return total, total
+
+    def before(sums: DoubleFloat, row: DoubleFloat) -> tuple[DoubleFloat, DoubleFloat]:
         return _add(sums, row), sums
 
-    total, inside = loops.scan(along, none, table.T)
-    zero = Sums(jnp.float32(0.0), jnp.float32(0.0))
-    _, before = loops.scan(down, zero, total)
-    sums = _add(Sums(before.high[:, None], before.low[:, None]), Sums(inside.high.T, inside.low.T))
-    return Sums(*(jnp.pad(part.reshape(-1)[:size], (1, 0)) for part in sums))
+    total, inside = loops.scan(add, none, DoubleFloat(table(x.high), table(x.low)))
+    zero = DoubleFloat(jnp.float32(0.0), jnp.float32(0.0))
+    _, start = loops.scan(before, zero, total)
+    start = DoubleFloat(start.high[:, None], start.low[:, None])
+    sums = _add(start, DoubleFloat(inside.high.T, inside.low.T))
+    return DoubleFloat(*(jnp.pad(part.reshape(-1)[:size], (1, 0)) for part in sums))
 
 
-def _add(a: Sums, b: Sums) -> Sums:
+def _add(a: DoubleFloat, b: DoubleFloat) -> DoubleFloat:
     total = a.high + b.high
     rest = total - a.high
     error = (a.high - (total - rest)) + (b.high - rest)
-    return Sums(total, a.low + (b.low + error))
+    return DoubleFloat(total, a.low + (b.low + error))
 
 
-def between(sums: Sums | jax.Array | None, edges: jax.Array) -> jax.Array:
-    """Return the sums over the runs between neighbouring edges, float32; of ones for None."""
-    if sums is None:
-        return jnp.diff(edges).astype(jnp.float32)
-    parts = sums if isinstance(sums, Sums) else (sums,)
-    high, *low = (jnp.diff(part.at[edges].get(mode="promise_in_bounds")) for part in parts)
-    return high.astype(jnp.float32) + low[0] if low else high.astype(jnp.float32)
+def _multiply(a: jax.Array, b: jax.Array) -> DoubleFloat:
+    """Return the products of floats, almost exact (Dekker, 1971).
+
+    Both are cut in halves of twelve bits, whose products are floats: so it does not matter whether
+    a compiler rounds a product before it adds it to something.
+    """
+    upper, lower = _halves(a)
+    others, rests = _halves(b)
+    rest = (upper * rests + lower * others) + lower * rests
+    zero = jnp.zeros_like(rest)
+    return _add(DoubleFloat(upper * others, zero), DoubleFloat(rest, zero))
+
+
+def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    upper = jax.lax.bitcast_convert_type(bits & ~0xFFF, jnp.float32)
+    return upper, x - upper
+
+
+def between(sums: DoubleFloat | jax.Array | None, edges: jax.Array) -> DoubleFloat:
+    """Return the sums over the runs between neighbouring edges; of ones for None."""
+    if isinstance(sums, DoubleFloat):
+        high, low = (part.at[edges].get(mode="promise_in_bounds") for part in sums)
+        high, low = _add(DoubleFloat(high[1:], low[1:]), DoubleFloat(-high[:-1], -low[:-1]))
+        return _add(DoubleFloat(high, jnp.zeros_like(high)), DoubleFloat(low, jnp.zeros_like(low)))
+    counts = edges if sums is None else sums.at[edges].get(mode="promise_in_bounds")
+    counts = jnp.diff(counts)
+    high = counts.astype(jnp.float32)
+    return DoubleFloat(high, (counts - high.astype(counts.dtype)).astype(jnp.float32))
 
 
 class Prefix(NamedTuple):
-    """Sums over the first 0..n points."""
+    """Sums over the first 0..n points, [n + 1]."""
 
-    mass: Sums | jax.Array | None  # [n + 1] int32 where masses are counts; None where all are 1
-    moment: Sums
+    mass: DoubleFloat | jax.Array | None  # int32 where masses are counts; None where all are 1
+    moment: DoubleFloat
 
 
 def prefix(points: Points) -> Prefix:
@@ -181,7 +208,7 @@ def prefix(points: Points) -> Prefix:
         mass = jnp.pad(jnp.cumsum(points.mass), (1, 0))
     else:
         mass = prefix_sums(points.mass)
-    return Prefix(mass, prefix_sums(masses(points) * points.value))
+    return Prefix(mass, prefix_sums(_multiply(masses(points), points.value)))
 
 
 def masses(points: Points) -> jax.Array:
@@ -203,11 +230,22 @@ def count_up_to(values: jax.Array, limits: jax.Array) -> jax.Array:
     return jnp.searchsorted(values, limits, side="right").astype(jnp.int32)
 
 
-def means(sums: Prefix, edges: jax.Array, otherwise: jax.Array) -> jax.Array:
-    """Return the mean of each run between neighbouring edges, of an empty one what is given."""
-    mass = between(sums.mass, edges)
-    moment = between(sums.moment, edges)
-    return jnp.where(mass > 0, moment / jnp.where(mass > 0, mass, 1.0), otherwise)
+def means(sums: Prefix, edges: jax.Array, otherwise: jax.Array) -> DoubleFloat:
+    """Return the mean of each run between neighbouring edges, of an empty one what is given.
+
+    The high parts are the nearest floats. A quotient that is rounded twice may be off by a whole
+    step between floats, which counts where a cluster is few steps wide.
+    """
+    mass, moment = between(sums.mass, edges), between(sums.moment, edges)
+    divisor = jnp.where(mass.high > 0, mass.high, 1.0)
+    quotient = moment.high / divisor
+    product = _multiply(quotient, divisor)
+    rest = (moment.high - product.high) + ((moment.low - product.low) - quotient * mass.low)
+    rest /= divisor
+    mean = quotient + rest
+    low = rest - (mean - quotient)
+    empty = mass.high <= 0
+    return DoubleFloat(jnp.where(empty, otherwise, mean), jnp.where(empty, 0.0, low))
 
 
 # Few centroids in order ---------------------------------------------------------------------------

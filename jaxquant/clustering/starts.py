@@ -41,16 +41,18 @@ def longest_cluster(cells: int, k: int) -> int:
 def _costs(groups: Cells, longest: int, *, zero: bool) -> jax.Array:
     """Return the costs [longest, 1 or 2, cells] of clusters of 1, 2, ... cells from each on.
 
-    About their mean and zero, as `optimum` has them; infinite where there are not so many cells.
+    About their mean and zero, with means from their first cell on, as `optimum` has them; infinite
+    where there are not so many cells.
     """
 
     def grow(carry: tuple[jax.Array, ...], _: None):
         (mass, mean, about_mean, about_zero), (inside, new_mass, new_mean) = carry
         total = mass + new_mass
-        delta = new_mean - mean
+        distance = (new_mean.high - groups.mean.high) + (new_mean.low - groups.mean.low)
+        delta = distance - mean
         fraction = new_mass / jnp.where(total > 0, total, 1.0)
         about_mean = about_mean + mass * fraction * jnp.square(delta)
-        about_zero = about_zero + new_mass * jnp.square(new_mean)
+        about_zero = about_zero + new_mass * jnp.square(new_mean.high)
         own = total, mean + delta * fraction, about_mean, about_zero
         rows = jnp.stack([about_mean, about_zero] if zero else [about_mean])
         rest = jax.tree.map(lambda x: jnp.pad(x[1:], (0, 1)), (inside, new_mass, new_mean))

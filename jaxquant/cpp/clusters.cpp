@@ -224,12 +224,12 @@ class Solver {
       const float gap = static_cast<float>((static_cast<double>(values_[i]) - values_[i - 1]) / range);
       efforts_[i] = cube_root(mass(i) * gap * gap);
     }
-    const double cells = static_cast<double>(p_.cells);
-    double cap = sum_capped(kInfinity) / cells;
+    // The cap falls from one step to the next, so that there are never more shares than this. A share
+    // of 1 begins a cell.
+    const double shares = static_cast<double>(p_.cells) - 0.5;
+    double cap = sum_capped(kInfinity) / std::max(shares - 1.0, 0.5);
     efforts_[0] = kInfinity;  // begins a cell
-    for (int i = 0; i < kCappings; ++i) cap = sum_capped(cap) / cells;
-    // A step of the cap is exactly 1 and begins a cell; all steps are no more than there are cells,
-    // but for their rounding.
+    for (int i = 0; i < kCappings; ++i) cap = sum_capped(cap) / shares;
     double level = -kRounding;
     int64_t cell = 0;
     for (int64_t i = 0; i < size; ++i) {
@@ -258,10 +258,11 @@ class Solver {
   }
 
   // The costs [longest, cells] of clusters of 1, 2, ... cells from each on: about their mean, and
-  // about zero.
+  // about zero. Means are counted from the first cell on: far from zero floats are too coarse.
   void fill_costs() {
     const int64_t cells = p_.cells, used = static_cast<int64_t>(cell_edges_.size()) - 1;
     cell_means_.assign(cells + longest_, 0.0f);
+    cell_rests_.assign(cells + longest_, 0.0f);
     cell_masses_.assign(cells + longest_, 0.0f);
     const float largest = std::max(std::abs(values_.front()), std::abs(values_.back()));
     const double unit = largest > 0 ? kUnits / static_cast<double>(largest) : 1.0;
@@ -269,20 +270,25 @@ class Solver {
       const double own = mass_between(cell_edges_[i], cell_edges_[i + 1]);
       const double moment = moments_[cell_edges_[i + 1]] - moments_[cell_edges_[i]];
       cell_masses_[i] = static_cast<float>(own);
-      cell_means_[i] = static_cast<float>(moment / own * unit);
+      const double middle = moment / own * unit;
+      cell_means_[i] = static_cast<float>(middle);
+      cell_rests_[i] = static_cast<float>(middle - cell_means_[i]);
     }
     for (auto* array : {&grown_mass_, &grown_mean_, &grown_cost_, &grown_about_zero_}) {
       array->assign(cells, 0.0f);
     }
     float *mass = grown_mass_.data(), *mean = grown_mean_.data(), *cost = grown_cost_.data();
     float* about_zero = grown_about_zero_.data();
+    const float *first_mean = cell_means_.data(), *first_rest = cell_rests_.data();
     for (int64_t length = 0; length < longest_; ++length) {
       const float *new_mass = cell_masses_.data() + length, *new_mean = cell_means_.data() + length;
+      const float* new_rest = cell_rests_.data() + length;
       float* row = costs_.data() + length * cells;
       for (int64_t i = 0; i < cells; ++i) {
         const float total = mass[i] + new_mass[i];
         const float fraction = new_mass[i] / (total > 0 ? total : 1.0f);
-        const float delta = new_mean[i] - mean[i];
+        const float distance = (new_mean[i] - first_mean[i]) + (new_rest[i] - first_rest[i]);
+        const float delta = distance - mean[i];
         cost[i] += mass[i] * fraction * delta * delta;
         mean[i] += delta * fraction;
         mass[i] = total;
@@ -514,7 +520,7 @@ class Solver {
   double unit_weight_ = 1.0;          // of which masses are shares
   std::vector<double> masses_, moments_;  // sums over the first 0, 1, ... values
   std::vector<int64_t> cell_edges_;
-  std::vector<float> efforts_, cell_means_, cell_masses_;
+  std::vector<float> efforts_, cell_means_, cell_rests_, cell_masses_;
   std::vector<float> grown_mass_, grown_mean_, grown_cost_, grown_about_zero_;
   int64_t longest_ = 0, width_ = 0;  // cells of a cluster at most, and of a row of `rests_`
   std::vector<float> costs_, rests_;
