@@ -32,6 +32,12 @@ def get_configs() -> dict[str, Config]:
     zero = vary(features_100, quantize=dict(zero=True))
     linear_first = dict(rules=(LayerRule("linear/kernel", depth=-1), LayerRule(".*kernel")))
     channels = dict(rules=(LayerRule(".*kernel", axis=-1),))
+    straight = vary(
+        zero,
+        quantize=dict(method="slq", rounds=(3,)),
+        retrain=dict(epochs=(6,), straight_through=True, centroid_rate=1.0),
+    )
+    softly = vary(straight, retrain=dict(warmest=0.5))
     return {
         "base": base,
         "seed_1": replace(base, seed=1),
@@ -68,6 +74,12 @@ def get_configs() -> dict[str, Config]:
         "linear_first": vary(zero, quantize=linear_first),
         "moments": vary(zero, quantize=dict(moment_batches=8)),
         "linear_first_moments": vary(zero, quantize=dict(moment_batches=8, **linear_first)),
+        "straight_through": straight,
+        "softly": softly,
+        "softly_rate_0.05": vary(softly, retrain=dict(learning_rate=0.05)),
+        "softly_longer": vary(softly, retrain=dict(cooling=0.9, coolest=0.005)),
+        "softly_fixed_centroids": vary(softly, retrain=dict(centroid_rate=0.0)),
+        "softly_moments": vary(softly, quantize=dict(moment_batches=8)),
         "decay_0": vary(base, retrain=dict(weight_decay=0.0)),
         "decay_0.0005": vary(base, retrain=dict(weight_decay=5e-4)),
         "channels": vary(base, quantize=channels),

@@ -100,6 +100,31 @@ def test_a_wrong_override_is_named(override, message):
             Config(retrain=Fit(mirrored_teacher=True)),
             "retrain.mirrored_teacher: expected distill_weight or feature_weight above 0",
         ),
+        (
+            Config(quantize=Quantize(method="mlq"), retrain=Fit(straight_through=True)),
+            "retrain.straight_through: expected quantize.method slq with one round",
+        ),
+        (
+            Config(quantize=Quantize(rounds=(2, 3)), retrain=Fit(straight_through=True)),
+            r"which gives the codebooks, got slq with rounds \(2, 3\)",
+        ),
+        (
+            Config(
+                quantize=Quantize(rounds=(3,)),
+                retrain=Fit(straight_through=True),
+                one_program=True,
+            ),
+            "one_program: expected false with retrain.straight_through",
+        ),
+        (
+            Config(retrain=Fit(warmest=0.5)),
+            "retrain.warmest: expected 0 without retrain.straight_through, got 0.5",
+        ),
+        (Config(retrain=Fit(coolest=0.0)), "retrain.coolest: expected more than 0"),
+        (
+            Config(fit=Fit(epochs=(1,), straight_through=True)),
+            "fit.straight_through: expected false, the float network",
+        ),
         (Config(retrain=Fit(feature_weight=-1.0)), "retrain.feature_weight: expected at least 0"),
         (Config(retrain=Fit(distill_weight=2.0)), "retrain.distill_weight: expected at most 1"),
         (Config(retrain=Fit(temperature=0.0)), "retrain.temperature: expected more than 0"),

@@ -46,9 +46,10 @@ def make_dataset(size=40, pad=0, flip=False):
     return Dataset("x", train, train.first(7), 3, (0.5, 0.25), (0.5, 2.0), pad, flip)
 
 
-def make_engine(config, dataset, network=Tiny, inputs=None):
+def make_engine(config, dataset, network=Tiny, inputs=(), plan=None):
     where = layout.make(config)
-    functions = engine.build(config, dataset, network(), network(momentum=0.0), where, inputs)
+    networks = network(), network(momentum=0.0)
+    functions = engine.build(config, dataset, *networks, where, inputs, plan)
     variables = network().init(jax.random.key(0), jnp.zeros((1, 4, 4, 2)), train=False)
     return functions, variables, dataset.train
 
@@ -144,7 +145,9 @@ def quant_state(params, frozen=None, codebooks=None, frozen_centroids=None):
     )
 
 
-def train(functions, state, images, variables, quant, *, steps, distill=False, move=False):
+def train(
+    functions, state, images, variables, quant, *, steps, distill=False, move=False, warmth=None
+):
     order = engine.epoch_order(jax.random.key(2), 40, 10)[:steps]
     rates = np.full(steps, 0.1, np.float32)
     return functions.train(
@@ -155,6 +158,7 @@ def train(functions, state, images, variables, quant, *, steps, distill=False, m
         np.int32(0),
         KEY,
         rates,
+        None if warmth is None else np.full(steps, warmth, np.float32),
         distill=distill,
         move_centroids=move,
     )
@@ -279,6 +283,59 @@ def test_centroids_take_the_step_of_all_their_members_and_stay_shared(steps):
     members = np.array([np.sum(mask & (codes == j)) for j in range(3)])
     expected = old - 0.5 * 0.1 * jax.grad(loss)(old) / np.sqrt(np.maximum(members, 1))
     np.testing.assert_allclose(new, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("move", [False, True])
+@pytest.mark.parametrize("warmth", [0.0, 0.3])
+def test_a_straight_through_step_trains_all_weights_and_their_centroids(warmth, move):
+    config = Config(retrain=Fit(centroid_rate=0.5), steps_per_call=1)
+    dataset = make_dataset()
+    variables = Tiny().init(jax.random.key(0), jnp.zeros((1, 4, 4, 2)), train=False)
+    params = variables["params"]
+    plan = jq.slq(params, bits=2, rounds=(3,), zero=True)
+    functions, _, images = make_engine(config, dataset, plan=plan)
+    quant = jq.release(jq.quantize_round(plan, params, jq.init(plan, params))[1])
+    start = begin(functions, variables, quant)
+    state, moved, _ = train(
+        functions, start, images, variables, quant, steps=1, move=move, warmth=warmth
+    )
+    index = np.asarray(engine.epoch_order(jax.random.key(2), 40, 10)[0])
+    x = normalized(dataset, dataset.train.images[index]).astype(np.float32)
+
+    def loss(params, codebooks):
+        own = quant._replace(codebooks=codebooks)
+        seen = jq.straight_through(plan, params, own, temperature=warmth)
+        logits, _ = Tiny().apply(
+            {**variables, "params": seen}, x, train=True, mutable=["batch_stats"]
+        )
+        labels = dataset.train.labels[index]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    gradient, own = jax.grad(loss, argnums=(0, 1))(params, quant.codebooks)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+    chex.assert_trees_all_close(state.params, expected, atol=1e-6)
+    before, after = (tree.codebooks["dense"]["kernel"] for tree in (quant, moved))
+    members = params["dense"]["kernel"].size / 3
+    step = 0.5 * 0.1 * own["dense"]["kernel"] / np.sqrt(members) if move else 0.0
+    np.testing.assert_allclose(after, before - step, rtol=1e-5, atol=1e-7)
+    assert np.any(after == 0)  # pinned
+    settled, quant = functions.settle(state.params, moved)
+    assert all(jax.tree.leaves(jq.is_on_codebook(settled, quant)))
+    np.testing.assert_array_equal(
+        settled["dense"]["kernel"],
+        jq.straight_through(plan, state.params, moved)["dense"]["kernel"],
+    )
+
+
+def test_temperatures_fall_and_then_are_zero():
+    stage = Fit(straight_through=True, warmest=0.5, coolest=0.02, cooling=0.5)
+    found = engine.temperatures(stage, 4, 10)
+    assert found.shape == (40,) and found[0] == pytest.approx(0.5)
+    np.testing.assert_allclose(found[1:20] / found[:19], (0.02 / 0.5) ** (1 / 20), rtol=1e-5)
+    assert np.all(found[20:] == 0)
+    for cold in (Fit(straight_through=True), Fit(straight_through=True, warmest=1, cooling=0)):
+        assert not np.any(engine.temperatures(cold, 2, 5))
+    assert engine.temperatures(stage, 0, 10).shape == (0,)
 
 
 def test_distillation_at_weight_one_moves_a_network_towards_its_teacher():

@@ -24,7 +24,7 @@ from train.data import Dataset, Images
 
 pytestmark = pytest.mark.usefixtures("cached")
 
-METHODS = ("slq", "mlq", "inq", "qcnn", "none")
+METHODS = ("slq", "mlq", "inq", "qcnn", "none", "softly")  # softly: straight through
 LIKE_OTHERS = {
     "mlq",
     "inq",
@@ -81,15 +81,20 @@ def toy(tmp_path, monkeypatch, traced_once):
     monkeypatch.setattr(experiment, "_load_data", lambda _: make_dataset(16, 1))
     study = tmp_path / "study.py"
     study.write_text(
+        "from dataclasses import replace\n"
         "from jaxquant import LayerRule\n"
         "from train.config import Config, Data, Fit, Quantize\n"
         "def config(method):\n"
-        "    quantize = Quantize(method=method, bits=2, rounds=(2, 3), groups=1,\n"
+        "    softly = method == 'softly'\n"
+        "    quantize = Quantize(method='slq' if softly else method, bits=2,\n"
+        "                        rounds=(3,) if softly else (2, 3), groups=1,\n"
         "                        rules=(LayerRule('conv1/kernel'),), calibration_images=8,\n"
         "                        shares=(0.5, 1.0) if method == 'inq' else ())\n"
         "    fit = Fit(epochs=(1,), learning_rate=0.01)\n"
+        "    retrain = replace(fit, epochs=(2,), straight_through=True, warmest=0.5,\n"
+        "                      centroid_rate=1.0) if softly else fit\n"
         "    return Config(data=Data(name='toy'), model='lenet5', batch_size=8, fit=fit,\n"
-        "                  quantize=quantize, retrain=fit, save_seconds=0, plots=False)\n"
+        "                  quantize=quantize, retrain=retrain, save_seconds=0, plots=False)\n"
         "def get_configs():\n"
         f"    return {{method: config(method) for method in {METHODS}}}\n"
     )

@@ -64,6 +64,14 @@ class Fit:
     feature_weight: _Amount = 0.0  # of the distance to the float network's features; 0: none
     mirrored_teacher: bool = False  # it answers by the mean over an image and its mirror image
     centroid_rate: _Amount = 0.0  # learning rate of frozen centroids, in learning rates; 0: fixed
+    # All weights train for the centroids nearest to them, and freeze when the stage ends; see
+    # `jaxquant.straight_through`.
+    straight_through: bool = False
+    # Its temperature at first, which falls to `coolest` in a share of the steps, `cooling`, and
+    # is 0 for the rest.
+    warmest: _Amount = 0.0
+    coolest: Annotated[float, Field(gt=0)] = 0.02
+    cooling: _Share = 0.7
 
     @property
     def has_teacher(self) -> bool:
@@ -287,6 +295,18 @@ def _check_together(config: Config) -> None:
         )
     if retrain.centroid_rate and (quantize.method == "inq" or quantize.powers_of_two):
         raise ValueError("retrain.centroid_rate: expected 0, trained centroids leave powers of two")
+    if retrain.straight_through:
+        if quantize.method != "slq" or len(quantize.rounds) != 1:
+            raise ValueError(
+                "retrain.straight_through: expected quantize.method slq with one round, which "
+                f"gives the codebooks, got {quantize.method} with rounds {quantize.rounds}"
+            )
+        if config.one_program:
+            raise ValueError("one_program: expected false with retrain.straight_through")
+    elif retrain.warmest:
+        raise ValueError(
+            f"retrain.warmest: expected 0 without retrain.straight_through, got {retrain.warmest}"
+        )
     if len(fit.epochs) != 1:
         raise ValueError(f"fit.epochs: expected one number, got {fit.epochs}")
     for field, lacking in (
@@ -294,6 +314,8 @@ def _check_together(config: Config) -> None:
         ("feature_weight", "teacher"),
         ("mirrored_teacher", "teacher"),
         ("centroid_rate", "centroids"),
+        ("straight_through", "centroids"),
+        ("warmest", "centroids"),
     ):
         value = getattr(fit, field)
         if value:

@@ -57,6 +57,7 @@ class Engine(NamedTuple):
     recalibrate: Callable[..., Any]
     guides: Callable[..., dict[str, Any]]
     quantize: Callable[..., tuple[Any, jq.QuantState, jq.RoundInfo]]
+    settle: Callable[..., tuple[Any, jq.QuantState]]  # ends a straight-through stage
     steps_per_call: int
     parts: Parts
 
@@ -68,6 +69,7 @@ def build(
     batch_model: nn.Module,
     layout: Layout,
     inputs: Sequence[str] = (),
+    plan: jq.Plan | None = None,
 ) -> Engine:
     """Return the compiled functions for one network on one dataset.
 
@@ -78,13 +80,14 @@ def build(
       batch_model: the same with `bn_momentum=0`: its new statistics are those of the batch.
       layout: where arrays lie.
       inputs: paths of the weights whose inputs' moments rounds take.
+      plan: of the rounds, for `straight_through`.
     """
     prepare = functools.partial(_augment, dataset=dataset)
     tx = _optimizer()
     eval_batch = min(config.eval_batch_size, dataset.test.size)
     parts = Parts(
         start=functools.partial(_start, tx, layout),
-        step=functools.partial(_train_step, config, model, tx, prepare, layout),
+        step=functools.partial(_train_step, config, model, tx, prepare, layout, plan),
         count_correct=functools.partial(_count_correct, model, dataset, layout),
         batch_statistics=functools.partial(_batch_statistics, batch_model, prepare, layout),
         squared_gradient=functools.partial(_squared_gradient, model, prepare, layout),
@@ -119,6 +122,7 @@ def build(
             guides, config, averaged(parts.squared_gradient), averaged(parts.input_moments)
         ),
         quantize=jax.jit(parts.quantize, static_argnums=0),
+        settle=jax.jit(functools.partial(_settle, layout, plan)),
         steps_per_call=steps_per_call,
         parts=parts,
     )
@@ -138,6 +142,16 @@ def learning_rates(stage: Fit, epochs: int, steps_per_epoch: int) -> np.ndarray:
         0.0 if warmup else stage.learning_rate, stage.learning_rate, warmup, total
     )
     return np.asarray(jax.jit(schedule)(jnp.arange(total)), np.float32)
+
+
+@functools.cache
+def temperatures(stage: Fit, epochs: int, steps_per_epoch: int) -> np.ndarray:
+    """Return the temperature of every step of a straight-through stage: geometric, then 0."""
+    total = epochs * steps_per_epoch
+    cooling, steps = int(stage.cooling * total), np.arange(total)
+    fall = stage.coolest / max(stage.warmest, stage.coolest)
+    warm = stage.warmest * fall ** (steps / max(cooling, 1))
+    return np.where(steps < cooling, warm, 0.0).astype(np.float32)
 
 
 def _start(
@@ -293,12 +307,14 @@ def _train_step(
     tx: optax.GradientTransformationExtraArgs,
     prepare: Callable[..., jax.Array],
     layout: Layout,
+    plan: jq.Plan | None,
     state: TrainState,
     quant: Any,
     teacher: Any,
     batch: Images,
     key: jax.Array,
     learning_rate: jax.Array,
+    temperature: jax.Array | None = None,
     *,
     move_centroids: bool,
 ) -> tuple[TrainState, Any, dict[str, jax.Array]]:
@@ -307,11 +323,18 @@ def _train_step(
     teacher, stats = layout.whole((teacher, state.batch_stats))
     taught = None if teacher is None else _teach(config.retrain, model, teacher, images)
 
-    def loss_of(params: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+    straight_through = temperature is not None
+    trained = quant.codebooks if straight_through and move_centroids else ()
+
+    def loss_of(params: Any, codebooks: Any) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+        if straight_through:
+            assert plan is not None
+            seen = quant._replace(codebooks=codebooks) if move_centroids else quant
+            params = jq.straight_through(plan, params, seen, temperature=temperature)
         return _loss(config, model, layout.whole(params), stats, images, labels, key, taught)
 
-    grad = jax.value_and_grad(loss_of, has_aux=True)
-    (loss, (batch_stats, correct)), gradient = grad(state.params)
+    grad = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
+    (loss, (batch_stats, correct)), (gradient, own) = grad(state.params, trained)
     gradient = layout.settle(gradient)
     weights_state, centroids_state = state.opt_state
     weights_state = optax.tree.set(weights_state, learning_rate=learning_rate)
@@ -320,9 +343,16 @@ def _train_step(
     params = optax.apply_updates(state.params, updates)
     if move_centroids:
         rate = config.retrain.centroid_rate * learning_rate
-        params, quant, centroids_state = _move_centroids(
-            params, quant, gradient, centroids_state, rate
-        )
+        if straight_through:
+            members = jax.tree.map(lambda x, table: x.size / table.size, params, trained)
+            trained, centroids_state = _step_of_centroids(
+                trained, own, members, centroids_state, rate
+            )
+            quant = quant._replace(codebooks=trained)
+        else:
+            params, quant, centroids_state = _move_centroids(
+                params, quant, gradient, centroids_state, rate
+            )
     state = TrainState(params, batch_stats, (weights_state, centroids_state))
     return state, quant, {"loss": loss, "correct": correct}
 
@@ -330,17 +360,23 @@ def _train_step(
 def _move_centroids(
     params: Any, quant: jq.QuantState, gradient: Any, opt_state: Any, rate: jax.Array
 ) -> tuple[Any, jq.QuantState, Any]:
-    """Take a step of SGD on the frozen centroids, their gradients scaled as in LSQ."""
-    ones = jax.tree.map(jnp.ones_like, params)
+    """Take a step on the frozen centroids, and put their weights on them."""
+    own = jq.centroid_gradients(gradient, params, quant)
+    members = jq.centroid_gradients(jax.tree.map(jnp.ones_like, params), params, quant)
+    codebooks, opt_state = _step_of_centroids(quant.codebooks, own, members, opt_state, rate)
+    return *jq.set_centroids(params, quant, codebooks), opt_state
+
+
+def _step_of_centroids(
+    codebooks: Any, gradient: Any, members: Any, opt_state: Any, rate: jax.Array
+) -> tuple[Any, Any]:
+    """Take a step of SGD, gradients scaled as in LSQ: by the root of the number of members."""
     scaled = jax.tree.map(
-        lambda total, members: total * jax.lax.rsqrt(jnp.maximum(members, 1.0)),
-        jq.centroid_gradients(gradient, params, quant),
-        jq.centroid_gradients(ones, params, quant),
+        lambda total, count: total * jax.lax.rsqrt(jnp.maximum(count, 1.0)), gradient, members
     )
     opt_state = optax.tree.set(opt_state, learning_rate=rate)
-    updates, opt_state = _centroid_optimizer().update(scaled, opt_state, quant.codebooks)
-    codebooks = optax.apply_updates(quant.codebooks, updates)
-    return *jq.set_centroids(params, quant, codebooks), opt_state
+    updates, opt_state = _centroid_optimizer().update(scaled, opt_state, codebooks)
+    return optax.apply_updates(codebooks, updates), opt_state
 
 
 def _train_steps(
@@ -353,11 +389,14 @@ def _train_steps(
     first_step: jax.Array,
     key: jax.Array,
     learning_rates: jax.Array,
+    temperatures: jax.Array | None = None,
     *,
     distill: bool,
     move_centroids: bool,
 ) -> tuple[TrainState, Any, dict[str, jax.Array]]:
     """Run a step for each learning rate [steps], on batches [steps, batch, ...].
+
+    Temperatures [steps] are those of a straight-through stage; None freezes instead.
 
     `quant` is a QuantState, or () if nothing is to be frozen; only its codebooks may change.
     Returns the new state, the new `quant`, and the sums of loss and correct answers.
@@ -365,15 +404,21 @@ def _train_steps(
     teacher = teacher if distill else None
     key = jax.random.wrap_key_data(key)
 
-    def one(carry: tuple[TrainState, Any], inputs: tuple[Images, jax.Array, jax.Array]):
-        batch, number, learning_rate = inputs
-        own_key = jax.random.fold_in(key, number)
+    def one(carry: tuple[TrainState, Any], inputs: tuple[Images, *tuple[Any, ...]]):
+        batch, number, learning_rate, temperature = inputs
         state, quant, metrics = step(
-            *carry, teacher, batch, own_key, learning_rate, move_centroids=move_centroids
+            *carry,
+            teacher,
+            batch,
+            jax.random.fold_in(key, number),
+            learning_rate,
+            temperature,
+            move_centroids=move_centroids,
         )
         return layout.settle((state, quant)), metrics
 
-    steps = (batches, first_step + jnp.arange(len(learning_rates)), learning_rates)
+    numbers = first_step + jnp.arange(len(learning_rates))
+    steps = (batches, numbers, learning_rates, temperatures)
     if len(learning_rates) == 1:
         carry, metrics = one((state, quant), jax.tree.map(lambda x: x[0], steps))
     else:
@@ -430,6 +475,13 @@ def _quantize(
     key = jax.random.wrap_key_data(key)
     params, quant, info = jq.quantize_round(plan, params, quant, **guides, key=key)
     return *layout.settle((params, quant)), layout.whole(info)
+
+
+def _settle(
+    layout: Layout, plan: jq.Plan | None, params: Any, quant: jq.QuantState
+) -> tuple[Any, jq.QuantState]:
+    assert plan is not None
+    return layout.settle(jq.settle(plan, params, quant))
 
 
 # Measuring ---------------------------------------------------------------------------------------

@@ -174,7 +174,9 @@ def _functions(job: Job) -> engine.Engine:
     batch_model = models.build(
         job.config.model, num_classes=job.dataset.num_classes, bn_momentum=0.0
     )
-    return engine.build(job.config, job.dataset, job.model, batch_model, job.layout, job.inputs)
+    return engine.build(
+        job.config, job.dataset, job.model, batch_model, job.layout, job.inputs, job.plan
+    )
 
 
 def _fresh(job: Job, functions: engine.Engine) -> RunState:
@@ -244,6 +246,8 @@ class _Worker:
             state = self._train_epoch(number, unit, state, progress)
         if not unit.last:
             return state
+        if unit.round >= 0 and self.job.config.retrain.straight_through:
+            state = _settled(self.functions, state)
         result = self._evaluate(state)
         if unit.round < 0:
             _check_loss("float", result["loss"])
@@ -279,11 +283,11 @@ class _Worker:
         batch_stats = self.functions.recalibrate(
             params, batch_stats, train_data, self._key(number, 3)
         )
-        state = state._replace(
-            quant=quant, train=state.train._replace(params=params, batch_stats=batch_stats)
-        )
-        self._log_quantized(number, unit, info, self._evaluate(state))
-        return state
+        train = state.train._replace(params=params, batch_stats=batch_stats)
+        self._log_quantized(number, unit, info, self._evaluate(state._replace(train=train)))
+        if self.job.config.retrain.straight_through:  # from the codebooks, and the weights before
+            quant, train = jq.release(quant), train._replace(params=state.train.params)
+        return state._replace(quant=quant, train=train)
 
     def quantize_products(self, number: int, state: RunState) -> RunState:
         """Quantize the trained network by products: a stage without epochs, so not saved within."""
@@ -348,6 +352,9 @@ class _Worker:
                     np.int32(start),
                     epoch.key,
                     epoch.rates[start : start + size],
+                    None
+                    if epoch.temperatures is None
+                    else epoch.temperatures[start : start + size],
                     distill=unit.round >= 0 and config.retrain.has_teacher,
                     move_centroids=unit.round >= 0 and config.retrain.centroid_rate > 0,
                 )
@@ -373,13 +380,17 @@ class _Worker:
         order = engine.epoch_order(
             self._key(number, 4), self.job.dataset.train.size, config.batch_size
         )
-        rates = engine.learning_rates(stage, unit.epochs, len(order))
+        own = slice(unit.epoch * len(order), (unit.epoch + 1) * len(order))
+        temperatures = None
+        if stage.straight_through:
+            temperatures = engine.temperatures(stage, unit.epochs, len(order))[own]
         return program.Epoch(
             round=unit.round,
             first=unit.first,
             last=unit.last,
             order=order,
-            rates=rates[unit.epoch * len(order) : (unit.epoch + 1) * len(order)],
+            rates=engine.learning_rates(stage, unit.epochs, len(order))[own],
+            temperatures=temperatures,
             key=engine.key_data(self._key(number, 5)),
         )
 
@@ -470,6 +481,12 @@ class _Worker:
         return jax.random.fold_in(key, purpose)
 
 
+def _settled(functions: engine.Engine, state: RunState) -> RunState:
+    """Return the state with all weights on their centroids, at the end of straight-through."""
+    params, quant = functions.settle(state.train.params, state.quant)
+    return state._replace(quant=quant, train=state.train._replace(params=params))
+
+
 def _check_loss(stage: str, loss: float) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(f"{stage}: training diverged, the loss is {loss}")
@@ -545,6 +562,8 @@ def _restore(config: Config, workdir: Path) -> tuple[Job, engine.Engine, RunStat
     if restored is None:
         raise ValueError(f"{workdir}: expected at least one checkpoint, got none")
     state, record = restored
+    if config.retrain.straight_through and int(state.quant.round):
+        state = _settled(functions, state)  # what it is worth so far
     _check_finite(f"{workdir}: its latest checkpoint", state.train.params, state.train.batch_stats)
     return job, functions, _with_products(job, state, Progress(**record["progress"]))
 

@@ -61,6 +61,7 @@ class Epoch(NamedTuple):
     last: bool
     order: np.ndarray  # int [steps, batch]
     rates: np.ndarray  # float32 [steps]
+    temperatures: np.ndarray | None  # float32 [steps] of a straight-through stage
     key: np.ndarray  # uint32 [2]
 
 

@@ -138,7 +138,7 @@ def _interval_costs(groups: Cells, *, zero: bool) -> jax.Array:
     cells = groups.mass.shape[0]
     starts = jnp.arange(cells, dtype=jnp.int32)
 
-    def grow(carry: tuple[jax.Array, ...], cell: tuple[jax.Array, ...]):
+    def grow(carry: tuple[jax.Array, ...], cell: tuple[jax.Array, jax.Array, DoubleFloat]):
         mass, mean, about_mean, about_zero = carry
         index, cell_mass, cell_mean = cell
         distance = (cell_mean.high - groups.mean.high) + (cell_mean.low - groups.mean.low)
