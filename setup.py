@@ -1,12 +1,18 @@
-"""Compile what is native, for CPU, if there is a compiler; everything else is in pyproject.toml."""
+"""What is native, compiled for CPU if there is a compiler, and the README as PyPI shows it.
+
+Everything else is in pyproject.toml.
+"""
 
 import os
 import platform
+import re
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 _FOLDER = "jaxquant/cpp"
 _FLAGS = {  # of a source file; what it compiles runs only where the processor has these registers
@@ -52,6 +58,24 @@ class BuildNative(build_ext):
         )
 
 
+class Source(sdist):
+    """What a build needs. Setuptools adds tests named test_*, but not what they import."""
+
+    def make_release_tree(self, base_dir, files):
+        """Leave the tests out."""
+        super().make_release_tree(base_dir, [x for x in files if not x.startswith("tests")])
+
+
+def description():
+    """Return the README with links to the files of this version: PyPI has the README alone."""
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    repository, version = project["urls"]["Repository"], project["version"]
+    raw = repository.replace("github.com", "raw.githubusercontent.com")
+    text = Path("README.md").read_text()
+    text = re.sub(r"(!\[[^]]*\]\()(?!\w+:)", rf"\g<1>{raw}/v{version}/", text)
+    return re.sub(r"(?<=\]\()(?![a-z]+:|#)", f"{repository}/blob/v{version}/", text)
+
+
 sources = ["avx512", "avx2", "plain", "product", "clusters", "pool", "ffi"]
 native = Extension(
     "jaxquant.cpp._native",
@@ -60,7 +84,9 @@ native = Extension(
     py_limited_api=True,  # it uses none of Python, so one wheel serves all versions
 )
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
     ext_modules=[native],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "sdist": Source},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )
