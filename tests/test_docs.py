@@ -1,6 +1,7 @@
-"""The examples of the README run, one after the other, in a user's place."""
+"""The examples of the README and the pages run in a user's place; what they name is there."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import flax.linen as nn
@@ -176,6 +177,52 @@ def test_the_recipes_for_language_models_run(capsys):
     for layer in names["quantized"]["layers"]:
         for name in ("up", "down"):
             assert len(np.unique(layer[name][:, 0])) <= 3
+
+
+@pytest.mark.default_promotion
+@pytest.mark.parametrize("page", ["index", "faq"])
+def test_the_examples_of_the_first_pages_run(page, capsys):
+    names: dict = {}
+    for block in _blocks((ROOT / "docs" / f"{page}.md").read_text()):
+        exec(block, names)
+    if page == "index":
+        assert len(np.unique(names["params"]["dense"])) == 3
+        assert "| dense |" in unpadded(capsys.readouterr().out)
+        expected = names["x"] @ names["params"]["dense"]
+        np.testing.assert_allclose(names["y"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_public_name_is_in_the_api_reference():
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
+    named = re.findall(r"^::: jaxquant\.(\w+)$", pages, re.MULTILINE)
+    assert sorted(named) == sorted(jq.__all__)  # once each
+    members = re.findall(r"members: \[(.*)\]", pages)[0].split(", ")
+    public = [
+        x for x in vars(jq.product).values() if getattr(x, "__module__", "") == jq.product.__name__
+    ]
+    assert sorted(members) == sorted(x.__name__ for x in public if x.__name__[0] != "_")
+    for name in set(jq.__all__) - {"product"} | {f"product.{member}" for member in members}:
+        assert f"`{name}`" in (ROOT / "docs" / "api" / "index.md").read_text()
+
+
+def test_links_of_the_readme_lead_somewhere():
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", README.read_text())
+    assert links
+    for path, anchor in links:
+        target = ROOT / path if path else README
+        assert target.is_file(), path
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in slugs, (path, anchor)
+
+
+def test_versions_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == jq.__version__
+    assert f"\nversion: {jq.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"version = {{{jq.__version__}}}" in (ROOT / "docs" / "citing.md").read_text()
+    assert f"\n## [{jq.__version__}] - 20" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def _blocks(text):

@@ -33,8 +33,8 @@ from jaxquant.trees import check_leaves, check_structure, leaves_with_paths, pur
 class LayerReport:
     """One leaf; for a leaf that was left alone `reason` says why, and its numbers are None."""
 
-    path: str
-    shape: tuple[int, ...]
+    path: str  # such as "block_1/dense/kernel"
+    shape: tuple[int, ...]  # of the leaf
     size: int  # weights
     float_bytes: int  # of the leaf's own dtype
     k: int | None = None  # centroids, or words of a subspace
@@ -45,7 +45,7 @@ class LayerReport:
     entropy: float | None = None  # of the codes, bits a weight: the mean of the blocks' own
     codebook_bytes: int = 0  # with those of scales
     lost_zeros: float = 0.0  # share of the weights that pruning made zero, and that are not now
-    reason: str | None = None
+    reason: str | None = None  # why it was left alone; None for a leaf that was not
 
     @property
     def bytes(self) -> int:

@@ -170,7 +170,7 @@ class IncrementalState(NamedTuple):
     """State of `incremental`; `optax.tree.get` finds its fields."""
 
     step: jax.Array  # int32 scalar, updates so far
-    quant: QuantState
+    quant: QuantState  # of the plan, after the last round
     inner: optax.OptState  # of the optimizer inside
     began: jax.Array  # int32 scalar, the update at which the last round ran
     skipped: Any  # like the parameters; bool, [codebooks] if cut: NaN kept it out of its round
