@@ -1,5 +1,6 @@
 """The examples of the README and the pages run in a user's place; what they name is there."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -187,9 +188,32 @@ def test_the_examples_of_the_first_pages_run(page, capsys):
         exec(block, names)
     if page == "index":
         assert len(np.unique(names["params"]["dense"])) == 3
-        assert "| dense |" in unpadded(capsys.readouterr().out)
+        assert "dense" in capsys.readouterr().out  # the report
         expected = names["x"] @ names["params"]["dense"]
         np.testing.assert_allclose(names["y"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.default_promotion
+@pytest.mark.parametrize("name", mostly_slow(["cnn", "language_model"], "cnn"))
+def test_the_notebooks_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((ROOT / "docs" / "notebooks" / f"{name}.ipynb").read_text())
+    names: dict = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+            assert bool(cell["outputs"]) == ("print(" in "".join(cell["source"]))  # it was run
+    quantized, trained = names["quantized"], names["trained"]
+    if name == "cnn":
+        assert names["accuracy"](trained) > 0.85
+        assert names["accuracy"](quantized) > names["accuracy"](trained) - 0.1
+        assert (tmp_path / "digits.safetensors").is_file()
+    else:
+        full, nearest, calibrated, ternary = (
+            float(names["loss"](names[key], names["held_out"]))
+            for key in ("trained", "nearest", "quantized", "ternary")
+        )
+        assert full - 0.01 < calibrated < nearest and ternary < full + 0.2
 
 
 def test_every_public_name_is_in_the_api_reference():
