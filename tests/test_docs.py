@@ -1,5 +1,6 @@
 """The examples of the README and the pages run in a user's place; what they name is there."""
 
+import ast
 import json
 import re
 import tomllib
@@ -239,6 +240,20 @@ def test_links_of_the_readme_lead_somewhere():
             titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
             slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
             assert anchor in slugs, (path, anchor)
+
+
+def test_pypi_shows_the_readme_with_absolute_links(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    tree = ast.parse(Path("setup.py").read_text())  # which would build, were it run
+    tree.body = [x for x in tree.body if getattr(x, "name", "") == "description"]
+    names: dict = {"Path": Path, "re": re, "tomllib": tomllib}
+    exec(compile(tree, "setup.py", "exec"), names)
+    text = names["description"]()
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert len(links) == len(re.findall(r"\]\(", README.read_text()))
+    assert all(link.startswith(("https://", "#")) for link in links)
+    images = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert images and all(x.startswith("https://raw.githubusercontent.com/") for x in images)
 
 
 def test_versions_agree():
