@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from PIL import Image
 
 from train import config as configs
-from train import data, engine, experiment, imagenet, layout, models
+from train import data, engine, experiment, imagenet, layout, models, networks, tasks
 from train.config import Config, Data, Mesh, Quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*unofficial")
@@ -675,7 +675,8 @@ def test_a_run_may_go_on_with_other_workers(prepared):
 def test_it_is_evaluated_as_images_in_memory_are(prepared):
     config, dataset = small_config(prepared), load(prepared)
     model = models.build("small_cnn", num_classes=1000)
-    functions = engine.build(config, dataset, model, model, layout.make(config))
+    task = tasks.classify(networks.linen(model), dataset)
+    functions = engine.build(config, dataset, task, layout.make(config))
     variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
     ours = functions.evaluate(variables["params"], variables["batch_stats"], dataset.test)
     rows = np.arange(4)

@@ -95,6 +95,28 @@ def test_files_given_one_by_one_are_all_taken(tmp_path, capsys, monkeypatch):
             "def get_configs(): return {'a': Config(), 'b': vary(Config(), fit={'momentum': 'x'})}",
             "b: fit.momentum: expected a valid number, got 'x'",
         ),
+        ("def get_config(): return Config(model='a.b:C')", "model: expected a module a.b that can"),
+        (
+            "def get_config(): return Config(model=dict)",
+            "model: expected builtins:dict to give a m",
+        ),
+        (
+            "def get_config(): return Config(data=Data(name='a.npz'))",
+            "data.name: a.npz: expected a f",
+        ),
+        (
+            "def get_config(): return Config(fit=Fit(epochs=(1,), optimizer='optax:clip'))",
+            "fit.optimizer: expected optax",
+        ),
+        (
+            "def get_config(): return vary(Config(model='tests.own:Linen'), "
+            "retrain=dict(feature_weight=1))",
+            "retrain.feature_weight: expected 0, tests.own:Linen gives no features",
+        ),
+        (
+            "def get_config(): return Config(model='tests.own:Nnx', quantize=Quantize('qcnn'))",
+            "quantize.method: expected a network of Flax Linen for qcnn",
+        ),
         (
             "def get_configs(): return {'a': Config(), 'b': Config(batch_size=5000)}",
             "batch_size: expected at most 1442",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from tests.test_engine import Tiny, begin, make_dataset
+from tests.test_engine import Tiny, begin, make_dataset, task_of
 from train import __main__ as cli
 from train import engine, layout, program
 from train.config import Config, Fit, Quantize
@@ -95,7 +95,7 @@ def experiment(seed, rate, *, partition="loss"):
         seed=seed,
     )
     dataset = make_dataset()
-    functions = engine.build(config, dataset, Tiny(), Tiny(momentum=0.0), layout.make(config))
+    functions = engine.build(config, dataset, task_of(Tiny(), dataset), layout.make(config))
     variables = Tiny().init(jax.random.key(7), jnp.zeros((1, 4, 4, 2)), train=False)
     plan = jq.slq(variables["params"], bits=2, rounds=(2, 3), partition=partition)
     keys = [jax.random.fold_in(jax.random.key(seed), i) for i in range(9)]

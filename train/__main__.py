@@ -189,7 +189,7 @@ def _train(loaded: dict[str, "Config"], workdir: Path) -> int:
     with experiment.lock(workdir) as free:
         if not free:
             raise ValueError(f"{workdir}: another process is at it")
-        say(f"== {name}: {config.model} on {job.dataset.name}")
+        say(f"== {name}: {experiment.title(job)}")
         say(f"\n{summary.table({name: loop.run(job)})}\n")
     say(f"{workdir / 'report.md'}, {workdir / 'plots'}")
     return 0

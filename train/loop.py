@@ -20,8 +20,8 @@ from train import (
     compare,
     data,
     engine,
+    experiment,
     layout,
-    models,
     pretrained,
     products,
     program,
@@ -30,7 +30,7 @@ from train import (
 )
 from train.checkpoints import Checkpoints, read
 from train.config import Config, Fit
-from train.experiment import Job, check, init_variables, lock, refuse_other
+from train.experiment import Job, check, lock, refuse_other
 from train.logs import Log, say, show_progress
 
 
@@ -76,7 +76,7 @@ def run_all(jobs: Mapping[str, Job]) -> None:
             continue
         with lock(job.workdir) as free:
             if free:
-                say(f"== {name}: {job.config.model} on {job.dataset.name}")
+                say(f"== {name}: {experiment.title(job)}")
                 run(job)
             else:
                 say(f"== {name}: another process is at it")
@@ -171,10 +171,7 @@ class _Keeper:
 
 
 def _functions(job: Job) -> engine.Engine:
-    batch_model = models.build(
-        job.config.model, num_classes=job.dataset.num_classes, bn_momentum=0.0
-    )
-    return engine.build(job.config, job.dataset, job.model, batch_model, job.layout, job.inputs)
+    return engine.build(job.config, job.dataset, job.task, job.layout, job.inputs)
 
 
 def _fresh(job: Job, functions: engine.Engine) -> RunState:
@@ -182,22 +179,30 @@ def _fresh(job: Job, functions: engine.Engine) -> RunState:
     variables = job.initial
     if variables is None:
         # The key is an argument: XLA would fold the random numbers of a constant one, slowly.
-        init = jax.jit(functools.partial(init_variables, job.model, job.dataset))
-        variables = init(jax.random.key(job.config.seed))
+        variables = jax.jit(job.task.init)(jax.random.key(job.config.seed))
     variables = jq.unpack(jax.tree.map(jnp.asarray, dict(variables)))
     quant: Any = () if job.plan is None else jq.init(job.plan, variables["params"])
     variables, quant = job.layout.place((_complete(variables), quant))
     return RunState(_start_stage(functions, variables, quant, job.config.fit), quant, variables)
 
 
-def _abstract(job: Job, functions: engine.Engine) -> RunState:
-    """Return the shapes and places of `_fresh`, which all states of a run have."""
+def _abstract(job: Job, functions: engine.Engine, stage: Fit | None = None) -> RunState:
+    """Return the shapes and places of a run's states, by default as long as it fits floats."""
+    stage = stage or job.config.fit
 
     def state(variables: Any) -> RunState:
         quant: Any = () if job.plan is None else jq.init(job.plan, variables["params"])
-        return RunState(_start_stage(functions, variables, quant, job.config.fit), quant, variables)
+        return RunState(_start_stage(functions, variables, quant, stage), quant, variables)
 
     return job.layout.describe(jax.eval_shape(state, _complete(job.shapes)))
+
+
+def _saved(job: Job, functions: engine.Engine, record: Mapping[str, Any]) -> RunState:
+    """Return the shapes and places of the state beside a record: stages' optimizers may differ."""
+    progress = Progress(**record["progress"])
+    begun = units(job.config, job.plan)[: progress.units + (progress.steps > 0)]
+    rounds = begun and begun[-1].round >= 0
+    return _abstract(job, functions, job.config.retrain if rounds else job.config.fit)
 
 
 def _complete(variables: Any) -> dict[str, Any]:
@@ -210,14 +215,14 @@ def _start_stage(
 ) -> engine.TrainState:
     # As arrays of the host: Python's numbers would have a type of their own, and a compilation.
     numbers = (np.float32(stage.momentum), np.float32(stage.weight_decay))
-    return functions.start(variables, quant, *numbers)
+    return functions.start(variables, quant, *numbers, optimizer=stage.optimizer)
 
 
 def _start(
     job: Job, functions: engine.Engine, checkpoints: Checkpoints
 ) -> tuple[RunState, Progress, list[dict[str, Any]]]:
     """Return the state to go on from, how far it has come, and the log so far."""
-    restored = checkpoints.restore(_abstract(job, functions))
+    restored = checkpoints.restore(functools.partial(_saved, job, functions))
     if restored is None:
         return _fresh(job, functions), Progress(), []
     state, record = restored
@@ -258,12 +263,17 @@ class _Worker:
         return state
 
     def _begin_stage(self, number: int, unit: Unit, state: RunState) -> RunState:
-        config = self.job.config
         if unit.round >= 0:
             state = self._quantize(number, unit, state)
-        stage = config.fit if unit.round < 0 else config.retrain
+        return self._restart(state, self._stage(unit))
+
+    def _restart(self, state: RunState, stage: Fit) -> RunState:
+        """Return the state with a fresh optimizer."""
         variables = {"params": state.train.params, "batch_stats": state.train.batch_stats}
         return state._replace(train=_start_stage(self.functions, variables, state.quant, stage))
+
+    def _stage(self, unit: Unit) -> Fit:
+        return self.job.config.fit if unit.round < 0 else self.job.config.retrain
 
     def _quantize(self, number: int, unit: Unit, state: RunState) -> RunState:
         plan = self.job.plan
@@ -293,12 +303,17 @@ class _Worker:
         parts = products.equal_parts(rows, config.batch_size)
         key = engine.key_data(self._key(number, 4))
         batches = [
-            engine.normalize(batch.images, dataset)
+            self.job.task.prepare(batch.images, None)
             for batch in engine.feed(self.job.layout, dataset.train, parts, key=key)
         ]
         variables = {"params": state.train.params, "batch_stats": state.train.batch_stats}
         params, errors = products.quantize(
-            self.job.model, variables, batches, config.quantize, key=self._key(number, 2), tell=say
+            self.job.task.network.module,
+            variables,
+            batches,
+            config.quantize,
+            key=self._key(number, 2),
+            tell=say,
         )
         batch_stats = self.functions.recalibrate(
             jq.unpack(params), state.train.batch_stats, dataset.train, self._key(number, 3)
@@ -350,6 +365,7 @@ class _Worker:
                     epoch.rates[start : start + size],
                     distill=unit.round >= 0 and config.retrain.has_teacher,
                     move_centroids=unit.round >= 0 and config.retrain.centroid_rate > 0,
+                    optimizer=self._stage(unit).optimizer,
                 )
                 if start + size < steps:  # while the devices are at work
                     batches = next(feed)
@@ -368,8 +384,7 @@ class _Worker:
 
     def _epoch(self, number: int, unit: Unit) -> program.Epoch:
         """Return what an epoch trains on: the images of each step, its rate, the key."""
-        config = self.job.config
-        stage: Fit = config.fit if unit.round < 0 else config.retrain
+        config, stage = self.job.config, self._stage(unit)
         order = engine.epoch_order(
             self._key(number, 4), self.job.dataset.train.size, config.batch_size
         )
@@ -396,6 +411,7 @@ class _Worker:
             for number, unit in numbered
             if unit.first
         ]
+        state = self._restart(state, config.retrain)  # an optimizer as that of the rounds
         run_program = program.build(config, plan, self.functions.parts)
         say(f"rounds 1 to {plan.num_rounds} in one program")
         train, quant, records = jax.jit(run_program, donate_argnums=(0, 1))(
@@ -541,7 +557,7 @@ def _restore(config: Config, workdir: Path) -> tuple[Job, engine.Engine, RunStat
     refuse_other(config, workdir)
     job = check(config, start=False)._replace(workdir=workdir)
     functions = _functions(job)
-    restored = read(folder, _abstract(job, functions))
+    restored = read(folder, functools.partial(_saved, job, functions))
     if restored is None:
         raise ValueError(f"{workdir}: expected at least one checkpoint, got none")
     state, record = restored

@@ -14,6 +14,7 @@ from jaxquant.tables import markdown
 from jaxquant.trees import leaves_with_paths
 from train.config import first_error
 from train.logs import read_json, to_json, write_text
+from train.named import name_of
 
 if TYPE_CHECKING:
     from train.experiment import Job
@@ -109,7 +110,7 @@ def write_packed(path: Path, job: "Job", state: "RunState") -> int:
     variables = {"params": params if job.plan is None else jq.pack(params, state.quant)}
     if jax.tree.leaves(state.train.batch_stats):
         variables["batch_stats"] = state.train.batch_stats
-    metadata = {"model": job.config.model, "data": job.dataset.name}
+    metadata = {"model": name_of(job.config.model), "data": job.dataset.name}
     jq.save(path, variables, plan=job.plan, metadata=metadata)
     return path.stat().st_size
 
