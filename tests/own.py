@@ -94,7 +94,9 @@ def no_module():
 def clipped(learning_rate, weight_decay):
     """Return an optimizer that looks at all gradients together."""
     return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, weight_decay=weight_decay)
+        optax.clip_by_global_norm(0.1),
+        optax.add_decayed_weights(weight_decay),
+        optax.sgd(learning_rate, momentum=0.9),
     )
 
 
