@@ -4,7 +4,9 @@ import contextlib
 import functools
 import itertools
 import json
+import re
 import shutil
+import time
 
 import chex
 import jax
@@ -14,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests import own
-from tests.cases import mostly_slow
+from tests.cases import mostly_slow, timeless
 from tests.conftest import _settings as settings
 from tests.test_checkpoints import snapshot
 from tests.test_main import refused
@@ -22,6 +24,7 @@ from train import __main__ as cli
 from train import experiment, imagenet_models, loop, models, products
 from train.checkpoints import Checkpoints, read
 from train.config import Config, Quantize
+from train.course import Progress
 from train.data import Dataset, Images
 
 pytestmark = pytest.mark.usefixtures("cached")
@@ -128,7 +131,8 @@ def goes_on(command, runs, run, stages, wanted, capsys):
     assert cli.main(command) == 0
     runs.with_name("copying").unlink()
     names = ("report.json", "metrics.jsonl", "model.safetensors")
-    whole = {name: (run / name).read_bytes() for name in names if (run / name).is_file()}
+    whole = {name: timeless(run / name) for name in names if (run / name).is_file()}
+    count = int(wanted[-1].partition(".")[0])
     assert set(wanted) <= {path.name for path in stages.iterdir()}
     for stage in wanted:
         shutil.rmtree(runs)
@@ -143,9 +147,28 @@ def goes_on(command, runs, run, stages, wanted, capsys):
         capsys.readouterr()
         assert cli.main(command) == 0
         units, steps = stage.split(".")
-        steps = f" and {steps} of the next epoch" * (steps != "0")
-        assert f"continuing after {units} of its steps{steps}" in capsys.readouterr().out
-        assert {name: (run / name).read_bytes() for name in whole} == whole
+        steps = f" and {steps} steps of the next" * (steps != "0")
+        assert f"continuing after {units} of {count} epochs{steps}" in capsys.readouterr().out
+        assert {name: timeless(run / name) for name in whole} == whole
+
+
+def test_an_epoch_is_a_line_and_what_took_time_is_reported(toy, tmp_path, capsys):
+    started = time.monotonic()
+    assert cli.main([*toy, "slq"]) == 0
+    whole, run = time.monotonic() - started, tmp_path / "runs" / "slq"
+    line = r"{}, epoch 1/1: loss \d\.\d{{4}}, accuracy \d+\.\d\d% in training, [\d,]+ images/s{}\n"
+    out = capsys.readouterr().out
+    for stage, left in (("float", r", \d+ s left"), ("round 1", r", \d+ s left"), ("round 2", "")):
+        assert len(re.findall(line.format(stage, left), out)) == 1, stage
+    events = [json.loads(event) for event in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(event["seconds"] > 0 for event in events)
+    assert [event["epoch"] for event in events] == [0, 0, 1, 1, 1, 2, 2, 2]
+    report = json.loads((run / "report.json").read_text())
+    assert report["seconds"] == pytest.approx(sum(event["seconds"] for event in events))
+    assert 0.1 * whole < report["seconds"] < whole
+    for row in report["rounds"]:
+        of_round = [event["seconds"] for event in events if event.get("round") == row["round"]]
+        assert len(of_round) == 3 and row["seconds"] == pytest.approx(sum(of_round))
 
 
 @pytest.mark.parametrize("model", ["Linen", "Nnx"])
@@ -263,7 +286,7 @@ def a_state(name, monkeypatch):
     shapes = loop._abstract(job, loop._functions(job))
     numbers = itertools.cycle(range(100))
     state = jax.tree.map(lambda x: np.full(x.shape, next(numbers), x.dtype), shapes)
-    return shapes, state, {"progress": loop.Progress(units=1)._asdict(), "events": []}
+    return shapes, state, {"progress": Progress(units=1)._asdict(), "events": []}
 
 
 @pytest.mark.parametrize("name", quick(models.NAMES))

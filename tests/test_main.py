@@ -300,4 +300,4 @@ def test_ctrl_c_ends_a_whole_study(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "w" / "a" / "report.json").exists()
     assert not (tmp_path / "w" / "b" / "checkpoints").exists()
     assert cli.main(["--config", str(path), "--workdir", str(tmp_path / "w")]) == 0
-    assert "a: continuing after 1 of its steps" in capsys.readouterr().out
+    assert "a: continuing after 1 of 1 epochs" in capsys.readouterr().out

@@ -45,7 +45,7 @@ def run(workdir, *arguments):
 
 def assert_close(ours, theirs, *, accuracy, loss):
     """Check that two logs tell of the same steps, and of the same numbers but for rounding."""
-    assert [(e["kind"], e["step"]) for e in ours] == [(e["kind"], e["step"]) for e in theirs]
+    assert [(e["kind"], e["epoch"]) for e in ours] == [(e["kind"], e["epoch"]) for e in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=loss)
         for name in {"accuracy", "train_accuracy"} & set(b):
@@ -70,7 +70,7 @@ def test_one_program_is_the_loop(options, tmp_path, capsys):
     # What is done is not done again.
     run(tmp_path / "one", *options, "--config.one_program=true")
     out = capsys.readouterr().out
-    assert "continuing after 4 of its steps" in out and "in one program" not in out
+    assert "continuing after 4 of 4 epochs" in out and "in one program" not in out
 
 
 @pytest.mark.slow

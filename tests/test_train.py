@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from tests.cases import mostly_slow, unpadded
+from tests.cases import mostly_slow, timeless, unpadded
 from train import __main__ as cli
 from train import config as configs
 from train import experiment, loop, pretrained
@@ -181,7 +181,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_stopped(finished, tmp_path, monkeyp
 def assert_same_run(workdir, finished):
     """Check the files, and the arrays of the last checkpoint bit for bit."""
     for name in ("report.json", "metrics.jsonl"):
-        assert (workdir / name).read_text() == (finished / name).read_text()
+        assert timeless(workdir / name) == timeless(finished / name)
     chex.assert_trees_all_equal(final_params(workdir)[0], final_params(finished)[0])
 
 
@@ -211,7 +211,7 @@ def test_signals_save_in_the_middle_of_an_epoch(finished, tmp_path, monkeypatch,
         assert f"stopped by {number.name}, all is saved" in capsys.readouterr().out
         assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
     assert cli.main(arguments) == 0
-    assert "continuing after 3 of its steps and" in capsys.readouterr().out
+    assert "continuing after 3 of 4 epochs and" in capsys.readouterr().out
     assert_same_run(tmp_path / "run", finished)
 
 
@@ -294,7 +294,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert cli.main([*SLQ, "--workdir", str(workdir)]) == 0
     captured = capsys.readouterr()
     assert f"checkpoints/{folders[-1].name}: this checkpoint cannot be read" in captured.err
-    assert "continuing after 3 of its steps" in captured.out
+    assert "continuing after 3 of" in captured.out
     assert_same_run(workdir, finished)
     assert len(list((workdir / "checkpoints.damaged").iterdir())) == 1
 
@@ -314,7 +314,7 @@ def test_no_readable_checkpoint_is_said_and_never_overwritten(finished, tmp_path
 def test_a_finished_run_reports_again_without_training(finished, capsys):
     before = (finished / "metrics.jsonl").read_text()
     assert cli.main([*SLQ, "--workdir", str(finished)]) == 0
-    assert "continuing after 4 of its steps" in capsys.readouterr().out
+    assert "continuing after 4 of" in capsys.readouterr().out
     assert (finished / "metrics.jsonl").read_text() == before
 
 

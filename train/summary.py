@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,13 +13,10 @@ import jaxquant as jq
 from jaxquant.tables import markdown
 from jaxquant.trees import leaves_with_paths
 from train.config import first_error
+from train.course import RunState
+from train.experiment import Job
 from train.logs import read_json, to_json, write_text
 from train.named import name_of
-
-if TYPE_CHECKING:
-    from train.experiment import Job
-    from train.loop import RunState
-
 
 MODEL = "model.safetensors"  # in the workdir: the packed network
 
@@ -50,7 +47,7 @@ def _short(values: Any) -> Any:
 
 
 def rounds_of(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row a round: accuracy before, right after quantizing, and after re-training."""
+    """Return one row a round: accuracy before, after quantizing and after re-training, seconds."""
     accuracy = next((e["accuracy"] for e in events if e["kind"] == "float"), float("nan"))
     rows: list[dict[str, Any]] = []
     for event in events:
@@ -66,15 +63,23 @@ def rounds_of(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             )
         elif event["kind"] == "retrained":
             accuracy = rows[-1]["accuracy"] = event["accuracy"]
+            of_round = [e for e in events if e.get("round") == event["round"]]
+            rows[-1]["seconds"] = seconds_of(of_round)
     return rows
 
 
-def write(job: "Job", state: "RunState", events: Sequence[Mapping[str, Any]]) -> None:
+def seconds_of(events: Sequence[Mapping[str, Any]]) -> float:
+    """Return how long all of this took; earlier versions logged no times."""
+    return sum(event.get("seconds", 0.0) for event in events)
+
+
+def write(job: Job, state: RunState, events: Sequence[Mapping[str, Any]]) -> None:
     """Write report.json, report.md, plots/, the packed network."""
     float_event = next(event for event in events if event["kind"] == "float")
     result: dict[str, Any] = {
         "config": str(job.workdir.name),
         "float": {"accuracy": float_event["accuracy"], "loss": float_event["loss"]},
+        "seconds": seconds_of(events),
         "device": jax.devices()[0].device_kind,
         "versions": {"jaxquant": jq.__version__, "jax": jax.__version__},
     }
@@ -104,7 +109,7 @@ def write(job: "Job", state: "RunState", events: Sequence[Mapping[str, Any]]) ->
     write_text(job.workdir / "report.md", "\n".join(lines))
 
 
-def write_packed(path: Path, job: "Job", state: "RunState") -> int:
+def write_packed(path: Path, job: Job, state: RunState) -> int:
     """Write the quantized network as `train.pretrained` reads it; return the file's bytes."""
     params = state.train.params  # of products: packed already
     variables = {"params": params if job.plan is None else jq.pack(params, state.quant)}
@@ -140,9 +145,7 @@ def _closing(result: Mapping[str, Any]) -> str:
     )
 
 
-def _plot(
-    job: "Job", state: "RunState", rounds: Sequence[Mapping[str, Any]], accuracy: float
-) -> None:
+def _plot(job: Job, state: RunState, rounds: Sequence[Mapping[str, Any]], accuracy: float) -> None:
     from train import plots
 
     folder = job.workdir / "plots"
