@@ -6,9 +6,9 @@ import json
 import re
 import reprlib
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
@@ -21,7 +21,7 @@ from train.named import name_of
 _MOST = 1_000_000  # of what is done one after the other
 
 # Types and bounds are checked by `validate`, not by the classes: only a whole config can say which
-# of its fields is wrong. The text beside a type is the field's meaning (`train.help`).
+# of its fields is wrong. The text beside a type is the field's meaning, which `describe` tells.
 _Count = Annotated[int, Field(ge=0, le=_MOST)]
 _Positive = Annotated[int, Field(ge=1, le=_MOST)]
 _Amount = Annotated[float, Field(ge=0)]
@@ -118,7 +118,9 @@ class Fit:
 class Quantize:
     """The plan; see `jaxquant.slq`, `.mlq` and `.inq`, and for qcnn `train.products`."""
 
-    method: Annotated[Literal["slq", "mlq", "inq", "qcnn", "none"], "of quantization"] = "slq"
+    method: Annotated[Literal["slq", "mlq", "inq", "qcnn", "none"], "how weights are quantized"] = (
+        "slq"
+    )
     bits: Annotated[int, "of a weight: 2**(bits - 1) + 1 centroids a layer"] = 5
     rounds: Annotated[tuple[_Positive, ...], _Listed, "slq: clusters frozen after each round"] = (
         5,
@@ -143,9 +145,15 @@ class Quantize:
         "empty: the method's usual",
     ] = ()
     partition: Annotated[
-        str, "which clusters or weights freeze first; empty: the method's usual"
+        str,
+        "which clusters or weights freeze first: loss, magnitude, index, random; empty: the "
+        "method's usual",
     ] = ""
-    init: Annotated[str, "start of k-means; empty: the method's usual"] = ""
+    init: Annotated[
+        str,
+        "start of k-means: optimal, quantile, linear, power_of_two, inq, ternary; empty: the "
+        "method's usual",
+    ] = ""
     iterations: Annotated[
         int,
         Field(ge=-1, le=_MOST),
@@ -156,7 +164,7 @@ class Quantize:
     sensitivity: Annotated[
         Literal["none", "fisher"], "fisher: squared gradients weigh clusters and losses"
     ] = "none"
-    sensitivity_batches: Annotated[_Positive, "of which the gradients are"] = 32
+    sensitivity_batches: Annotated[_Positive, "batches by which gradients are measured"] = 32
     moment_batches: Annotated[
         _Count, "slq, mlq: the last clusters freeze by moments of inputs in these; 0: by distance"
     ] = 0
@@ -189,7 +197,8 @@ class Config:
     data: Annotated[Data, "where images come from"] = Data()
     model: Annotated[
         _Given,
-        "one of train.models, or package.module:name of a class or a function of your own "
+        "small_cnn, lenet5, resnet20, resnet32, resnet44, resnet56, alexnet, vgg16, "
+        "googlenet, resnet18; package.module:name of a class or a function of your own "
         "that gives a module of Flax Linen or NNX, see docs/your_own_model.md; in a config "
         "file the class or function too",
     ] = "small_cnn"
@@ -214,6 +223,40 @@ class Config:
     ] = False
     plots: Annotated[bool, "draw figures of a finished run"] = True
     tensorboard: Annotated[bool, "write events for TensorBoard"] = True
+
+
+class Described(NamedTuple):
+    """A field of a config, or a part with fields."""
+
+    name: str  # as overrides take it
+    default: str | None  # likewise; None for a part
+    meaning: str
+    choices: tuple[str, ...]  # if there are no others
+
+
+def describe(part: Any = None, prefix: str = "") -> Iterator[Described]:
+    """Yield the fields of a config, or of a part of one: first its own, then those of its parts."""
+    part = Config() if part is None else part
+    hints = typing.get_type_hints(type(part), include_extras=True)
+    parts = []
+    for field in dataclasses.fields(part):
+        name, value, kind = f"{prefix}{field.name}", getattr(part, field.name), hints[field.name]
+        meaning = next(text for text in reversed(kind.__metadata__) if isinstance(text, str))
+        if dataclasses.is_dataclass(value):
+            parts.append((Described(name, None, meaning, ()), value))
+            continue
+        literal = typing.get_origin(kind.__origin__) is Literal
+        choices = typing.get_args(kind.__origin__) if literal else ()
+        yield Described(name, _as_text(value), meaning, choices)
+    for described, value in parts:
+        yield described
+        yield from describe(value, f"{described.name}.")
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_as_text, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def vary(config: Config, **changes: Mapping[str, Any]) -> Config:

@@ -91,5 +91,5 @@ def seconds_left(events: Sequence[Mapping[str, Any]], left: Sequence[Unit]) -> f
     total = 0.0
     for unit in left:
         total += (floats if unit.round < 0 else retrained) * (unit.epochs > 0)
-        total += quantized * (unit.first and unit.round >= 0) + measured * unit.last
+        total += quantized * unit.first + measured * unit.last
     return total
