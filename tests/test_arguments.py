@@ -50,6 +50,7 @@ def test_meanings_name_all_that_a_field_may_be():
         "quantize.partition": ("loss", "magnitude", "index", "random"),
     }.items():
         assert set(words) <= set(re.findall(r"\w+", FIELDS[name].meaning)), name
+    assert (FIELDS["mesh.fsdp"].default, FIELDS["retrain.epochs"].default) == ("false", "2")
     assert FIELDS["quantize.method"].choices == ("slq", "mlq", "inq", "qcnn", "none")
 
 

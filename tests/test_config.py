@@ -11,7 +11,7 @@ import pytest
 from jaxquant import LayerRule
 from tests import own
 from train import config
-from train.config import Config, Data, Fit, Quantize
+from train.config import Config, Data, Fit, Plots, Quantize
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -130,7 +130,8 @@ object.__setattr__(RULE, "axis", "0")  # whatever made it so
         (Config(seed=1.5), "seed: expected a valid integer, got 1.5"),
         (Config(seed=True), "seed: expected a valid integer, got True"),
         (Config(seed=None), "seed: expected a valid integer, got None"),
-        (Config(plots=1), "plots: expected a valid boolean, got 1"),
+        (Config(plots=Plots(draw=1)), "plots.draw: expected a valid boolean, got 1"),
+        (Config(plots=False), "plots: expected an instance of Plots, got False"),
         (Config(model=b"x"), "model: expected a valid string, a class or a function, got b'x'"),
         (Config(save_seconds=False), "save_seconds: expected a valid number, got False"),
         (Config(fit=Fit(learning_rate="0.1")), "fit.learning_rate: expected a valid number, "),
@@ -242,6 +243,8 @@ def test_a_field_that_an_old_config_lacks_had_its_default():
     assert config.difference(old, config.to_json(Config())) == ""
     other = dataclasses.replace(Config(), data=Data(image_size=64))
     assert config.difference(old, config.to_json(other)) == "data.image_size: 224 -> 64"
+    full["plots"] = True  # as it was
+    assert config.difference(json.dumps(full), config.to_json(Config())) == ""
     full["forgotten"] = 3
     changed = config.difference(json.dumps(full), config.to_json(Config()))
     assert changed == "forgotten: 3 -> None"

@@ -726,7 +726,7 @@ def write_larger_archives(data_dir):
         "--config.quantize.recalibrate_batches=2",
         "--config.batch_size=8",
         "--config.save_seconds=0",
-        "--config.plots=false",
+        "--config.plots.draw=false",
     ]
 
 

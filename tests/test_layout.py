@@ -32,7 +32,7 @@ TERNARY = [
     "--config.quantize.rounds=3",
     "--config.quantize.recalibrate_batches=2",
     "--config.batch_size=128",
-    "--config.plots=false",
+    "--config.plots.draw=false",
 ]
 RUN = ["--config", "configs/digits_slq.py", *TERNARY]
 EIGHT = ["--config.mesh.devices=8", "--config.mesh.fsdp=true"]

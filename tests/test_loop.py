@@ -87,14 +87,15 @@ def toy(tmp_path, monkeypatch, traced_once):
     study = tmp_path / "study.py"
     study.write_text(
         "from jaxquant import LayerRule\n"
-        "from train.config import Config, Data, Fit, Quantize\n"
+        "from train.config import Config, Data, Fit, Plots, Quantize\n"
         "def config(method):\n"
         "    quantize = Quantize(method=method, bits=2, rounds=(2, 3), groups=1,\n"
         "                        rules=(LayerRule('conv1/kernel'),), calibration_images=8,\n"
         "                        shares=(0.5, 1.0) if method == 'inq' else ())\n"
         "    fit = Fit(epochs=(1,), learning_rate=0.01)\n"
         "    return Config(data=Data(name='toy'), model='lenet5', batch_size=8, fit=fit,\n"
-        "                  quantize=quantize, retrain=fit, save_seconds=0, plots=False)\n"
+        "                  quantize=quantize, retrain=fit, save_seconds=0,\n"
+        "                  plots=Plots(draw=False))\n"
         "def get_configs():\n"
         f"    return {{method: config(method) for method in {METHODS}}}\n"
     )
@@ -181,7 +182,8 @@ def test_a_run_of_your_own_goes_on_and_is_read_from_every_stage(
     config = tmp_path / "own.py"
     config.write_text(
         "from train.config import *\ndef get_config(): return Config(quantize=Quantize("
-        "bits=2, rounds=(2, 3), recalibrate_batches=2), batch_size=16, save_seconds=0, plots=False,"
+        "bits=2, rounds=(2, 3), recalibrate_batches=2), batch_size=16, save_seconds=0, "
+        "plots=Plots(draw=False), "
         "fit=Fit(epochs=(1,), learning_rate=0.01, optimizer='optax:adamw'), retrain=Fit("
         "learning_rate=0.01, optimizer='tests.own:clipped', distill_weight=0.5))"
     )

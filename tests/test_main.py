@@ -33,7 +33,7 @@ def refused(capsys, *arguments):
 
 def write_config(path, body):
     path.parent.mkdir(exist_ok=True, parents=True)
-    path.write_text(f"from train.config import Config, Data, Fit, Quantize, vary\n{body}\n")
+    path.write_text(f"from train.config import Config, Data, Fit, Plots, Quantize, vary\n{body}\n")
     return path
 
 
@@ -203,7 +203,7 @@ def test_without_a_device_there_is_one_line(capsys, monkeypatch):
 ONE_STEP = [
     *("--config", "configs/digits_slq.py", "--config.batch_size=1442"),
     *("--config.fit.epochs=1", "--config.retrain.epochs=1", "--config.quantize.rounds=17"),
-    *("--config.plots=false", "--config.tensorboard=false"),
+    *("--config.plots.draw=false", "--config.tensorboard=false"),
 ]
 
 
@@ -281,7 +281,7 @@ def test_json_has_no_nan():
 def test_ctrl_c_ends_a_whole_study(tmp_path, capsys, monkeypatch):
     """Told while a run saves for the last time, it ends that run and those after it."""
     body = (
-        "def get_configs(): return {x: Config(fit=Fit(epochs=(1,)), plots=False, "
+        "def get_configs(): return {x: Config(fit=Fit(epochs=(1,)), plots=Plots(draw=False), "
         "quantize=Quantize(method='none')) for x in 'ab'}"
     )
     path = write_config(tmp_path / "c.py", body)

@@ -26,7 +26,7 @@ RUN = [
     "--config.quantize.groups=1",
     "--config.quantize.recalibrate_batches=2",
     "--config.batch_size=128",
-    "--config.plots=false",
+    "--config.plots.draw=false",
 ]
 EVERYTHING = [
     "--config.retrain.feature_weight=1",

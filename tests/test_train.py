@@ -29,7 +29,7 @@ SHORT = [
     "--config.retrain.epochs=1",
     "--config.quantize.rounds=9,17",
     "--config.quantize.recalibrate_batches=2",
-    "--config.plots=false",
+    "--config.plots.draw=false",
 ]
 SLQ = ["--config", "configs/digits_slq.py", *SHORT]
 
@@ -59,12 +59,12 @@ def write_study(folder):
     path = folder / "study.py"
     path.write_text(
         "from dataclasses import replace\n"
-        "from train.config import Config, Fit, Quantize\n"
+        "from train.config import Config, Fit, Plots, Quantize\n"
         "def get_configs():\n"
         "    fit = Fit(epochs=(1,))\n"
         "    quantize = Quantize(method='slq', bits=2, rounds=(3,))\n"
         "    retrain = replace(fit, centroid_rate=1.0)\n"
-        "    base = Config(fit=fit, quantize=quantize, retrain=retrain, plots=False)\n"
+        "    base = Config(fit=fit, quantize=quantize, retrain=retrain, plots=Plots(draw=False))\n"
         "    data = replace(base.data, train_limit=700)\n"
         "    return {'two': base, 'half': replace(base, data=data),\n"
         "            'float': replace(base, quantize=Quantize(method='none'))}\n"
@@ -364,8 +364,12 @@ def test_report_draws_the_curves_of_several_runs(finished, tmp_path, capsys):
     assert cli.main([*arguments, str(tmp_path / "curves.png")]) == 0
     assert capsys.readouterr().out.endswith(f"\n{tmp_path / 'curves.png'}\n")
     assert (tmp_path / "curves.png").stat().st_size > 5000
-    assert cli.main([*arguments, "curves.pdf"]) == 2
-    assert "expected --output FILE.png, got curves.pdf" in capsys.readouterr().err
+    for form, start in (("pdf", b"%PDF-"), ("svg", b"<?xml")):
+        assert cli.main([*arguments, str(tmp_path / f"curves.{form}")]) == 0
+        assert (tmp_path / f"curves.{form}").read_bytes().startswith(start)
+    capsys.readouterr()
+    assert cli.main([*arguments, "curves.jpg"]) == 2
+    assert "expected --output FILE.png, .pdf or .svg, got curves.jpg" in capsys.readouterr().err
 
 
 def test_another_config_in_the_same_workdir_is_refused_with_the_difference(finished, capsys):
@@ -377,7 +381,7 @@ def test_another_config_in_the_same_workdir_is_refused_with_the_difference(finis
 @pytest.mark.slow
 def test_several_configs_end_in_one_table(tmp_path, capsys):
     both = "configs/digits_slq.py,configs/digits_mlq.py"
-    overrides = ["--config.fit.epochs=1", "--config.retrain.epochs=0", "--config.plots=true"]
+    overrides = ["--config.fit.epochs=1", "--config.retrain.epochs=0", "--config.plots.draw=true"]
     assert cli.main(["--config", both, *overrides, "--workdir", str(tmp_path)]) == 0
     table = (tmp_path / "summary.md").read_text()
     for name in ("digits_slq", "digits_mlq"):

@@ -147,7 +147,7 @@ def _compare(loaded: dict[str, "Config"], chosen: Collection[str], workdir: Path
     from train.logs import say
 
     say(f"\n{compare.run(loaded, chosen, workdir)}\n")
-    say(f"{workdir / 'comparison.md'}, {workdir / 'comparison.png'}")
+    say(f"{workdir / 'comparison.md'} and the figure beside it")
     return 0
 
 
@@ -191,8 +191,8 @@ def _report(workdir: Path | None, output: Path | None) -> int:
 
     if workdir is None:
         raise ValueError("expected --workdir DIR")
-    if output is not None and output.suffix != ".png":
-        raise ValueError(f"expected --output FILE.png, got {output}")
+    if output is not None and output.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"expected --output FILE.png, .pdf or .svg, got {output}")
     inner = sorted(path.parent for path in workdir.glob("*/report.json"))
     folders = [workdir] if (workdir / "report.json").is_file() or not inner else inner
     results = {folder.name: summary.read(folder) for folder in folders}

@@ -55,8 +55,8 @@ VERBS = {
     "report": Verb(
         "print what finished runs came to",
         """\
-        Print the reports of finished workdirs, of one or of all in a folder. With --output draw
-        their accuracies over the rounds.""",
+        Print the reports of finished workdirs, of one or of all in a folder. With --output
+        FILE.png, .pdf or .svg draw their accuracies over the rounds.""",
         ("workdir", "output"),
     ),
     "compare": Verb(

@@ -186,6 +186,14 @@ class Quantize:
 
 
 @dataclasses.dataclass(frozen=True)
+class Plots:
+    """Figures of a finished run; see `train.plots`."""
+
+    draw: Annotated[bool, "whether there are any"] = True
+    format: Annotated[Literal["png", "pdf", "svg"], "of their files"] = "png"
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """An experiment."""
 
@@ -221,7 +229,7 @@ class Config:
     one_program: Annotated[
         bool, "all rounds in one XLA program; nothing is saved before its end"
     ] = False
-    plots: Annotated[bool, "draw figures of a finished run"] = True
+    plots: Annotated[Plots, "figures of a finished run"] = Plots()
     tensorboard: Annotated[bool, "write events for TensorBoard"] = True
 
 
@@ -338,7 +346,8 @@ def _replace(node: Any, names: list[str], text: str, flag: str) -> Any:
     if head not in fields:
         raise ValueError(f"{flag}: expected one of {', '.join(fields)}, got {head!r}")
     value = getattr(node, head)
-    part = isinstance(value, Data | Mesh | Fit | Quantize)  # not a class of yours, maybe of fields
+    # A class of yours may have fields too, and is a value.
+    part = dataclasses.is_dataclass(value) and not isinstance(value, type)
     if rest and not part:
         raise ValueError(f"{flag}: expected {head} to have fields, but it is a value")
     if not rest and part:
@@ -434,7 +443,7 @@ _CHANGEABLE = (
     "data.dir",
     "data.workers",
     "eval_batch_size",
-    "plots",
+    "plots",  # earlier versions: true or false
     "tensorboard",
 )
 

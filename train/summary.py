@@ -103,7 +103,7 @@ def write(job: Job, state: RunState, events: Sequence[Mapping[str, Any]]) -> Non
         }
         result["rounds"] = rounds
         lines += [_rounds_table(rounds), "", _closing(result), "", str(network), ""]
-        if job.config.plots:
+        if job.config.plots.draw:
             _plot(job, state, rounds, float_event["accuracy"])
     write_text(job.workdir / "report.json", to_json(result))
     write_text(job.workdir / "report.md", "\n".join(lines))
@@ -150,7 +150,8 @@ def _plot(job: Job, state: RunState, rounds: Sequence[Mapping[str, Any]], accura
 
     folder = job.workdir / "plots"
     folder.mkdir(exist_ok=True)
-    plots.plot_rounds(folder / "rounds.png", float_accuracy=accuracy, rounds=rounds)
+    form = job.config.plots.format
+    plots.plot_rounds(folder / f"rounds.{form}", float_accuracy=accuracy, rounds=rounds)
     if job.plan is None:
         return
     paths = [layer.path for layer in job.plan.selection.by_depth()]
@@ -160,14 +161,14 @@ def _plot(job: Job, state: RunState, rounds: Sequence[Mapping[str, Any]], accura
         return {path: np.asarray(leaves[path]) for path in paths}
 
     plots.plot_weights(
-        folder / "weights.png",
+        folder / f"weights.{form}",
         weights=by_path(state.train.params),
         codebooks=by_path(state.quant.codebooks),
         frozen=by_path(state.quant.frozen),
         before=by_path(state.reference["params"]),
     )
     plots.plot_errors(
-        folder / "errors.png",
+        folder / f"errors.{form}",
         layers={path: [row["layers"][path]["error_before"] for row in rounds] for path in paths},
         labels=[f"round {row['round']}" for row in rounds],
     )
