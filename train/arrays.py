@@ -54,8 +54,7 @@ def load(name: str | Callable[..., Any]) -> Arrays:
       ValueError: for what is not as above, naming the array.
       FileNotFoundError: if there is no such file.
     """
-    is_file = isinstance(name, str) and name.endswith(".npz")
-    given = _read(Path(name)) if is_file else _called(name)
+    given = _read(Path(name)) if isinstance(name, str) and name.endswith(".npz") else _called(name)
     where = f"data.name: {name_of(name)}"
     missing = [array for array in _NEEDED if array not in given]
     if any(array in given for array in _TEST):
@@ -105,7 +104,7 @@ def every_fifth(labels: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"data.name: {path}: expected a file of arrays, got no such file")
     try:
@@ -176,8 +175,10 @@ def _moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     scale = 255.0 if images.dtype == np.uint8 else 1.0
     count = images[..., 0].size
     parts = [images[i : i + _PART] for i in range(0, len(images), _PART)]
-    mean = sum(part.sum((0, 1, 2), dtype=np.float64) for part in parts) / (scale * count)
-    variance = sum(np.square(part / scale - mean).sum((0, 1, 2)) for part in parts) / count
+    sums = np.array([part.sum((0, 1, 2), dtype=np.float64) for part in parts])
+    mean = sums.sum(axis=0) / (scale * count)
+    squares = np.array([np.square(part / scale - mean).sum((0, 1, 2)) for part in parts])
+    variance = squares.sum(axis=0) / count
     std = np.sqrt(variance)
     return tuple(map(float, mean)), tuple(float(s) if s > 0 else 1.0 for s in std)
 

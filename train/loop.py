@@ -267,8 +267,10 @@ class _Worker:
             for batch in engine.feed(self.job.layout, dataset.train, parts, key=key)
         ]
         variables = {"params": state.train.params, "batch_stats": state.train.batch_stats}
+        module = self.job.task.network.module
+        assert module is not None
         params, errors = products.quantize(
-            self.job.task.network.module,
+            module,
             variables,
             batches,
             config.quantize,

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import Var
 
 import jaxquant as jq
 from jaxquant.trees import leaves_with_paths, pure, replaced
@@ -103,7 +104,7 @@ def linen(module: nn.Module) -> Network:
     """Return a module of Flax Linen as a network; its features are sown as "intermediates"."""
     takes_train = "train" in inspect.signature(type(module).__call__).parameters
 
-    def mode(train: bool) -> dict[str, bool]:
+    def mode(train: bool) -> dict[str, Any]:
         return {"train": train} if takes_train else {}
 
     def init(key: jax.Array, inputs: jax.Array) -> Any:
@@ -214,7 +215,7 @@ def _by_use(network: Network, image: jax.ShapeDtypeStruct) -> tuple[jq.LayerRule
     first: dict[Any, int] = {}
     for number, equation in enumerate(jaxpr.eqns):
         for variable in equation.invars:
-            if isinstance(variable, jax.extend.core.Var):
+            if isinstance(variable, Var):
                 first.setdefault(variable, number)
     places = [first.get(variable, len(jaxpr.eqns)) for variable in jaxpr.invars]
     depth = dict(zip((path for path, _ in leaves_with_paths(params)), places, strict=False))
