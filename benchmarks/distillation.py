@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from benchmarks import common
-from train import engine, layout, models
+from train import engine, layout, models, networks, tasks
 from train.config import Config, Fit
 from train.data import Dataset, Images
 
@@ -36,12 +36,13 @@ def rows(model: str, batch: int, turns: int) -> list[list[object]]:
     )
     dataset = Dataset("random", split, split, 10, (0.5,) * 3, (0.25,) * 3, pad=4, flip=True)
     module = models.build(model, num_classes=10)
+    task = tasks.classify(networks.linen(module), dataset)
     images = np.zeros(shape, np.float32)
     variables = jax.jit(partial(module.init, train=False))(jax.random.key(0), images)
 
     def steps(stage: Fit):
         config = Config(model=model, batch_size=batch, retrain=stage)
-        functions = engine.build(config, dataset, module, module, layout.make(config))
+        functions = engine.build(config, dataset, task, layout.make(config))
         state = functions.start(variables, (), np.float32(0.9), np.float32(1e-4))
         batches = Images(split.images[None], split.labels[None])
         key = engine.key_data(jax.random.key(1))

@@ -8,7 +8,7 @@ and features; rounding to nearest and Q-CNN do not re-train.
 """
 
 from train.compare import methods
-from train.config import Config, Data, Fit, Quantize
+from train.config import Config, Data, Fit, Plots, Quantize
 
 
 def get_configs() -> dict[str, Config]:
@@ -19,7 +19,7 @@ def get_configs() -> dict[str, Config]:
         fit=Fit(epochs=(0,)),
         quantize=Quantize(recalibrate_batches=20),
         retrain=Fit(learning_rate=0.02, distill_weight=1.0, temperature=16.0, feature_weight=100.0),
-        plots=False,
+        plots=Plots(draw=False),
         tensorboard=False,
     )
     return methods(config, epochs=1)

@@ -7,7 +7,7 @@ epochs in fewer rounds; rounding to nearest and Q-CNN do not re-train.
 """
 
 from train.compare import methods
-from train.config import Config, Data, Fit
+from train.config import Config, Data, Fit, Plots
 
 
 def get_configs() -> dict[str, Config]:
@@ -17,7 +17,7 @@ def get_configs() -> dict[str, Config]:
         model="small_cnn",
         fit=Fit(epochs=(20,), learning_rate=0.1, warmup_epochs=1),
         retrain=Fit(learning_rate=0.02),
-        plots=False,
+        plots=Plots(draw=False),
         tensorboard=False,
     )
     return methods(config, epochs=2)

@@ -11,7 +11,7 @@ command once for each core. What came out: docs/results.md.
 from dataclasses import replace
 
 from jaxquant import LayerRule
-from train.config import Config, Data, Fit, Quantize, vary
+from train.config import Config, Data, Fit, Plots, Quantize, vary
 
 
 def get_configs() -> dict[str, Config]:
@@ -22,7 +22,7 @@ def get_configs() -> dict[str, Config]:
         fit=Fit(epochs=(0,)),
         quantize=Quantize(method="slq", bits=3, rounds=(2, 3, 4, 5), recalibrate_batches=50),
         retrain=Fit(epochs=(1,), learning_rate=0.01, distill_weight=0.7),
-        plots=False,
+        plots=Plots(draw=False),
         tensorboard=False,
     )
     features_100 = vary(

@@ -12,7 +12,7 @@ command once for each core. What came out: docs/results.md.
 from dataclasses import replace
 
 from jaxquant import LayerRule
-from train.config import Config, Data, Fit, Quantize, vary
+from train.config import Config, Data, Fit, Plots, Quantize, vary
 
 
 def get_configs() -> dict[str, Config]:
@@ -23,7 +23,7 @@ def get_configs() -> dict[str, Config]:
         fit=Fit(epochs=(0,)),
         quantize=Quantize(method="mlq", bits=2, groups=3, recalibrate_batches=50),
         retrain=Fit(epochs=(1,), learning_rate=0.02, distill_weight=0.7),
-        plots=False,
+        plots=Plots(draw=False),
         tensorboard=False,
     )
     soft_t4 = vary(base, retrain=dict(distill_weight=1.0, temperature=4.0))

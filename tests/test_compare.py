@@ -20,9 +20,9 @@ def study(tmp_path):
     path = tmp_path / "study.py"
     path.write_text(
         "from jaxquant import LayerRule\n"
-        "from train.config import Config, Fit, Quantize, vary\n"
+        "from train.config import Config, Fit, Plots, Quantize, vary\n"
         "def get_configs():\n"
-        "    base = Config(fit=Fit(epochs=(3,)), plots=False, tensorboard=False)\n"
+        "    base = Config(fit=Fit(epochs=(3,)), plots=Plots(draw=False), tensorboard=False)\n"
         "    inq = {'method': 'inq', 'bits': 3, 'shares': (0.5, 1.0)}\n"
         "    rules = (LayerRule('(conv2|linear)/kernel'),)\n"
         "    qcnn = {'method': 'qcnn', 'words': 16, 'calibration_images': 64, 'rules': rules}\n"

@@ -20,7 +20,7 @@ from jax.experimental import topologies
 import jaxquant as jq
 from benchmarks.common import collective_sizes
 from jaxquant.packing.codes import packed_rows
-from train import engine, experiment, models, program
+from train import engine, experiment, program
 from train.config import Config, Data, Fit, Quantize
 from train.layout import Layout
 
@@ -139,8 +139,7 @@ def test_one_program_compiles(target):
         batch_size=128,
     )
     job = experiment.check(config)
-    batch_model = models.build(config.model, num_classes=10, bn_momentum=0.0)
-    parts = engine.build(config, job.dataset, job.model, batch_model, layout).parts
+    parts = engine.build(config, job.dataset, job.task, layout).parts
     quant = jax.eval_shape(lambda p: jq.init(job.plan, p), job.shapes["params"])
     number = jax.ShapeDtypeStruct((), "float32")
     state = jax.eval_shape(parts.start, job.shapes, quant, number, number)

@@ -1,6 +1,7 @@
 """Configs: files, overrides by name, one clear line for what is wrong."""
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from jaxquant import LayerRule
+from tests import own
 from train import config
-from train.config import Config, Data, Fit, Quantize
+from train.config import Config, Data, Fit, Plots, Quantize
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -44,7 +46,7 @@ def test_overrides_reach_nested_fields_of_every_type():
     ("override", "message"),
     [
         ("sed=3", r"--config.sed: expected one of data, model, init, .* got 'sed'"),
-        ("fit.lr=3", r"--config.fit.lr: expected one of epochs, learning_rate"),
+        ("fit.lr=3", r"--config.fit.lr: expected one of epochs, optimizer, learning_rate"),
         ("fit=3", r"--config.fit: expected one of its fields: fit.epochs, "),
         ("seed.x=3", r"--config.seed.x: expected seed to have fields"),
         ("seed=three", r"--config.seed: expected a valid integer, .*, got 'three'"),
@@ -153,8 +155,9 @@ object.__setattr__(RULE, "axis", "0")  # whatever made it so
         (Config(seed=1.5), "seed: expected a valid integer, got 1.5"),
         (Config(seed=True), "seed: expected a valid integer, got True"),
         (Config(seed=None), "seed: expected a valid integer, got None"),
-        (Config(plots=1), "plots: expected a valid boolean, got 1"),
-        (Config(model=b"x"), "model: expected a valid string, got b'x'"),
+        (Config(plots=Plots(draw=1)), "plots.draw: expected a valid boolean, got 1"),
+        (Config(plots=False), "plots: expected an instance of Plots, got False"),
+        (Config(model=b"x"), "model: expected a valid string, a class or a function, got b'x'"),
         (Config(save_seconds=False), "save_seconds: expected a valid number, got False"),
         (Config(fit=Fit(learning_rate="0.1")), "fit.learning_rate: expected a valid number, "),
         (Config(retrain=Fit(epochs=1)), "retrain.epochs: expected a valid tuple, got 1"),
@@ -233,6 +236,23 @@ def test_overrides_reach_every_config_of_a_study(tmp_path):
     assert loaded["b"].model == "lenet5"
 
 
+def test_classes_and_functions_are_saved_by_their_names():
+    given = Config(
+        data=Data(name=own.arrays),
+        model=own.Linen,
+        fit=Fit(epochs=(1,), optimizer=functools.partial(own.clipped, weight_decay=0.1)),
+    )
+    given = config.validate(given)
+    assert given.model is own.Linen
+    saved = json.loads(config.to_json(given))
+    assert saved["data"]["name"] == "tests.own:arrays"
+    assert saved["fit"]["optimizer"] == "tests.own:clipped(weight_decay=0.1)"
+    named = config.override_field(given, "model=tests.own:Linen")
+    named = config.override_field(named, "data.name=tests.own:arrays")
+    assert config.difference(config.to_json(given), config.to_json(named)) == ""
+    assert hash(given.data) != hash(Data())
+
+
 def test_difference_names_the_fields_that_changed():
     old = Config()
     new = dataclasses.replace(old, seed=1, fit=dataclasses.replace(old.fit, momentum=0.5))
@@ -248,6 +268,8 @@ def test_a_field_that_an_old_config_lacks_had_its_default():
     assert config.difference(old, config.to_json(Config())) == ""
     other = dataclasses.replace(Config(), data=Data(image_size=64))
     assert config.difference(old, config.to_json(other)) == "data.image_size: 224 -> 64"
+    full["plots"] = True  # as it was
+    assert config.difference(json.dumps(full), config.to_json(Config())) == ""
     full["forgotten"] = 3
     changed = config.difference(json.dumps(full), config.to_json(Config()))
     assert changed == "forgotten: 3 -> None"

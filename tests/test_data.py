@@ -147,9 +147,8 @@ def test_digits_need_neither_tfds_nor_a_folder():
 
 
 def test_unknown_name_lists_the_names(tmp_path):
-    with pytest.raises(
-        ValueError, match="expected one of digits, cifar10, mnist, imagenet2012, got 'svhn'"
-    ):
+    expected = "data.name: expected one of digits, cifar10, mnist, imagenet2012, or FILE.npz or "
+    with pytest.raises(ValueError, match=f"{expected}.* got 'svhn'"):
         data.load("svhn", data_dir=tmp_path)
 
 

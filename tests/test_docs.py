@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import runpy
+import sys
 import tomllib
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 import jaxquant as jq
 from jaxquant.trees import pure
 from tests.cases import mostly_slow, unpadded
+from train import __main__ as cli
 from train import summary
 
 ROOT = Path(__file__).parent.parent
@@ -262,6 +265,37 @@ def test_versions_agree():
     assert f"\nversion: {jq.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"version = {{{jq.__version__}}}" in (ROOT / "docs" / "citing.md").read_text()
     assert f"\n## [{jq.__version__}] - 20" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_example_of_your_own_model_runs(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "your_own_model.md").read_text()
+    *files, after = _blocks(text)
+    for content in files:
+        (tmp_path / content.split()[1]).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (commands,) = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    for command in commands.splitlines():
+        program, *arguments = command.removeprefix("python ").split()
+        if program == "-m":
+            assert arguments.pop(0) == "train"
+            assert cli.main(arguments) == 0, command
+        else:
+            runpy.run_path(program)
+    out = capsys.readouterr().out
+    for name in ("my_network:Cnn", "my_network:NnxCnn"):
+        assert f"{name} on my_images.npz, 10 classes, 1,442 images to train on and 355 to te" in out
+    for run in ("linen", "nnx"):
+        report = summary.read(tmp_path / "runs" / run)
+        assert report["quantized"]["on_codebook"] and report["quantized"]["accuracy"] > 0.8
+        assert list(report["rounds"][0]["layers"]) == [
+            f"{layer}/kernel" for layer in ("first", "second", "answer")
+        ]
+    names: dict = {}
+    exec(after, names)
+    labels = np.load("my_images.npz")["labels"][:5]
+    assert (np.argmax(names["logits"], -1) == labels).mean() >= 0.6
+    monkeypatch.delitem(sys.modules, "my_network")
 
 
 def _blocks(text):

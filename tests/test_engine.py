@@ -1,6 +1,8 @@
 """The compiled parts of training: augmentation, learning rates, distillation, measurements."""
 
 import dataclasses
+import functools
+import re
 
 import chex
 import flax.linen as nn
@@ -11,9 +13,11 @@ import optax
 import pytest
 
 import jaxquant as jq
-from train import engine, layout
+from tests import own
+from train import engine, layout, networks, tasks
 from train.config import Config, Fit, Quantize
 from train.data import Dataset, Images
+from train.networks import Answers
 
 
 class Tiny(nn.Module):
@@ -46,10 +50,13 @@ def make_dataset(size=40, pad=0, flip=False):
     return Dataset("x", train, train.first(7), 3, (0.5, 0.25), (0.5, 2.0), pad, flip)
 
 
+def task_of(module, dataset):
+    return tasks.classify(networks.linen(module), dataset)
+
+
 def make_engine(config, dataset, network=Tiny, inputs=(), plan=None):
     where = layout.make(config)
-    networks = network(), network(momentum=0.0)
-    functions = engine.build(config, dataset, *networks, where, inputs, plan)
+    functions = engine.build(config, dataset, task_of(network(), dataset), where, inputs, plan)
     variables = network().init(jax.random.key(0), jnp.zeros((1, 4, 4, 2)), train=False)
     return functions, variables, dataset.train
 
@@ -57,8 +64,9 @@ def make_engine(config, dataset, network=Tiny, inputs=(), plan=None):
 KEY = engine.key_data(jax.random.key(3))
 
 
-def begin(functions, variables, quant=(), *, momentum=0.9, weight_decay=0.0):
-    return functions.start(variables, quant, np.float32(momentum), np.float32(weight_decay))
+def begin(functions, variables, quant=(), *, momentum=0.9, weight_decay=0.0, optimizer=""):
+    numbers = np.float32(momentum), np.float32(weight_decay)
+    return functions.start(variables, quant, *numbers, optimizer=optimizer)
 
 
 def normalized(dataset, images):
@@ -67,14 +75,22 @@ def normalized(dataset, images):
 
 def test_without_padding_and_flip_augmentation_is_normalization():
     dataset = make_dataset()
-    out = engine._augment(jax.random.key(0), jnp.asarray(dataset.train.images), dataset=dataset)
+    out = tasks.augment(jax.random.key(0), jnp.asarray(dataset.train.images), dataset=dataset)
     np.testing.assert_allclose(out, normalized(dataset, dataset.train.images), atol=1e-6)
+
+
+def test_bytes_come_to_the_network_as_zero_to_one_and_numbers_as_they_are():
+    dataset = make_dataset()
+    out = tasks.normalize(jnp.array([[0, 255]], jnp.uint8), dataset)
+    np.testing.assert_allclose(out, [[-0.5 / 0.5, 0.75 / 2.0]], atol=1e-6)
+    out = tasks.normalize(jnp.array([[-3.0, 255.0]]), dataset)
+    np.testing.assert_allclose(out, [[-3.5 / 0.5, 254.75 / 2.0]], atol=1e-6)
 
 
 def test_crops_are_windows_of_the_framed_image_and_flips_mirror_them():
     dataset = make_dataset(pad=1, flip=True)
     images = dataset.train.images
-    out = engine._augment(jax.random.key(1), jnp.asarray(images), dataset=dataset)
+    out = tasks.augment(jax.random.key(1), jnp.asarray(images), dataset=dataset)
     framed = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
     seen = set()
     for image, got in zip(framed, np.asarray(out), strict=True):
@@ -146,7 +162,17 @@ def quant_state(params, frozen=None, codebooks=None, frozen_centroids=None):
 
 
 def train(
-    functions, state, images, variables, quant, *, steps, distill=False, move=False, warmth=None
+    functions,
+    state,
+    images,
+    variables,
+    quant,
+    *,
+    steps,
+    distill=False,
+    move=False,
+    warmth=None,
+    **more,
 ):
     order = engine.epoch_order(jax.random.key(2), 40, 10)[:steps]
     rates = np.full(steps, 0.1, np.float32)
@@ -161,6 +187,7 @@ def train(
         None if warmth is None else np.full(steps, warmth, np.float32),
         distill=distill,
         move_centroids=move,
+        **more,
     )
 
 
@@ -218,13 +245,67 @@ def test_a_step_is_sgd_with_momentum_and_decay_on_the_free_weights():
     np.testing.assert_allclose(state.params["bn"]["scale"], expected["bn"]["scale"], atol=1e-5)
 
 
+def test_an_optimizer_of_your_own_sees_the_free_weights_alone():
+    """It clips by the norm of all gradients, and takes no momentum."""
+    dataset = make_dataset()
+    functions, variables, images = make_engine(Config(steps_per_call=1), dataset)
+    params = variables["params"]
+    start = begin(functions, variables, weight_decay=0.5, optimizer=own.clipped)
+    frozen = jax.tree.map(lambda p: jnp.zeros(p.shape, bool), params)
+    frozen["dense"]["kernel"] = frozen["dense"]["kernel"].at[4:].set(True)
+    got, _, _ = train(
+        functions,
+        start,
+        images,
+        variables,
+        quant_state(params, frozen),
+        steps=1,
+        optimizer=own.clipped,
+    )
+    index = np.asarray(engine.epoch_order(jax.random.key(2), 40, 10)[0])
+    x = normalized(dataset, dataset.train.images[index]).astype(np.float32)
+
+    def loss(params):
+        logits, _ = Tiny().apply(
+            {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+        )
+        labels = dataset.train.labels[index]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    tx = jq.freeze_quantized(own.clipped(0.1, 0.5))
+    updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params, frozen=frozen)
+    chex.assert_trees_all_close(got.params, optax.apply_updates(params, updates), atol=1e-5)
+    kernel = got.params["dense"]["kernel"]
+    np.testing.assert_array_equal(kernel[4:], params["dense"]["kernel"][4:])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        ("optax:nowhere", "x: expected nowhere in optax, got no such name"),
+        (
+            "optax:clip",
+            "x: expected optax.transforms._clipping:clip to need no arguments but learn",
+        ),
+        (lambda: optax.sgd(0.1), "<lambda> to take a learning_rate, which changes by step"),
+        (lambda learning_rate: 3, "<lambda>: AttributeError: "),
+    ],
+)
+def test_what_is_no_optimizer_is_named(optimizer, message):
+    params = {"a": jax.ShapeDtypeStruct((3,), "float32")}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        engine.check_optimizer("x", optimizer, params)
+    engine.check_optimizer("x", "optax:adamw", params)
+    engine.check_optimizer("x", "", params)
+
+
 def test_a_step_drops_by_a_key_that_augmentation_does_not_use():
     dataset = make_dataset(flip=True)
     functions, variables, images = make_engine(Config(steps_per_call=1), dataset, Dropping)
     state, _, _ = train(functions, begin(functions, variables), images, variables, (), steps=1)
     key = jax.random.fold_in(jax.random.wrap_key_data(KEY), 0)  # of the first step
     index = np.asarray(engine.epoch_order(jax.random.key(2), 40, 10)[0])
-    x = engine._augment(key, jnp.asarray(dataset.train.images[index]), dataset=dataset)
+    x = tasks.augment(key, jnp.asarray(dataset.train.images[index]), dataset=dataset)
     dropout = jax.random.fold_in(key, 2)
 
     def loss(params):
@@ -384,7 +465,7 @@ def test_features_at_a_distance_are_pulled_towards_those_of_the_teacher():
 def test_distillation_is_the_weighted_sum_of_labels_soft_targets_and_relative_feature_errors():
     rng = np.random.default_rng(0)
     ours, theirs = (
-        engine._Outputs(
+        Answers(
             jnp.asarray(rng.normal(size=(5, 3)), jnp.float32),
             [jnp.asarray(rng.normal(size=(5, n)), jnp.float32) for n in (4, 7)],
         )
@@ -423,10 +504,11 @@ class Sided(nn.Module):
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_mirrored_teacher_answers_an_image_as_its_mirror_image(dense):
     model, stage = Sided(dense), Fit(distill_weight=1.0, mirrored_teacher=True)
+    task = task_of(model, make_dataset())
     images = jax.random.normal(jax.random.key(1), (6, 4, 4, 2))
     variables = model.init(jax.random.key(0), images, train=False)
-    plain = [engine._teach(Fit(), model, variables, x) for x in (images, images[:, :, ::-1])]
-    got = [engine._teach(stage, model, variables, x) for x in (images, images[:, :, ::-1])]
+    plain = [engine._teach(Fit(), task, variables, x) for x in (images, images[:, :, ::-1])]
+    got = [engine._teach(stage, task, variables, x) for x in (images, images[:, :, ::-1])]
     for x in got:
         np.testing.assert_allclose(x.logits, (plain[0].logits + plain[1].logits) / 2, rtol=1e-5)
     assert np.abs(got[0].logits - plain[0].logits).max() > 1e-3
@@ -456,16 +538,19 @@ def test_a_step_asks_the_teacher_that_the_config_names(mirrored):
 
 
 def test_features_that_are_zero_in_the_teacher_give_a_finite_gradient():
-    ours = engine._Outputs(jnp.ones((2, 3)), [jnp.zeros((2, 4))])
+    ours = Answers(jnp.ones((2, 3)), [jnp.zeros((2, 4))])
     stage = Fit(feature_weight=1.0)
     gradient = jax.grad(lambda o: engine._distill(stage, jnp.float32(0.0), o, ours))(ours)
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(gradient))
 
 
-def test_recalibrated_statistics_are_means_over_batches():
+@pytest.mark.parametrize("momentum", [0.9, 0.25, 0.0])
+def test_recalibrated_statistics_are_means_over_batches(momentum):
     config = Config(quantize=Quantize(recalibrate_batches=4), batch_size=10)
     dataset = make_dataset()
-    functions, variables, images = make_engine(config, dataset)
+    network = functools.partial(Tiny, momentum)
+    functions, variables, images = make_engine(config, dataset, network)
+    variables["batch_stats"] = jax.tree.map(lambda x: x + 100, variables["batch_stats"])
     stats = functions.recalibrate(
         variables["params"], variables["batch_stats"], images, jax.random.key(0)
     )

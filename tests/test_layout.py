@@ -32,7 +32,7 @@ TERNARY = [
     "--config.quantize.rounds=3",
     "--config.quantize.recalibrate_batches=2",
     "--config.batch_size=128",
-    "--config.plots=false",
+    "--config.plots.draw=false",
 ]
 RUN = ["--config", "configs/digits_slq.py", *TERNARY]
 EIGHT = ["--config.mesh.devices=8", "--config.mesh.fsdp=true"]
@@ -162,7 +162,7 @@ def test_a_run_of_eight_devices_goes_on_anywhere(on_one, on_eight, tmp_path, mes
     shutil.copy(on_eight / "config.json", workdir)
     shutil.copytree(on_eight / "checkpoints", workdir / "checkpoints")
     assert cli.main([*RUN, *mesh, "--workdir", str(workdir)]) == 0
-    assert "continuing after 2 of its steps" in capsys.readouterr().out
+    assert "continuing after 2 of" in capsys.readouterr().out
     assert_close_runs(workdir, on_one)
 
 
@@ -208,7 +208,7 @@ def test_two_processes_train_one_network_in_parts(on_one, cache_folder, tmp_path
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "this checkpoint cannot be read" in outputs[0][1]
-    assert "continuing after 2 of its steps" in outputs[0][0]
+    assert "continuing after 2 of" in outputs[0][0]
     assert len(list((workdir / "checkpoints.damaged").iterdir())) == 1
     assert_close_runs(workdir, on_one)
 

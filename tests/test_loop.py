@@ -4,7 +4,9 @@ import contextlib
 import functools
 import itertools
 import json
+import re
 import shutil
+import time
 
 import chex
 import jax
@@ -13,13 +15,16 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
-from tests.cases import mostly_slow
+from tests import own
+from tests.cases import mostly_slow, timeless
 from tests.conftest import _settings as settings
 from tests.test_checkpoints import snapshot
+from tests.test_main import refused
 from train import __main__ as cli
 from train import experiment, imagenet_models, loop, models, products
 from train.checkpoints import Checkpoints, read
 from train.config import Config, Quantize
+from train.course import Progress
 from train.data import Dataset, Images
 
 pytestmark = pytest.mark.usefixtures("cached")
@@ -83,7 +88,7 @@ def toy(tmp_path, monkeypatch, traced_once):
     study.write_text(
         "from dataclasses import replace\n"
         "from jaxquant import LayerRule\n"
-        "from train.config import Config, Data, Fit, Quantize\n"
+        "from train.config import Config, Data, Fit, Plots, Quantize\n"
         "def config(method):\n"
         "    softly = method == 'softly'\n"
         "    quantize = Quantize(method='slq' if softly else method, bits=2,\n"
@@ -94,7 +99,8 @@ def toy(tmp_path, monkeypatch, traced_once):
         "    retrain = replace(fit, epochs=(2,), straight_through=True, warmest=0.5,\n"
         "                      centroid_rate=1.0) if softly else fit\n"
         "    return Config(data=Data(name='toy'), model='lenet5', batch_size=8, fit=fit,\n"
-        "                  quantize=quantize, retrain=retrain, save_seconds=0, plots=False)\n"
+        "                  quantize=quantize, retrain=retrain, save_seconds=0,\n"
+        "                  plots=Plots(draw=False))\n"
         "def get_configs():\n"
         f"    return {{method: config(method) for method in {METHODS}}}\n"
     )
@@ -120,33 +126,81 @@ def stages(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", quick(METHODS))
 def test_a_run_goes_on_and_is_read_from_every_stage(method, toy, stages, tmp_path, capsys):
-    runs = tmp_path / "runs"
-    assert cli.main([*toy, method]) == 0
-    (tmp_path / "copying").unlink()
-    whole = {
-        name: (runs / method / name).read_bytes()
-        for name in ("report.json", "metrics.jsonl", *["model.safetensors"] * (method != "none"))
-    }
-    rounds = 0 if method in ("qcnn", "none") else 2
+    runs, rounds = tmp_path / "runs", 0 if method in ("qcnn", "none") else 2
     # In the float training, at its end, in the first re-training, after it, at the end.
     wanted = ["0.1", "1.0", "1.2", "2.0", "3.0"][: 5 if rounds else 2]
+    goes_on([*toy, method], runs, runs / method, stages, wanted, capsys)
+
+
+def goes_on(command, runs, run, stages, wanted, capsys):
+    """Check that a run is read, and ends alike, from what it is after some of its saves."""
+    assert cli.main(command) == 0
+    runs.with_name("copying").unlink()
+    names = ("report.json", "metrics.jsonl", "model.safetensors")
+    whole = {name: timeless(run / name) for name in names if (run / name).is_file()}
+    count = int(wanted[-1].partition(".")[0])
     assert set(wanted) <= {path.name for path in stages.iterdir()}
     for stage in wanted:
         shutil.rmtree(runs)
         shutil.copytree(stages / stage, runs)
-        (runs / method / "checkpoints" / "99.orbax-checkpoint-tmp").mkdir()  # being written
+        (run / "checkpoints" / "99.orbax-checkpoint-tmp").mkdir()  # being written
         before = snapshot(runs)
-        assert cli.main(["eval", *toy, method]) == 0
-        export = ["export", *toy, method, "--output", str(tmp_path / "a.safetensors")]
+        assert cli.main(["eval", *command]) == 0
+        export = ["export", *command, "--output", str(runs.with_name("a.safetensors"))]
         assert cli.main([*export, "--format", "pytorch"]) == 0
         assert cli.main(["report", "--workdir", str(runs)]) == 2
         assert snapshot(runs) == before
         capsys.readouterr()
-        assert cli.main([*toy, method]) == 0
+        assert cli.main(command) == 0
         units, steps = stage.split(".")
-        steps = f" and {steps} of the next epoch" * (steps != "0")
-        assert f"continuing after {units} of its steps{steps}" in capsys.readouterr().out
-        assert {name: (runs / method / name).read_bytes() for name in whole} == whole
+        steps = f" and {steps} steps of the next" * (steps != "0")
+        assert f"continuing after {units} of {count} epochs{steps}" in capsys.readouterr().out
+        assert {name: timeless(run / name) for name in whole} == whole
+
+
+def test_an_epoch_is_a_line_and_what_took_time_is_reported(toy, tmp_path, capsys):
+    started = time.monotonic()
+    assert cli.main([*toy, "slq"]) == 0
+    whole, run = time.monotonic() - started, tmp_path / "runs" / "slq"
+    line = r"{}, epoch 1/1: loss \d\.\d{{4}}, accuracy \d+\.\d\d% in training, [\d,]+ images/s{}\n"
+    out = capsys.readouterr().out
+    for stage, left in (("float", r", \d+ s left"), ("round 1", r", \d+ s left"), ("round 2", "")):
+        assert len(re.findall(line.format(stage, left), out)) == 1, stage
+    events = [json.loads(event) for event in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(event["seconds"] > 0 for event in events)
+    assert [event["epoch"] for event in events] == [0, 0, 1, 1, 1, 2, 2, 2]
+    report = json.loads((run / "report.json").read_text())
+    assert report["seconds"] == pytest.approx(sum(event["seconds"] for event in events))
+    assert 0.1 * whole < report["seconds"] < whole
+    for row in report["rounds"]:
+        of_round = [event["seconds"] for event in events if event.get("round") == row["round"]]
+        assert len(of_round) == 3 and row["seconds"] == pytest.approx(sum(of_round))
+
+
+@pytest.mark.parametrize("model", ["Linen", "Nnx"])
+def test_a_run_of_your_own_goes_on_and_is_read_from_every_stage(
+    model, stages, traced_once, tmp_path, capsys
+):
+    """Its stages have optimizers of different state."""
+    np.savez(tmp_path / "own.npz", **own.arrays())
+    data = {"Linen": str(tmp_path / "own.npz"), "Nnx": "tests.own:arrays"}[model]
+    config = tmp_path / "own.py"
+    config.write_text(
+        "from train.config import *\ndef get_config(): return Config(quantize=Quantize("
+        "bits=2, rounds=(2, 3), recalibrate_batches=2), batch_size=16, save_seconds=0, "
+        "plots=Plots(draw=False), "
+        "fit=Fit(epochs=(1,), learning_rate=0.01, optimizer='optax:adamw'), retrain=Fit("
+        "learning_rate=0.01, optimizer='tests.own:clipped', distill_weight=0.5))"
+    )
+    runs = tmp_path / "runs"
+    command = ["--config", str(config), f"--config.model=tests.own:{model}"]
+    command += [f"--config.data.name={data}", "--workdir", str(runs)]
+    goes_on(command, runs, runs, stages, ["0.1", "1.0", "1.2", "2.0", "3.0"], capsys)
+    saved = json.loads((runs / "config.json").read_text())
+    assert (saved["model"], saved["data"]["name"]) == (f"tests.own:{model}", data)
+    assert "got retrain.optimizer: 'tests.own:clipped' -> 'optax:lion'" in refused(
+        capsys, *command, "--config.retrain.optimizer=optax:lion"
+    )
 
 
 @pytest.mark.slow
@@ -239,7 +293,7 @@ def a_state(name, monkeypatch):
     shapes = loop._abstract(job, loop._functions(job))
     numbers = itertools.cycle(range(100))
     state = jax.tree.map(lambda x: np.full(x.shape, next(numbers), x.dtype), shapes)
-    return shapes, state, {"progress": loop.Progress(units=1)._asdict(), "events": []}
+    return shapes, state, {"progress": Progress(units=1)._asdict(), "events": []}
 
 
 @pytest.mark.parametrize("name", quick(models.NAMES))

@@ -33,7 +33,7 @@ def refused(capsys, *arguments):
 
 def write_config(path, body):
     path.parent.mkdir(exist_ok=True, parents=True)
-    path.write_text(f"from train.config import Config, Data, Fit, Quantize, vary\n{body}\n")
+    path.write_text(f"from train.config import Config, Data, Fit, Plots, Quantize, vary\n{body}\n")
     return path
 
 
@@ -94,6 +94,28 @@ def test_files_given_one_by_one_are_all_taken(tmp_path, capsys, monkeypatch):
         (
             "def get_configs(): return {'a': Config(), 'b': vary(Config(), fit={'momentum': 'x'})}",
             "b: fit.momentum: expected a valid number, got 'x'",
+        ),
+        ("def get_config(): return Config(model='a.b:C')", "model: expected a module a.b that can"),
+        (
+            "def get_config(): return Config(model=dict)",
+            "model: expected builtins:dict to give a m",
+        ),
+        (
+            "def get_config(): return Config(data=Data(name='a.npz'))",
+            "data.name: a.npz: expected a f",
+        ),
+        (
+            "def get_config(): return Config(fit=Fit(epochs=(1,), optimizer='optax:clip'))",
+            "fit.optimizer: expected optax",
+        ),
+        (
+            "def get_config(): return vary(Config(model='tests.own:Linen'), "
+            "retrain=dict(feature_weight=1))",
+            "retrain.feature_weight: expected 0, tests.own:Linen gives no features",
+        ),
+        (
+            "def get_config(): return Config(model='tests.own:Nnx', quantize=Quantize('qcnn'))",
+            "quantize.method: expected a network of Flax Linen for qcnn",
         ),
         (
             "def get_configs(): return {'a': Config(), 'b': Config(batch_size=5000)}",
@@ -181,7 +203,7 @@ def test_without_a_device_there_is_one_line(capsys, monkeypatch):
 ONE_STEP = [
     *("--config", "configs/digits_slq.py", "--config.batch_size=1442"),
     *("--config.fit.epochs=1", "--config.retrain.epochs=1", "--config.quantize.rounds=17"),
-    *("--config.plots=false", "--config.tensorboard=false"),
+    *("--config.plots.draw=false", "--config.tensorboard=false"),
 ]
 
 
@@ -259,7 +281,7 @@ def test_json_has_no_nan():
 def test_ctrl_c_ends_a_whole_study(tmp_path, capsys, monkeypatch):
     """Told while a run saves for the last time, it ends that run and those after it."""
     body = (
-        "def get_configs(): return {x: Config(fit=Fit(epochs=(1,)), plots=False, "
+        "def get_configs(): return {x: Config(fit=Fit(epochs=(1,)), plots=Plots(draw=False), "
         "quantize=Quantize(method='none')) for x in 'ab'}"
     )
     path = write_config(tmp_path / "c.py", body)
@@ -278,4 +300,4 @@ def test_ctrl_c_ends_a_whole_study(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "w" / "a" / "report.json").exists()
     assert not (tmp_path / "w" / "b" / "checkpoints").exists()
     assert cli.main(["--config", str(path), "--workdir", str(tmp_path / "w")]) == 0
-    assert "a: continuing after 1 of its steps" in capsys.readouterr().out
+    assert "a: continuing after 1 of 1 epochs" in capsys.readouterr().out

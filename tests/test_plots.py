@@ -493,6 +493,18 @@ def test_same_figure_under_any_settings(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+@pytest.mark.parametrize(("form", "start"), [("pdf", b"%PDF-"), ("svg", b"<?xml")])
+def test_figures_are_for_papers_too_and_undated(form, start, tmp_path, monkeypatch):
+    for name, epoch in (("a", "0"), ("b", "1000000000")):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+        path = tmp_path / f"{name}.{form}"
+        plots.plot_rounds(path, float_accuracy=0.9, rounds=rounds_5bit())
+        assert path.read_bytes().startswith(start)
+    assert (tmp_path / f"a.{form}").read_bytes() == (tmp_path / f"b.{form}").read_bytes()
+    if form == "svg":
+        assert "accuracy (%)" in (tmp_path / "a.svg").read_text()  # as text
+
+
 def test_pyplot_is_not_imported():
     code = "import sys; from train import plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -526,6 +538,34 @@ def test_curves_are_means_over_seeds_amid_their_range(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="a: expected runs of equally many rounds"):
         plots.plot_curves(tmp_path / "b.png", families={"a": [[0.0], [0.0, 0.0]]})
+
+
+def check_values_apart(figure):
+    """No value that is written in a panel lies over another one, or over a curve."""
+    renderer = figure.canvas.get_renderer()
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent(renderer) for text in axes.texts]
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+        assert axes.get_window_extent(renderer).contains(box.x0, box.y0)
+        for line in axes.lines:
+            path = line.get_transform().transform_path(line.get_path())
+            assert not path.intersects_bbox(box, filled=False)
+    return boxes
+
+
+def test_no_curve_crosses_the_values_of_those_that_fell_off(tmp_path):
+    runs = {f"{i}": [[-0.01 * i, -0.1 * i, -0.02 * i, -0.051 * i]] for i in range(12)}
+    assert len(check_values_apart(plots.plot_curves(tmp_path / "a.png", families=runs))) == 23
+    sizes = {f"{i}": [(90.0 + 3 * i, 0.8 - 0.05 * i), (300.0 - i, 0.9)] for i in range(12)}
+    figure = plots.plot_comparison(tmp_path / "b.png", families=sizes, full=(1000.0, 0.91))
+    assert len(check_values_apart(figure)) == 11
+
+
+def test_the_scale_of_shares_is_told(tmp_path):
+    layers = make_layers({"a/kernel": (8, 8)}, k=3, share=1.0)
+    figure = plots.plot_weights(tmp_path / "a.png", **layers)
+    assert figure.get_supylabel() == "share of weights (%), square root"
 
 
 def test_36_curves_are_told_apart(tmp_path):

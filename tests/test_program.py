@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from tests.test_engine import Tiny, begin, make_dataset
+from tests.test_engine import Tiny, begin, make_dataset, task_of
 from train import __main__ as cli
 from train import engine, layout, program
 from train.config import Config, Fit, Quantize
@@ -26,7 +26,7 @@ RUN = [
     "--config.quantize.groups=1",
     "--config.quantize.recalibrate_batches=2",
     "--config.batch_size=128",
-    "--config.plots=false",
+    "--config.plots.draw=false",
 ]
 EVERYTHING = [
     "--config.retrain.feature_weight=1",
@@ -45,7 +45,7 @@ def run(workdir, *arguments):
 
 def assert_close(ours, theirs, *, accuracy, loss):
     """Check that two logs tell of the same steps, and of the same numbers but for rounding."""
-    assert [(e["kind"], e["step"]) for e in ours] == [(e["kind"], e["step"]) for e in theirs]
+    assert [(e["kind"], e["epoch"]) for e in ours] == [(e["kind"], e["epoch"]) for e in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=loss)
         for name in {"accuracy", "train_accuracy"} & set(b):
@@ -70,7 +70,7 @@ def test_one_program_is_the_loop(options, tmp_path, capsys):
     # What is done is not done again.
     run(tmp_path / "one", *options, "--config.one_program=true")
     out = capsys.readouterr().out
-    assert "continuing after 4 of its steps" in out and "in one program" not in out
+    assert "continuing after 4 of 4 epochs" in out and "in one program" not in out
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ def experiment(seed, rate, *, partition="loss"):
         seed=seed,
     )
     dataset = make_dataset()
-    functions = engine.build(config, dataset, Tiny(), Tiny(momentum=0.0), layout.make(config))
+    functions = engine.build(config, dataset, task_of(Tiny(), dataset), layout.make(config))
     variables = Tiny().init(jax.random.key(7), jnp.zeros((1, 4, 4, 2)), train=False)
     plan = jq.slq(variables["params"], bits=2, rounds=(2, 3), partition=partition)
     keys = [jax.random.fold_in(jax.random.key(seed), i) for i in range(9)]

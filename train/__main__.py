@@ -1,28 +1,6 @@
-"""Command line: `python -m train [eval|export|report|compare] --config configs/X.py --workdir DIR`.
+"""Command line: `python -m train [VERB] --config configs/X.py --workdir DIR`; `help` tells more.
 
-Without a verb: train or load a network, quantize it, report; the same workdir continues. Several
-configs, separated by commas, and those of a study run one after the other in subfolders and end in
-one table, summary.md; --only runs those whose names match. What is finished is not run again, and
-the same command in a second process (with a GPU or a processor core of its own) takes what no other
-process is at.
-
-A config is a file of Python code, which every verb but report runs: give none that you would not
-run. Ctrl-C and SIGTERM end the program once it has saved, a second one at once; the same command
-continues.
-
---distributed runs the same command in several processes, of one machine or many that share the
-workdir's file system, as one: --config.mesh.devices=0 splits batches over all their devices. On
-TPU pods, Slurm and Kubernetes the flag is enough; elsewhere each process says where the first one
-is, how many there are, and which it is: --distributed=HOST:PORT,PROCESSES,INDEX.
-
-eval: accuracy of the workdir's latest checkpoint or, without --workdir, of --config.init=FILE,
-packed or PyTorch's; with --mirrored by the mean of the answers to an image and its mirror image.
-export: write that checkpoint's network to --output FILE.safetensors, packed as in the workdir's
-model.safetensors, or with --format pytorch as plain float tensors under PyTorch's names.
-report: print the reports of finished workdirs; with --output FILE.png draw their accuracies over
-the rounds.
-compare: run experiments that differ in how they quantize from one float network, trained once, and
-write comparison.md and comparison.png, accuracy against bytes; see configs/compare_digits.py.
+What goes wrong is told on one line, see `main`; the verbs and their flags are in `arguments`.
 """
 
 from train import signals
@@ -40,12 +18,13 @@ import threading
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from train import arguments as command
 
 if TYPE_CHECKING:
     from train.config import Config
 
-_OVERRIDE = "--config."
 _LONGEST = 2000  # characters of a message
 
 
@@ -53,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code: 0, or 2 for what the user can mend."""
     warnings.showwarning = lambda message, *_, **__: _tell("note", message)
     try:
-        options, overrides = _parse(arguments)
+        options, overrides = command.parse(arguments)
         with _joined(options.distributed):
             return _dispatch(options, overrides)
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
@@ -95,8 +74,6 @@ def _joined(processes: str | None) -> Iterator[None]:
 
 
 def _dispatch(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    if options.distributed is not None and options.verb != "train":
-        raise ValueError(f"--distributed: expected to train, got {options.verb}")
     if options.verb == "report":
         return _report(options.workdir, options.output)
     if not options.config:
@@ -150,36 +127,6 @@ def _load(paths: Sequence[str], overrides: Sequence[str]) -> dict[str, "Config"]
     return loaded
 
 
-def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    overrides = [a.removeprefix(_OVERRIDE) for a in arguments if a.startswith(_OVERRIDE)]
-    rest = [a for a in arguments if not a.startswith(_OVERRIDE)]
-    parser = argparse.ArgumentParser(
-        prog="python -m train",
-        description=__doc__,
-        epilog="--config.NAME=VALUE overrides a field, such as --config.retrain.epochs=4",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "verb", nargs="?", choices=("train", "eval", "export", "report", "compare"), default="train"
-    )
-    parser.error = _refuse
-    parser.add_argument("--config", "--configs", metavar="FILE[,FILE...]", action="append")
-    parser.add_argument("--workdir", metavar="DIR", type=Path)
-    parser.add_argument("--output", metavar="FILE", type=Path, help="for export, report")
-    parser.add_argument("--format", choices=("packed", "pytorch"), default="packed")
-    parser.add_argument(
-        "--distributed", nargs="?", const="", metavar="HOST:PORT,PROCESSES,INDEX", help="see above"
-    )
-    parser.add_argument("--mirrored", action="store_true", help="for eval")
-    parser.add_argument("--only", metavar="PATTERN", default="*", help="rows of a study, as 'a*'")
-    return parser.parse_args(rest), overrides
-
-
-def _refuse(message: str) -> NoReturn:
-    raise ValueError(message)
-
-
 def _train(loaded: dict[str, "Config"], workdir: Path) -> int:
     from train import experiment, loop, summary
     from train.logs import say
@@ -189,7 +136,7 @@ def _train(loaded: dict[str, "Config"], workdir: Path) -> int:
     with experiment.lock(workdir) as free:
         if not free:
             raise ValueError(f"{workdir}: another process is at it")
-        say(f"== {name}: {config.model} on {job.dataset.name}")
+        say(f"== {name}: {experiment.title(job)}")
         say(f"\n{summary.table({name: loop.run(job)})}\n")
     say(f"{workdir / 'report.md'}, {workdir / 'plots'}")
     return 0
@@ -200,7 +147,7 @@ def _compare(loaded: dict[str, "Config"], chosen: Collection[str], workdir: Path
     from train.logs import say
 
     say(f"\n{compare.run(loaded, chosen, workdir)}\n")
-    say(f"{workdir / 'comparison.md'}, {workdir / 'comparison.png'}")
+    say(f"{workdir / 'comparison.md'} and the figure beside it")
     return 0
 
 
@@ -244,8 +191,8 @@ def _report(workdir: Path | None, output: Path | None) -> int:
 
     if workdir is None:
         raise ValueError("expected --workdir DIR")
-    if output is not None and output.suffix != ".png":
-        raise ValueError(f"expected --output FILE.png, got {output}")
+    if output is not None and output.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"expected --output FILE.png, .pdf or .svg, got {output}")
     inner = sorted(path.parent for path in workdir.glob("*/report.json"))
     folders = [workdir] if (workdir / "report.json").is_file() or not inner else inner
     results = {folder.name: summary.read(folder) for folder in folders}

@@ -77,7 +77,8 @@ class Checkpoints:
         taken.
 
         Args:
-          like: a tree of arrays, or of shapes and dtypes with shardings.
+          like: a tree of arrays, or of shapes and dtypes with shardings, or a function that gives
+            it for the progress.
 
         Raises:
           ValueError: if there are checkpoints, but none can be read, or the latest one holds other
@@ -192,11 +193,11 @@ def _read(folder: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     summed = _check_sums(folder)
     try:
         saved = ocp.StandardCheckpointHandler().metadata(epath.Path(folder / "arrays")).tree
+        progress = dict(ocp.JsonCheckpointHandler().restore(epath.Path(folder / "progress")))
+        like = like(progress) if callable(like) else like
         differences = _differences(saved, like)
         if not differences:
-            arrays = _restore(folder / "arrays", saved, like)
-            progress = ocp.JsonCheckpointHandler().restore(epath.Path(folder / "progress"))
-            return arrays, dict(progress)
+            return _restore(folder / "arrays", saved, like), progress
     except Exception as error:  # whatever comes of reading damaged files
         reason = f"{folder}: this checkpoint cannot be read ({_first_line(error)})"
         of_memory = isinstance(error, MemoryError | jax.errors.JaxRuntimeError)

@@ -55,7 +55,7 @@ def methods(config: Config, *, epochs: int) -> dict[str, Config]:
 
 
 def run(configs: Mapping[str, Config], chosen: Iterable[str], workdir: Path) -> str:
-    """Run experiments from one float network, and write comparison.md and comparison.png.
+    """Run experiments from one float network, and write comparison.md and a figure beside it.
 
     Where the configs have no `init`, that network is trained first, once. What is finished is not
     run again. Rows are called FAMILY_VARIANT; those of a family are a curve in the figure.
@@ -88,7 +88,7 @@ def run(configs: Mapping[str, Config], chosen: Iterable[str], workdir: Path) -> 
     reports = {name: summary.read(workdir / name) for name in done}
     text = table(reports, {name: configs[name] for name in done})
     write_text(workdir / "comparison.md", text + "\n")
-    write_figure(workdir / "comparison.png", reports)
+    write_figure(workdir / f"comparison.{start.plots.format}", reports)
     return text
 
 

@@ -6,20 +6,22 @@ import json
 import re
 import reprlib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
 from jaxquant import LayerRule
 from jaxquant.clustering.codebooks import MOST_CENTROIDS
 from train.logs import read_json
+from train.named import name_of
 
 _MOST = 1_000_000  # of what is done one after the other
 
 # Types and bounds are checked by `validate`, not by the classes: only a whole config can say which
-# of its fields is wrong.
+# of its fields is wrong. The text beside a type is the field's meaning, which `describe` tells.
 _Count = Annotated[int, Field(ge=0, le=_MOST)]
 _Positive = Annotated[int, Field(ge=1, le=_MOST)]
 _Amount = Annotated[float, Field(ge=0)]
@@ -27,51 +29,92 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 _Listed = Field(strict=False)  # a list is as good as a tuple
 
 
+def _check_given(value: Any) -> Any:
+    if isinstance(value, str) or callable(value):
+        return value
+    raise PydanticCustomError("given", "a valid string, a class or a function")
+
+
+# A name, or a class or function of yours: itself, or as "package.module:name".
+_Given = Annotated[str | Callable[..., Any], PlainValidator(_check_given)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Where images come from; see `train.data`."""
 
-    name: str = "digits"
-    dir: str = "data"  # of prepared data and, in downloads/manual, of archives placed by hand
-    allow_unofficial: bool = False  # accept archives placed by hand whose checksum is not known
-    # Use the first so many training images only, to rank ideas; 0: all.
-    train_limit: Annotated[int, Field(ge=0)] = 0
-    image_size: _Positive = 224  # side of the crops of images that stay on disk (imagenet2012)
-    # Processes that decode these; 0: threads of this process.
-    workers: Annotated[int, Field(ge=0, le=1024)] = 0
+    name: Annotated[
+        _Given,
+        "digits, cifar10, mnist, imagenet2012; FILE.npz or package.module:function of your "
+        "own, see docs/your_own_model.md; in a config file a function too",
+    ] = "digits"
+    dir: Annotated[str, "of prepared data and, in downloads/manual, of archives placed by hand"] = (
+        "data"
+    )
+    allow_unofficial: Annotated[
+        bool, "accept archives placed by hand whose checksum is not known"
+    ] = False
+    train_limit: Annotated[
+        int,
+        Field(ge=0),
+        "use the first so many training images only, to rank ideas; 0: all",
+    ] = 0
+    image_size: Annotated[
+        _Positive, "side of the crops of images that stay on disk (imagenet2012)"
+    ] = 224
+    workers: Annotated[
+        int,
+        Field(ge=0, le=1024),
+        "processes that decode these; 0: threads of this process",
+    ] = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
     """The devices that train; see `train.layout`."""
 
-    devices: _Count = 1  # over which batches are split; 0: all, of all processes
-    fsdp: bool = False  # weights, masks and optimizer state split over them too
+    devices: Annotated[_Count, "over which batches are split; 0: all, of all processes"] = 1
+    fsdp: Annotated[bool, "weights, masks and optimizer state are split over them too"] = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """One stage of training: SGD with momentum, linear warm-up, cosine to zero."""
+    """One stage of training: linear warm-up of the learning rate, cosine to zero."""
 
-    # Of each round; a single number serves for all of them.
-    epochs: Annotated[tuple[_Count, ...], _Listed, Field(min_length=1)] = (1,)
-    learning_rate: _Amount = 0.1
-    warmup_epochs: _Amount = 0.0
-    momentum: _Amount = 0.9
-    weight_decay: _Amount = 1e-4  # added to the gradient
-    distill_weight: _Share = 0.0  # of the float network's soft targets; 0: labels only
-    temperature: Annotated[float, Field(gt=0)] = 2.0
-    feature_weight: _Amount = 0.0  # of the distance to the float network's features; 0: none
-    mirrored_teacher: bool = False  # it answers by the mean over an image and its mirror image
-    centroid_rate: _Amount = 0.0  # learning rate of frozen centroids, in learning rates; 0: fixed
-    # All weights train for the centroids nearest to them, and freeze when the stage ends; see
-    # `jaxquant.straight_through`.
-    straight_through: bool = False
-    # Its temperature at first, which falls to `coolest` in a share of the steps, `cooling`, and
-    # is 0 for the rest.
-    warmest: _Amount = 0.0
-    coolest: Annotated[float, Field(gt=0)] = 0.02
-    cooling: _Share = 0.7
+    epochs: Annotated[
+        tuple[_Count, ...],
+        _Listed,
+        Field(min_length=1),
+        "of each round; a single number serves for all of them",
+    ] = (1,)
+    optimizer: Annotated[
+        _Given,
+        "function that makes an optax optimizer, such as optax:adamw, of those of "
+        "learning_rate, momentum and weight_decay that it takes by name; empty: SGD",
+    ] = ""
+    learning_rate: Annotated[_Amount, "after the warm-up"] = 0.1
+    warmup_epochs: Annotated[_Amount, "in which the learning rate rises from zero"] = 0.0
+    momentum: Annotated[_Amount, "of the optimizer, and of the centroids'"] = 0.9
+    weight_decay: Annotated[_Amount, "of the optimizer; SGD adds it to the gradient"] = 1e-4
+    distill_weight: Annotated[_Share, "of the float network's soft targets; 0: labels only"] = 0.0
+    temperature: Annotated[float, Field(gt=0), "of these soft targets"] = 2.0
+    feature_weight: Annotated[
+        _Amount, "of the distance to the float network's features; 0: none"
+    ] = 0.0
+    mirrored_teacher: Annotated[
+        bool, "the float network answers by the mean over an image and its mirror image"
+    ] = False
+    centroid_rate: Annotated[
+        _Amount, "learning rate of frozen centroids, in learning rates; 0: fixed"
+    ] = 0.0
+    straight_through: Annotated[
+        bool,
+        "all weights train for the centroids nearest to them, and freeze when the stage ends; see "
+        "jaxquant.straight_through",
+    ] = False
+    warmest: Annotated[_Amount, "temperature of straight_through at first; 0: none"] = 0.0
+    coolest: Annotated[float, Field(gt=0), "what it falls to, before it is 0"] = 0.02
+    cooling: Annotated[_Share, "share of the steps in which it falls"] = 0.7
 
     @property
     def has_teacher(self) -> bool:
@@ -81,39 +124,81 @@ class Fit:
 
 @dataclasses.dataclass(frozen=True)
 class Quantize:
-    """The plan; see `jaxquant.slq`, `jaxquant.mlq` and `jaxquant.inq`."""
+    """The plan; see `jaxquant.slq`, `.mlq` and `.inq`, and for qcnn `train.products`."""
 
-    # qcnn: see `train.products`.
-    method: Literal["slq", "mlq", "inq", "qcnn", "none"] = "slq"
-    bits: int = 5
-    # slq: clusters frozen after each round.
-    rounds: Annotated[tuple[_Positive, ...], _Listed] = (5, 9, 13, 15, 17)
-    groups: _Positive = 3  # mlq
-    equal: Literal["layers", "weights"] = "layers"  # mlq: of which groups have equal numbers
-    order: Literal["boundaries_first", "boundaries_together", "layer_by_layer", "network"] = (
-        "boundaries_first"  # mlq
+    method: Annotated[Literal["slq", "mlq", "inq", "qcnn", "none"], "how weights are quantized"] = (
+        "slq"
     )
-    reverse: bool = False  # mlq
-    # inq: of weights; mlq, order network: of clusters; (): usual.
-    shares: Annotated[tuple[_Share, ...], _Listed] = ()
-    partition: str = ""  # "": the method's usual
-    init: str = ""  # "": the method's usual
-    # Lloyd passes; -1: the method's usual, of k-means until nothing changes.
-    iterations: Annotated[int, Field(ge=-1, le=_MOST)] = -1
-    zero: bool = False
-    powers_of_two: bool = False  # slq, mlq: centroids rounded to them
-    # fisher: squared gradients weigh clusters and losses.
-    sensitivity: Literal["none", "fisher"] = "none"
-    sensitivity_batches: _Positive = 32
-    # slq, mlq: the last clusters freeze by moments of inputs; 0: by distance.
-    moment_batches: _Count = 0
-    recalibrate_batches: _Count = 0  # batch-norm statistics renewed after quantizing; 0: kept
-    words: Annotated[int, Field(ge=1, le=MOST_CENTROIDS)] = 16  # qcnn: of each subspace
-    length: _Positive = 4  # qcnn: input channels of a subspace; less where it does not divide them
-    sweeps: _Count = 2  # qcnn: of error correction; 0: k-means alone
-    calibration_images: _Positive = 256  # qcnn: of the training images, unlabelled
-    # Set in the config's file only; None: all kernels, see `train.models.depth_rules`.
-    rules: Annotated[tuple[LayerRule, ...] | None, _Listed] = None
+    bits: Annotated[int, "of a weight: 2**(bits - 1) + 1 centroids a layer"] = 5
+    rounds: Annotated[tuple[_Positive, ...], _Listed, "slq: clusters frozen after each round"] = (
+        5,
+        9,
+        13,
+        15,
+        17,
+    )
+    groups: Annotated[_Positive, "mlq: of layers, one frozen a round"] = 3
+    equal: Annotated[Literal["layers", "weights"], "mlq: of which groups have equal numbers"] = (
+        "layers"
+    )
+    order: Annotated[
+        Literal["boundaries_first", "boundaries_together", "layer_by_layer", "network"],
+        "mlq: in which clusters freeze",
+    ] = "boundaries_first"
+    reverse: Annotated[bool, "mlq: deep layers first"] = False
+    shares: Annotated[
+        tuple[_Share, ...],
+        _Listed,
+        "frozen after each round, inq: of weights; mlq with order network: of clusters; "
+        "empty: the method's usual",
+    ] = ()
+    partition: Annotated[
+        str,
+        "which clusters or weights freeze first: loss, magnitude, index, random; empty: the "
+        "method's usual",
+    ] = ""
+    init: Annotated[
+        str,
+        "start of k-means: optimal, quantile, linear, power_of_two, inq, ternary; empty: the "
+        "method's usual",
+    ] = ""
+    iterations: Annotated[
+        int,
+        Field(ge=-1, le=_MOST),
+        "Lloyd passes; -1: the method's usual, of k-means until nothing changes",
+    ] = -1
+    zero: Annotated[bool, "one centroid is zero"] = False
+    powers_of_two: Annotated[bool, "slq, mlq: centroids are rounded to them"] = False
+    sensitivity: Annotated[
+        Literal["none", "fisher"], "fisher: squared gradients weigh clusters and losses"
+    ] = "none"
+    sensitivity_batches: Annotated[_Positive, "batches by which gradients are measured"] = 32
+    moment_batches: Annotated[
+        _Count, "slq, mlq: the last clusters freeze by moments of inputs in these; 0: by distance"
+    ] = 0
+    recalibrate_batches: Annotated[
+        _Count, "by which batch-norm statistics are renewed after quantizing; 0: kept"
+    ] = 0
+    words: Annotated[int, Field(ge=1, le=MOST_CENTROIDS), "qcnn: of each subspace"] = 16
+    length: Annotated[
+        _Positive, "qcnn: input channels of a subspace; less where it does not divide them"
+    ] = 4
+    sweeps: Annotated[_Count, "qcnn: of error correction; 0: k-means alone"] = 2
+    calibration_images: Annotated[_Positive, "qcnn: of the training images, unlabelled"] = 256
+    rules: Annotated[
+        tuple[LayerRule, ...] | None,
+        _Listed,
+        "which weights, and how; set in the config's file only; None: all kernels, in the "
+        "order of depth",
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plots:
+    """Figures of a finished run; see `train.plots`."""
+
+    draw: Annotated[bool, "whether there are any"] = True
+    format: Annotated[Literal["png", "pdf", "svg"], "of their files"] = "png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,21 +210,69 @@ class Config:
         strict=True, revalidate_instances="always", allow_inf_nan=False
     )
 
-    data: Data = Data()
-    model: str = "small_cnn"
-    init: str = ""  # PyTorch state_dict, .npz or .safetensors, to start from instead of training
-    fit: Fit = Fit(epochs=(20,))  # of the float network
-    quantize: Quantize = Quantize()
-    retrain: Fit = Fit(epochs=(2,), learning_rate=0.01)  # of each round
-    mesh: Mesh = Mesh()
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    batch_size: _Positive = 128
-    eval_batch_size: _Positive = 500
-    steps_per_call: _Count = 0  # training steps in one XLA program; 0: 1 on CPU, else 50
-    save_seconds: _Amount = 60.0  # between checkpoints within a stage; each stage ends in one
-    one_program: bool = False  # all rounds in one XLA program; nothing is saved before its end
-    plots: bool = True
-    tensorboard: bool = True
+    data: Annotated[Data, "where images come from"] = Data()
+    model: Annotated[
+        _Given,
+        "small_cnn, lenet5, resnet20, resnet32, resnet44, resnet56, alexnet, vgg16, "
+        "googlenet, resnet18; package.module:name of a class or a function of your own "
+        "that gives a module of Flax Linen or NNX, see docs/your_own_model.md; in a config "
+        "file the class or function too",
+    ] = "small_cnn"
+    init: Annotated[
+        str,
+        "file to start from instead of training: a PyTorch state_dict as .npz or "
+        ".safetensors, or a packed network",
+    ] = ""
+    fit: Annotated[Fit, "training of the float network"] = Fit(epochs=(20,))
+    quantize: Annotated[Quantize, "the plan"] = Quantize()
+    retrain: Annotated[Fit, "re-training of each round"] = Fit(epochs=(2,), learning_rate=0.01)
+    mesh: Annotated[Mesh, "the devices that train"] = Mesh()
+    seed: Annotated[int, Field(ge=0, lt=2**32), "of all random numbers"] = 0
+    batch_size: Annotated[_Positive, "images of a training step"] = 128
+    eval_batch_size: Annotated[_Positive, "images measured at once"] = 500
+    steps_per_call: Annotated[_Count, "training steps in one XLA program; 0: 1 on CPU, else 50"] = 0
+    save_seconds: Annotated[
+        _Amount, "between checkpoints within a stage; each stage ends in one"
+    ] = 60.0
+    one_program: Annotated[
+        bool, "all rounds in one XLA program; nothing is saved before its end"
+    ] = False
+    plots: Annotated[Plots, "figures of a finished run"] = Plots()
+    tensorboard: Annotated[bool, "write events for TensorBoard"] = True
+
+
+class Described(NamedTuple):
+    """A field of a config, or a part with fields."""
+
+    name: str  # as overrides take it
+    default: str | None  # likewise; None for a part
+    meaning: str
+    choices: tuple[str, ...]  # if there are no others
+
+
+def describe(part: Any = None, prefix: str = "") -> Iterator[Described]:
+    """Yield the fields of a config, or of a part of one: first its own, then those of its parts."""
+    part = Config() if part is None else part
+    hints = typing.get_type_hints(type(part), include_extras=True)
+    parts = []
+    for field in dataclasses.fields(part):
+        name, value, kind = f"{prefix}{field.name}", getattr(part, field.name), hints[field.name]
+        meaning = next(text for text in reversed(kind.__metadata__) if isinstance(text, str))
+        if dataclasses.is_dataclass(value):
+            parts.append((Described(name, None, meaning, ()), value))
+            continue
+        literal = typing.get_origin(kind.__origin__) is Literal
+        choices = typing.get_args(kind.__origin__) if literal else ()
+        yield Described(name, _as_text(value), meaning, choices)
+    for described, value in parts:
+        yield described
+        yield from describe(value, f"{described.name}.")
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_as_text, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def vary(config: Config, **changes: Mapping[str, Any]) -> Config:
@@ -221,9 +354,11 @@ def _replace(node: Any, names: list[str], text: str, flag: str) -> Any:
     if head not in fields:
         raise ValueError(f"{flag}: expected one of {', '.join(fields)}, got {head!r}")
     value = getattr(node, head)
-    if rest and not dataclasses.is_dataclass(value):
+    # A class of yours may have fields too, and is a value.
+    part = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    if rest and not part:
         raise ValueError(f"{flag}: expected {head} to have fields, but it is a value")
-    if not rest and dataclasses.is_dataclass(value):
+    if not rest and part:
         inner = ", ".join(f"{head}.{f.name}" for f in dataclasses.fields(value))
         raise ValueError(f"{flag}: expected one of its fields: {inner}")
     new = _replace(value, rest, text, flag) if rest else _parse(text, fields[head], flag)
@@ -330,14 +465,14 @@ _CHANGEABLE = (
     "data.dir",
     "data.workers",
     "eval_batch_size",
-    "plots",
+    "plots",  # earlier versions: true or false
     "tensorboard",
 )
 
 
 def to_json(config: Config) -> str:
-    """Return the config as JSON, for the workdir."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    """Return the config as JSON, for the workdir; classes and functions by their names."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=name_of) + "\n"
 
 
 def difference_from(path: Path, config: Config) -> str:

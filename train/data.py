@@ -1,8 +1,8 @@
 """The datasets of the experiments: in memory, or on disk as encoded images.
 
-`digits` comes with scikit-learn. The others are prepared from the official archives, see
-`train.prepare`: `cifar10` and `mnist` here, and read into memory; `imagenet2012` in
-`train.imagenet`, and decoded as it is needed.
+`digits` comes with scikit-learn, and what is yours as arrays, see `train.arrays`. The others are
+prepared from the official archives, see `train.prepare`: `cifar10` and `mnist` here, and read into
+memory; `imagenet2012` in `train.imagenet`, and decoded as it is needed.
 """
 
 import functools
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from train import imagenet, prepare
+from train import arrays, imagenet, prepare
+from train.named import name_of
 from train.prepare import Source, Splits, one_line
 
 _READ_BATCH = 1000
@@ -28,7 +29,7 @@ _SLACK_BYTES = 1 << 20  # What an archive may hold beside its records: headers, 
 class Images(NamedTuple):
     """Images and labels: a split in memory, or batches on the devices, with axes in front."""
 
-    images: Any  # uint8 [N, H, W, C]
+    images: Any  # uint8 [N, H, W, C], or float32 of your own
     labels: Any  # int32 [N], in [0, num_classes)
 
     @property
@@ -50,12 +51,12 @@ class Dataset(NamedTuple):
     """Images and labels, and how they are normalized and augmented.
 
     Attributes:
-      name: As given to `load`.
+      name: As given to `load`, of a function its name.
       train: The images to train on.
       test: The images to measure with.
       num_classes: Number of classes.
-      mean: Per channel, of pixels on [0, 1].
-      std: Per channel, of pixels on [0, 1].
+      mean: Per channel, of pixels on [0, 1], or of float32 as they are.
+      std: Per channel, likewise.
       pad: Pixels of padding for random crops; 0 for none.
       flip: Whether images may be mirrored left to right.
     """
@@ -123,7 +124,7 @@ NAMES = ("digits", *_SOURCES, imagenet.NAME)
 
 
 def load(
-    name: str,
+    name: str | Callable[..., Any],
     *,
     data_dir: str | Path,
     allow_unofficial: bool = False,
@@ -140,8 +141,11 @@ def load(
       array_record is read too. Images come in tensorflow-datasets' fixed shuffled order.
     - `imagenet2012`: the same, but archives have to be placed by hand, and images stay on disk.
 
+    - `FILE.npz`, a function or "package.module:function": arrays of your own, see
+      `train.arrays.load`.
+
     Args:
-      name: One of `NAMES`.
+      name: One of `NAMES`, or what is yours.
       data_dir: Folder of tensorflow-datasets.
       allow_unofficial: Accept archives of another checksum, with a warning. What was prepared from
         such an archive is refused by later calls without this.
@@ -154,9 +158,12 @@ def load(
     Raises:
       ValueError: If the name is unknown, an archive is not the official one or is damaged, or what
         is prepared cannot be read.
-      FileNotFoundError: If an archive is absent and cannot be downloaded, naming the files, the
-        folder and the URLs.
+      FileNotFoundError: If a file is absent, or an archive is and cannot be downloaded, naming the
+        files, the folder and the URLs.
     """
+    if arrays.is_own(name):
+        return _own(name)
+    assert isinstance(name, str)
     try:
         data_dir = Path(data_dir).expanduser()
     except RuntimeError as error:
@@ -173,7 +180,10 @@ def load(
         prepare.make(source, data_dir, allow_unofficial=allow_unofficial, read=read)
         train, test = (_read_split(source, data_dir, split) for split in ("train", "test"))
     else:
-        raise ValueError(f"dataset: expected one of {', '.join(NAMES)}, got {name!r}")
+        raise ValueError(
+            f"data.name: expected one of {', '.join(NAMES)}, or FILE.npz or "
+            f"package.module:function of your own, got {name!r}"
+        )
     return Dataset(
         name,
         train,
@@ -186,15 +196,27 @@ def load(
     )
 
 
+def _own(name: str | Callable[..., Any]) -> Dataset:
+    own = arrays.load(name)
+    return Dataset(
+        name_of(name),
+        Images(own.images, own.labels),
+        Images(own.test_images, own.test_labels),
+        own.num_classes,
+        mean=own.mean,
+        std=own.std,
+        pad=own.pad,
+        flip=own.flip,
+    )
+
+
 def _load_digits() -> Dataset:
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
     images = np.rint(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     labels = labels.astype(np.int32)
-    test = np.zeros(len(labels), bool)
-    for label in range(10):
-        test[np.flatnonzero(labels == label)[4::5]] = True
+    test = arrays.every_fifth(labels)
     return Dataset(
         "digits",
         Images(images[~test], labels[~test]),

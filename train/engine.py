@@ -1,6 +1,7 @@
 """The compiled parts of an experiment: train, evaluate, recalibrate, weigh, quantize.
 
-Images come to the devices as bytes; augmentation and normalization are part of the compiled step.
+Images come to the devices as they are stored; augmentation and normalization are part of the
+compiled step. What the network is, and what is learned, is the business of `train.tasks`.
 Where the arrays lie is the layout's business: each function settles its results there.
 """
 
@@ -10,7 +11,6 @@ import re
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,9 +19,11 @@ import optax
 import jaxquant as jq
 from train.config import Config, Fit
 from train.data import Dataset, Images
-from train.gradients import in_parts
 from train.imagenet import Encoded
 from train.layout import Layout
+from train.named import guarded, name_of, resolve, taken
+from train.networks import Answers
+from train.tasks import Task
 
 _TINY = 1e-12  # for features that are all zero
 
@@ -65,8 +67,7 @@ class Engine(NamedTuple):
 def build(
     config: Config,
     dataset: Dataset,
-    model: nn.Module,
-    batch_model: nn.Module,
+    task: Task,
     layout: Layout,
     inputs: Sequence[str] = (),
     plan: jq.Plan | None = None,
@@ -75,23 +76,20 @@ def build(
 
     Args:
       config: of the experiment.
-      dataset: its normalization and augmentation.
-      model: the network.
-      batch_model: the same with `bn_momentum=0`: its new statistics are those of the batch.
+      dataset: its splits, as far as their size goes.
+      task: the network, and what it learns of this dataset.
       layout: where arrays lie.
       inputs: paths of the weights whose inputs' moments rounds take.
       plan: of the rounds, for `straight_through`.
     """
-    prepare = functools.partial(_augment, dataset=dataset)
-    tx = _optimizer()
     eval_batch = min(config.eval_batch_size, dataset.test.size)
     parts = Parts(
-        start=functools.partial(_start, tx, layout),
-        step=functools.partial(_train_step, config, model, tx, prepare, layout, plan),
-        count_correct=functools.partial(_count_correct, model, dataset, layout),
-        batch_statistics=functools.partial(_batch_statistics, batch_model, prepare, layout),
-        squared_gradient=functools.partial(_squared_gradient, model, prepare, layout),
-        input_moments=functools.partial(_input_moments, model, prepare, layout, inputs),
+        start=functools.partial(_start, layout),
+        step=functools.partial(_train_step, config, task, layout, plan),
+        count_correct=functools.partial(_count_correct, task, layout),
+        batch_statistics=functools.partial(_batch_statistics, task, layout),
+        squared_gradient=functools.partial(_squared_gradient, task, layout),
+        input_moments=functools.partial(_input_moments, task, layout, inputs),
         quantize=functools.partial(_quantize, layout),
         eval_batch=eval_batch + -eval_batch % layout.size,  # the devices divide a batch
         layout=layout,
@@ -105,10 +103,10 @@ def build(
         return functools.partial(_mean_over_batches, config, layout, jax.jit(function))
 
     return Engine(
-        start=jax.jit(parts.start),
+        start=jax.jit(parts.start, static_argnames="optimizer"),
         train=jax.jit(
             functools.partial(_train_steps, parts.step, layout),
-            static_argnames=("distill", "move_centroids"),
+            static_argnames=("distill", "move_centroids", "optimizer"),
             donate_argnums=0,
         ),
         evaluate=functools.partial(
@@ -155,25 +153,57 @@ def temperatures(stage: Fit, epochs: int, steps_per_epoch: int) -> np.ndarray:
 
 
 def _start(
-    tx: optax.GradientTransformationExtraArgs,
     layout: Layout,
     variables: Any,
     quant: Any,
     momentum: jax.Array,
     weight_decay: jax.Array,
+    *,
+    optimizer: str | Callable[..., Any] = "",
 ) -> TrainState:
     params = variables["params"]
     codebooks = quant.codebooks if quant else ()
-    weights = optax.tree.set(tx.init(params), momentum=momentum, weight_decay=weight_decay)
+    given = _taken(optimizer, {"momentum": momentum, "weight_decay": weight_decay})
+    weights = optax.tree.set(_optimizer(optimizer).init(params), **given)
     centroids = optax.tree.set(_centroid_optimizer().init(codebooks), momentum=momentum)
     state = TrainState(params, variables.get("batch_stats", {}), (weights, centroids))
     return layout.settle(state)
 
 
-def _optimizer() -> optax.GradientTransformationExtraArgs:
-    # The hyperparameters are part of the state: stages that differ in them share a program.
-    sgd = optax.inject_hyperparams(_sgd)(learning_rate=0.0, momentum=0.0, weight_decay=0.0)
-    return optax.chain(sgd, jq.freeze_quantized())
+def _optimizer(optimizer: str | Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
+    """Return the optimizer of the weights: SGD, or what the config's function makes.
+
+    The hyperparameters are part of the state: stages that differ in them share a program.
+    """
+    make = resolve("optimizer", optimizer) if optimizer else _sgd
+    tx = optax.inject_hyperparams(make)(**_taken(optimizer, dict.fromkeys(_NUMBERS, 0.0)))
+    # SGD looks at each weight alone; others may not see what is frozen.
+    return jq.freeze_quantized(tx) if optimizer else optax.chain(tx, jq.freeze_quantized())
+
+
+_NUMBERS = ("learning_rate", "momentum", "weight_decay")
+
+
+def _taken(optimizer: str | Callable[..., Any], numbers: dict[str, Any]) -> dict[str, Any]:
+    make = resolve("optimizer", optimizer) if optimizer else _sgd
+    names = taken("optimizer", make, dict.fromkeys(_NUMBERS))
+    return {name: numbers[name] for name in names if name in numbers}
+
+
+def check_optimizer(field: str, optimizer: str | Callable[..., Any], params: Any) -> None:
+    """Raise a ValueError for what makes no optimizer with a learning rate; shapes serve."""
+    if not optimizer:
+        return
+    name = name_of(optimizer)
+    if "learning_rate" not in taken(field, resolve(field, optimizer), dict.fromkeys(_NUMBERS)):
+        raise ValueError(f"{field}: expected {name} to take a learning_rate, which changes by step")
+
+    def updates(params: Any) -> Any:
+        tx = _optimizer(optimizer)
+        frozen = jax.tree.map(lambda _: jnp.bool_(False), params)
+        return tx.update(params, tx.init(params), params, frozen=frozen)[0]
+
+    guarded(field, name, lambda: jax.eval_shape(updates, params))
 
 
 def _centroid_optimizer() -> optax.GradientTransformationExtraArgs:
@@ -189,96 +219,35 @@ def _sgd(
     )
 
 
-def normalize(images: jax.Array, dataset: Dataset) -> jax.Array:
-    """Return images of bytes as the network takes them: float32, channel by channel."""
-    mean = jnp.array(dataset.mean, jnp.float32)
-    std = jnp.array(dataset.std, jnp.float32)
-    return (images.astype(jnp.float32) / 255.0 - mean) / std
-
-
-def _augment(key: jax.Array, images: jax.Array, *, dataset: Dataset) -> jax.Array:
-    """Crop at random out of a black frame, mirror half of the images, normalize."""
-    crop_key, flip_key = jax.random.split(key)
-    if dataset.pad:
-        pad, (_, height, width, channels) = dataset.pad, images.shape
-        framed = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        corners = jax.random.randint(crop_key, (len(images), 2), 0, 2 * pad + 1)
-
-        def crop(image: jax.Array, at: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice(image, (at[0], at[1], 0), (height, width, channels))
-
-        images = jax.vmap(crop)(framed, corners)
-    if dataset.flip:
-        flips = jax.random.bernoulli(flip_key, 0.5, (len(images), 1, 1, 1))
-        images = jnp.where(flips, images[:, :, ::-1], images)
-    return normalize(images, dataset)
-
-
 # Training ----------------------------------------------------------------------------------------
 
 
-class _Outputs(NamedTuple):
-    """What a network says of a batch."""
-
-    logits: jax.Array  # [N, num_classes]
-    features: list[jax.Array]  # from front to back, see `train.models`
-
-
-def _dropout(key: jax.Array) -> dict[str, jax.Array]:
-    """Return the random numbers' source of a network that trains, from the key of its step."""
-    # Not 0 or 1: folding these in gives the keys that `_augment` splits off.
-    return {"dropout": jax.random.fold_in(key, 2)}
-
-
-def _outputs(
-    model: nn.Module, variables: Any, images: jax.Array, *, key: jax.Array | None
-) -> tuple[_Outputs, Any]:
-    """Return the outputs and, when training, which takes a step's key, the running statistics."""
-    train = key is not None
-    mutable = ["batch_stats", "intermediates"] if train else ["intermediates"]
-    rngs = _dropout(key) if train else None
-    with nn.intercept_methods(in_parts):
-        logits, new = model.apply(variables, images, train=train, mutable=mutable, rngs=rngs)
-    features = jax.tree.leaves(new.get("intermediates", {}))
-    return _Outputs(logits, features), new.get("batch_stats", {})
-
-
-def _teach(stage: Fit, model: nn.Module, teacher: Any, images: jax.Array) -> _Outputs:
-    """Return the float network's outputs, of a batch or of the mean over it and its mirror images.
-
-    Of the features only the last block's are a mean: what it finds at a place does not depend on
-    which side that is, whereas earlier channels tell left edges from right ones.
-    """
-    outputs, _ = _outputs(model, teacher, images, key=None)
-    if not stage.mirrored_teacher:
-        return outputs
-    mirrored, _ = _outputs(model, teacher, images[:, :, ::-1], key=None)
-    *features, last = outputs.features
-    back = mirrored.features[-1]
-    back = back[:, :, ::-1] if back.ndim == images.ndim else back  # vectors have no sides
-    return _Outputs((outputs.logits + mirrored.logits) / 2, [*features, (last + back) / 2])
+def _teach(stage: Fit, task: Task, teacher: Any, inputs: jax.Array) -> Answers:
+    """Return the float network's answers, maybe by the mean over inputs and mirror images."""
+    if stage.mirrored_teacher:
+        return task.answer_mirrored(teacher, inputs)
+    return task.answer(teacher, inputs, None)[0]
 
 
 def _loss(
     config: Config,
-    model: nn.Module,
+    task: Task,
     params: Any,
     batch_stats: Any,
-    images: jax.Array,
+    inputs: jax.Array,
     labels: jax.Array,
     key: jax.Array,
-    teacher: _Outputs | None,
+    teacher: Answers | None,
 ) -> tuple[jax.Array, tuple[Any, jax.Array]]:
     variables = {"params": params, "batch_stats": batch_stats}
-    ours, batch_stats = _outputs(model, variables, images, key=key)
-    loss = optax.softmax_cross_entropy_with_integer_labels(ours.logits, labels).mean()
+    ours, batch_stats = task.answer(variables, inputs, key)
+    loss = task.losses(ours, labels).mean()
     if teacher is not None:
         loss = _distill(config.retrain, loss, ours, teacher)
-    correct = jnp.sum(jnp.argmax(ours.logits, axis=-1) == labels)
-    return loss, (batch_stats, correct)
+    return loss, (batch_stats, jnp.sum(task.correct(ours, labels)))
 
 
-def _distill(stage: Fit, label_loss: jax.Array, ours: _Outputs, teacher: _Outputs) -> jax.Array:
+def _distill(stage: Fit, label_loss: jax.Array, ours: Answers, teacher: Answers) -> jax.Array:
     """Return the loss that also asks for the teacher's soft targets and features.
 
     Soft targets as in Hinton et al. (2015): `(1 - w) label_loss + w T**2 KL(teacher || ours)` at
@@ -303,9 +272,7 @@ def _distill(stage: Fit, label_loss: jax.Array, ours: _Outputs, teacher: _Output
 
 def _train_step(
     config: Config,
-    model: nn.Module,
-    tx: optax.GradientTransformationExtraArgs,
-    prepare: Callable[..., jax.Array],
+    task: Task,
     layout: Layout,
     plan: jq.Plan | None,
     state: TrainState,
@@ -317,11 +284,12 @@ def _train_step(
     temperature: jax.Array | None = None,
     *,
     move_centroids: bool,
+    optimizer: str | Callable[..., Any] = "",
 ) -> tuple[TrainState, Any, dict[str, jax.Array]]:
-    images, labels = prepare(key, batch.images), batch.labels
+    inputs, labels = task.prepare(batch.images, key), batch.labels
     # Each layer's weights come together where they are used; their gradients part again.
     teacher, stats = layout.whole((teacher, state.batch_stats))
-    taught = None if teacher is None else _teach(config.retrain, model, teacher, images)
+    taught = None if teacher is None else _teach(config.retrain, task, teacher, inputs)
 
     straight_through = temperature is not None
     trained = quant.codebooks if straight_through and move_centroids else ()
@@ -331,7 +299,7 @@ def _train_step(
             assert plan is not None
             seen = quant._replace(codebooks=codebooks) if move_centroids else quant
             params = jq.straight_through(plan, params, seen, temperature=temperature)
-        return _loss(config, model, layout.whole(params), stats, images, labels, key, taught)
+        return _loss(config, task, layout.whole(params), stats, inputs, labels, key, taught)
 
     grad = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
     (loss, (batch_stats, correct)), (gradient, own) = grad(state.params, trained)
@@ -339,6 +307,7 @@ def _train_step(
     weights_state, centroids_state = state.opt_state
     weights_state = optax.tree.set(weights_state, learning_rate=learning_rate)
     frozen = quant.frozen if quant else jax.tree.map(lambda _: jnp.bool_(False), state.params)
+    tx = _optimizer(optimizer)
     updates, weights_state = tx.update(gradient, weights_state, state.params, frozen=frozen)
     params = optax.apply_updates(state.params, updates)
     if move_centroids:
@@ -393,6 +362,7 @@ def _train_steps(
     *,
     distill: bool,
     move_centroids: bool,
+    optimizer: str | Callable[..., Any] = "",
 ) -> tuple[TrainState, Any, dict[str, jax.Array]]:
     """Run a step for each learning rate [steps], on batches [steps, batch, ...].
 
@@ -414,6 +384,7 @@ def _train_steps(
             learning_rate,
             temperature,
             move_centroids=move_centroids,
+            optimizer=optimizer,
         )
         return layout.settle((state, quant)), metrics
 
@@ -488,8 +459,7 @@ def _settle(
 
 
 def _count_correct(
-    model: nn.Module,
-    dataset: Dataset,
+    task: Task,
     layout: Layout,
     variables: Any,
     batch: Images,
@@ -498,16 +468,18 @@ def _count_correct(
 ) -> tuple[jax.Array, jax.Array]:
     """Return correct answers and summed cross-entropy of a batch; labels below 0 do not count.
 
-    With `mirrored` the answers are those of a mirrored teacher, see `_teach`.
+    With `mirrored` by the mean over an image and its mirror image.
     """
-    images = normalize(batch.images, dataset)
-    apply = jq.packed(model.apply)  # kernels may be packed
-    logits: Any = apply(variables, images, train=False)
-    if mirrored:
-        logits = (logits + apply(variables, images[:, :, ::-1], train=False)) / 2
+
+    def answer(variables: Any, inputs: jax.Array) -> Answers:
+        if mirrored:
+            return task.answer_mirrored(variables, inputs)
+        return task.answer(variables, inputs, None)[0]
+
+    # Kernels may be packed.
+    answers: Any = jq.packed(answer)(variables, task.prepare(batch.images, None))
     known, labels = batch.labels >= 0, jnp.maximum(batch.labels, 0)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    correct = (jnp.argmax(logits, axis=-1) == labels) & known
+    losses, correct = task.losses(answers, labels), task.correct(answers, labels) & known
     return layout.whole((jnp.sum(correct), jnp.sum(jnp.where(known, losses, 0.0))))
 
 
@@ -563,19 +535,20 @@ def _mean_over_batches(
 
 
 def _batch_statistics(
-    batch_model: nn.Module,
-    prepare: Callable[..., jax.Array],
-    layout: Layout,
-    variables: Any,
-    batch: Images,
-    key: jax.Array,
+    task: Task, layout: Layout, variables: Any, batch: Images, key: jax.Array
 ) -> Any:
+    """Return the statistics of a batch alone, of which training keeps moving averages."""
     key = jax.random.wrap_key_data(key)
-    images = prepare(key, batch.images)
-    _, new = batch_model.apply(
-        variables, images, train=True, mutable=["batch_stats"], rngs=_dropout(key)
-    )
-    return layout.settle(new["batch_stats"])
+    inputs, old = task.prepare(batch.images, key), variables["batch_stats"]
+
+    def renewed(old: Any) -> Any:
+        return task.answer({**variables, "batch_stats": old}, inputs, key)[1]
+
+    # An average is decay * old + (1 - decay) * own, whoever takes it: its derivative is the decay.
+    zeros, ones = (jax.tree.map(like, old) for like in (jnp.zeros_like, jnp.ones_like))
+    new, decay = jax.jvp(renewed, (zeros,), (ones,))
+    own = jax.tree.map(lambda n, d, x: jnp.where(d < 1, n / (1 - d), x), new, decay, old)
+    return layout.settle(own)
 
 
 def recalibrate(
@@ -597,39 +570,32 @@ def recalibrate(
 
 
 def _squared_gradient(
-    model: nn.Module,
-    prepare: Callable[..., jax.Array],
-    layout: Layout,
-    variables: Any,
-    batch: Images,
-    key: jax.Array,
+    task: Task, layout: Layout, variables: Any, batch: Images, key: jax.Array
 ) -> Any:
-    images = prepare(jax.random.wrap_key_data(key), batch.images)
+    inputs = task.prepare(batch.images, jax.random.wrap_key_data(key))
 
     def loss(params: Any) -> jax.Array:
         whole = layout.whole({**variables, "params": params})
-        logits: Any = model.apply(whole, images, train=False)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+        return task.losses(task.answer(whole, inputs, None)[0], batch.labels).mean()
 
     return layout.settle(jax.tree.map(jnp.square, jax.grad(loss)(variables["params"])))
 
 
 def _input_moments(
-    model: nn.Module,
-    prepare: Callable[..., jax.Array],
+    task: Task,
     layout: Layout,
-    inputs: Sequence[str],
+    paths: Sequence[str],
     variables: Any,
     batch: Images,
     key: jax.Array,
 ) -> dict[str, jax.Array]:
-    images = prepare(jax.random.wrap_key_data(key), batch.images)
-    rule = jq.LayerRule("params/(" + "|".join(map(re.escape, inputs)) + ")")
+    inputs = task.prepare(batch.images, jax.random.wrap_key_data(key))
+    rule = jq.LayerRule("params/(" + "|".join(map(re.escape, paths)) + ")")
 
-    def logits(variables: Any, images: jax.Array) -> Any:
-        return model.apply(variables, images, train=False)
+    def logits(variables: Any, inputs: jax.Array) -> Any:
+        return task.answer(variables, inputs, None)[0].logits
 
-    found = jq.calibrate(logits, layout.whole(variables), [images], rules=[rule], sensitivity=False)
+    found = jq.calibrate(logits, layout.whole(variables), [inputs], rules=[rule], sensitivity=False)
     return layout.settle({path.removeprefix("params/"): x for path, x in found.moments.items()})
 
 

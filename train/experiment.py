@@ -4,19 +4,19 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 import jaxquant as jq
 from train import config as configs
-from train import data, layout, models, pretrained, products
+from train import data, engine, layout, networks, pretrained, products, tasks
 from train.config import Config, Data
 from train.logs import write_text
+from train.named import name_of
 
 
 class Job(NamedTuple):
@@ -25,7 +25,7 @@ class Job(NamedTuple):
     config: Config
     workdir: Path
     dataset: data.Dataset
-    model: nn.Module
+    task: tasks.Task
     shapes: Any  # variables as shape and dtype structs
     initial: Any  # variables from config.init, maybe packed, or None
     plan: jq.Plan | None
@@ -84,18 +84,25 @@ def check(config: Config, *, start: bool = True) -> Job:
         raise ValueError(
             f"one_program: expected images that are in memory, got those of {dataset.name}"
         )
-    model = models.build(config.model, num_classes=dataset.num_classes)
-    shapes = jax.eval_shape(lambda: init_variables(model, dataset, jax.random.key(0)))
-    unused = models.unused_tensors(config.model)
+    image = jax.ShapeDtypeStruct((1, *dataset.train.image_shape), jnp.float32)
+    network = networks.build(config.model, num_classes=dataset.num_classes, image=image)
+    task = tasks.classify(network, dataset)
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    for stage in ("fit", "retrain"):
+        optimizer = getattr(config, stage).optimizer
+        engine.check_optimizer(f"{stage}.optimizer", optimizer, shapes["params"])
+    if config.retrain.feature_weight and not _has_features(task, shapes, image):
+        raise ValueError(
+            f"retrain.feature_weight: expected 0, {name_of(config.model)} gives no features"
+        )
     initial = None
     if config.init and start:
-        initial = pretrained.load(config.init, shapes, unused=unused)
+        initial = pretrained.load(config.init, shapes, unused=network.unused)
     if start and initial is None and not config.fit.epochs[0]:
         raise ValueError("expected init=FILE or fit.epochs above 0, got neither")
-    plan = make_plan(config, shapes["params"])
-    image = jax.ShapeDtypeStruct((1, *dataset.train.image_shape), jnp.float32)
+    plan = make_plan(config, shapes["params"], network.rules)
     if config.quantize.method == "qcnn":
-        _check_products(config, model, shapes, image)
+        _check_products(config, network.module, shapes, image)
     inputs = ()
     if config.quantize.moment_batches and plan is not None:
         inputs = tuple(layer.path for layer in plan.selection.selected)
@@ -109,10 +116,25 @@ def check(config: Config, *, start: bool = True) -> Job:
             "one_program: expected rounds of at least one epoch each, got "
             + ("no plan" if plan is None else f"retrain.epochs {config.retrain.epochs}")
         )
-    return Job(config, Path(), dataset, model, shapes, initial, plan, layout.make(config), inputs)
+    return Job(config, Path(), dataset, task, shapes, initial, plan, layout.make(config), inputs)
 
 
-def _check_products(config: Config, model: nn.Module, shapes: Any, image: Any) -> None:
+def title(job: Job) -> str:
+    """Return a line that says what learns what."""
+    train, test = job.dataset.train.size, job.dataset.test.size
+    return (
+        f"{name_of(job.config.model)} on {job.dataset.name}, {job.dataset.num_classes} classes, "
+        f"{train:,} images to train on and {test:,} to test with"
+    )
+
+
+def _has_features(task: tasks.Task, shapes: Any, image: Any) -> bool:
+    return bool(jax.eval_shape(task.answer, shapes, image, None)[0].features)
+
+
+def _check_products(config: Config, model: Any, shapes: Any, image: Any) -> None:
+    if model is None:
+        raise ValueError("quantize.method: expected a network of Flax Linen for qcnn")
     if config.mesh.devices != 1 or jax.process_count() > 1:
         raise ValueError("mesh.devices: expected 1, product quantization runs on one device")
     products.check(model, shapes, image, config.quantize)
@@ -127,12 +149,6 @@ def _load_data(settings: Data) -> data.Dataset:
         image_size=settings.image_size,
         workers=settings.workers,
     )
-
-
-def init_variables(model: nn.Module, dataset: data.Dataset, key: jax.Array) -> Any:
-    """Return the variables of an untrained network."""
-    image = jnp.zeros((1, *dataset.train.image_shape))
-    return model.init(key, image, train=False)
 
 
 def refuse_other(config: Config, workdir: Path) -> None:
@@ -177,12 +193,14 @@ def lock(workdir: Path) -> Iterator[bool]:
             yield True
 
 
-def make_plan(config: Config, params: Any) -> jq.Plan | None:
-    """Return the config's plan, or None."""
+def make_plan(
+    config: Config, params: Any, by_depth: Sequence[jq.LayerRule] | None
+) -> jq.Plan | None:
+    """Return the config's plan, or None; `by_depth` are the rules of one that has none."""
     q = config.quantize
     if q.method in ("none", "qcnn"):
         return None
-    rules = models.depth_rules(config.model) if q.rules is None else q.rules
+    rules = by_depth if q.rules is None else q.rules
     options: dict[str, Any] = {"bits": q.bits, "rules": rules, "zero": q.zero}
     options |= _given(partition=q.partition, init=q.init)
     if q.iterations >= 0:

@@ -58,11 +58,11 @@ class Log:
         workdir: Path,
         events: list[dict[str, Any]],
         *,
-        step: int,
+        epoch: int,
         tensorboard: bool,
         write: bool = True,
     ):
-        """Write the events so far, all from before `step`, and go on after them."""
+        """Write the events so far, all from before `epoch`, and go on after them."""
         self.events = list(events)
         self._path = workdir / "metrics.jsonl" if write else None
         if self._path is not None:
@@ -72,12 +72,12 @@ class Log:
             from tensorboardX import SummaryWriter
 
             self._writer = SummaryWriter(
-                str(workdir / "tensorboard"), flush_secs=10, purge_step=step
+                str(workdir / "tensorboard"), flush_secs=10, purge_step=epoch
             )
 
-    def add(self, kind: str, step: int, **values: Any) -> None:
-        """Record one event; `step` counts epochs from the start of the run."""
-        event = {"kind": kind, "step": step, **values}
+    def add(self, kind: str, epoch: int, **values: Any) -> None:
+        """Record one event; epochs count from the start of the run, a stage without any as one."""
+        event = {"kind": kind, "epoch": epoch, **values}
         self.events.append(event)
         if self._path is not None:
             with self._path.open("a") as file:
@@ -85,7 +85,7 @@ class Log:
         if self._writer is not None:
             for name, value in values.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
-                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+                    self._writer.add_scalar(f"{kind}/{name}", value, epoch)
 
     def close(self) -> None:
         """Flush TensorBoard."""
@@ -97,6 +97,14 @@ def say(message: str) -> None:
     """Print a line, above a progress bar if there is one."""
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()
+
+
+def duration(seconds: float) -> str:
+    """Return a time for a person, such as "40 s", "12 min" or "3 h 05 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def show_progress(
@@ -126,4 +134,4 @@ def show_progress(
             last = now
             speed = done * size / (now - start)
             left = (now - start) / done * (total - done)
-            say(f"{title}: {done}/{total}, {speed:,.0f} {unit}/s, {left:,.0f} s left")
+            say(f"{title}: {done}/{total}, {speed:,.0f} {unit}/s, {duration(left)} left of it")

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ from train import (
     compare,
     data,
     engine,
+    experiment,
     layout,
-    models,
     pretrained,
     products,
     program,
@@ -30,43 +30,9 @@ from train import (
 )
 from train.checkpoints import Checkpoints, read
 from train.config import Config, Fit
-from train.experiment import Job, check, init_variables, lock, refuse_other
-from train.logs import Log, say, show_progress
-
-
-class Unit(NamedTuple):
-    """A step of the run: an epoch, or a stage without epochs."""
-
-    round: int  # -1: the float network
-    epoch: int  # within the stage
-    epochs: int  # of the stage
-
-    @property
-    def first(self) -> bool:
-        """Whether a stage starts."""
-        return self.epoch == 0
-
-    @property
-    def last(self) -> bool:
-        """Whether a stage ends."""
-        return self.epoch >= self.epochs - 1
-
-
-class RunState(NamedTuple):
-    """Everything that a checkpoint holds, besides the log."""
-
-    train: engine.TrainState
-    quant: Any  # QuantState, or () without a plan
-    reference: Any  # float variables: teacher, and what errors are measured against
-
-
-class Progress(NamedTuple):
-    """How far a run has come."""
-
-    units: int = 0  # done
-    steps: int = 0  # done of the epoch of the next unit
-    loss: float = 0.0  # sums over these steps
-    correct: float = 0.0
+from train.course import Progress, RunState, Unit, describe, seconds_left, units
+from train.experiment import Job, check, lock, refuse_other
+from train.logs import Log, duration, say, show_progress
 
 
 def run_all(jobs: Mapping[str, Job]) -> None:
@@ -76,20 +42,10 @@ def run_all(jobs: Mapping[str, Job]) -> None:
             continue
         with lock(job.workdir) as free:
             if free:
-                say(f"== {name}: {job.config.model} on {job.dataset.name}")
+                say(f"== {name}: {experiment.title(job)}")
                 run(job)
             else:
                 say(f"== {name}: another process is at it")
-
-
-def units(config: Config, plan: jq.Plan | None) -> list[Unit]:
-    """Return the run as a list: the float network's epochs, then those of each round."""
-    rounds = plan.num_rounds if plan is not None else 0
-    retrain = config.retrain.epochs * (1 if len(config.retrain.epochs) == rounds else rounds)
-    stages = [(-1, config.fit.epochs[0]), *enumerate(retrain[:rounds])]
-    return [
-        Unit(round_, epoch, epochs) for round_, epochs in stages for epoch in range(max(1, epochs))
-    ]
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -101,14 +57,14 @@ def run(job: Job) -> dict[str, Any]:
         log = Log(
             job.workdir,
             events,
-            step=progress.units,
+            epoch=progress.units,
             tensorboard=config.tensorboard,
             write=layout.is_primary(),
         )
         with contextlib.closing(log):
             keeper = _Keeper(config.save_seconds, checkpoints, log)
-            worker = _Worker(job, functions, log, keeper)
             run_units = units(config, job.plan)
+            worker = _Worker(job, functions, log, keeper, run_units)
             with signals.deferred(keeper.tell):
                 while progress.units < len(run_units):
                     number, unit = progress.units, run_units[progress.units]
@@ -171,12 +127,7 @@ class _Keeper:
 
 
 def _functions(job: Job) -> engine.Engine:
-    batch_model = models.build(
-        job.config.model, num_classes=job.dataset.num_classes, bn_momentum=0.0
-    )
-    return engine.build(
-        job.config, job.dataset, job.model, batch_model, job.layout, job.inputs, job.plan
-    )
+    return engine.build(job.config, job.dataset, job.task, job.layout, job.inputs, job.plan)
 
 
 def _fresh(job: Job, functions: engine.Engine) -> RunState:
@@ -184,22 +135,30 @@ def _fresh(job: Job, functions: engine.Engine) -> RunState:
     variables = job.initial
     if variables is None:
         # The key is an argument: XLA would fold the random numbers of a constant one, slowly.
-        init = jax.jit(functools.partial(init_variables, job.model, job.dataset))
-        variables = init(jax.random.key(job.config.seed))
+        variables = jax.jit(job.task.init)(jax.random.key(job.config.seed))
     variables = jq.unpack(jax.tree.map(jnp.asarray, dict(variables)))
     quant: Any = () if job.plan is None else jq.init(job.plan, variables["params"])
     variables, quant = job.layout.place((_complete(variables), quant))
     return RunState(_start_stage(functions, variables, quant, job.config.fit), quant, variables)
 
 
-def _abstract(job: Job, functions: engine.Engine) -> RunState:
-    """Return the shapes and places of `_fresh`, which all states of a run have."""
+def _abstract(job: Job, functions: engine.Engine, stage: Fit | None = None) -> RunState:
+    """Return the shapes and places of a run's states, by default as long as it fits floats."""
+    stage = stage or job.config.fit
 
     def state(variables: Any) -> RunState:
         quant: Any = () if job.plan is None else jq.init(job.plan, variables["params"])
-        return RunState(_start_stage(functions, variables, quant, job.config.fit), quant, variables)
+        return RunState(_start_stage(functions, variables, quant, stage), quant, variables)
 
     return job.layout.describe(jax.eval_shape(state, _complete(job.shapes)))
+
+
+def _saved(job: Job, functions: engine.Engine, record: Mapping[str, Any]) -> RunState:
+    """Return the shapes and places of the state beside a record: stages' optimizers may differ."""
+    progress = Progress(**record["progress"])
+    begun = units(job.config, job.plan)[: progress.units + (progress.steps > 0)]
+    rounds = begun and begun[-1].round >= 0
+    return _abstract(job, functions, job.config.retrain if rounds else job.config.fit)
 
 
 def _complete(variables: Any) -> dict[str, Any]:
@@ -212,20 +171,20 @@ def _start_stage(
 ) -> engine.TrainState:
     # As arrays of the host: Python's numbers would have a type of their own, and a compilation.
     numbers = (np.float32(stage.momentum), np.float32(stage.weight_decay))
-    return functions.start(variables, quant, *numbers)
+    return functions.start(variables, quant, *numbers, optimizer=stage.optimizer)
 
 
 def _start(
     job: Job, functions: engine.Engine, checkpoints: Checkpoints
 ) -> tuple[RunState, Progress, list[dict[str, Any]]]:
     """Return the state to go on from, how far it has come, and the log so far."""
-    restored = checkpoints.restore(_abstract(job, functions))
+    restored = checkpoints.restore(functools.partial(_saved, job, functions))
     if restored is None:
         return _fresh(job, functions), Progress(), []
     state, record = restored
     progress = Progress(**record["progress"])
-    steps = f" and {progress.steps} of the next epoch" if progress.steps else ""
-    say(f"{job.workdir}: continuing after {progress.units} of its steps{steps}")
+    done = describe(progress, units(job.config, job.plan))
+    say(f"{job.workdir}: continuing after {done}")
     return state, progress, record["events"]
 
 
@@ -237,6 +196,7 @@ class _Worker:
     functions: engine.Engine
     log: Log
     keeper: _Keeper
+    units: Sequence[Unit]
 
     def work(self, number: int, unit: Unit, state: RunState, progress: Progress) -> RunState:
         """Do one unit: quantize if a round starts, train an epoch, measure if a stage ends."""
@@ -246,31 +206,38 @@ class _Worker:
             state = self._train_epoch(number, unit, state, progress)
         if not unit.last:
             return state
+        started = time.monotonic()
         if unit.round >= 0 and self.job.config.retrain.straight_through:
             state = _settled(self.functions, state)
         result = self._evaluate(state)
+        seconds = time.monotonic() - started
         if unit.round < 0:
             _check_loss("float", result["loss"])
-            self.log.add("float", number, **result)
+            self.log.add("float", number, **result, seconds=seconds)
             params, batch_stats = state.train.params, state.train.batch_stats
             variables = {"params": params, "batch_stats": batch_stats}
             # A copy: the training step gives its arguments' memory to its results.
             state = state._replace(reference=jax.tree.map(jnp.copy, variables))
             say(f"float: accuracy {result['accuracy']:.2%}")
         else:
-            self._log_retrained(number, unit, result)
+            self._log_retrained(number, unit, result, seconds)
         return state
 
     def _begin_stage(self, number: int, unit: Unit, state: RunState) -> RunState:
-        config = self.job.config
         if unit.round >= 0:
             state = self._quantize(number, unit, state)
-        stage = config.fit if unit.round < 0 else config.retrain
+        return self._restart(state, self._stage(unit))
+
+    def _restart(self, state: RunState, stage: Fit) -> RunState:
+        """Return the state with a fresh optimizer."""
         variables = {"params": state.train.params, "batch_stats": state.train.batch_stats}
         return state._replace(train=_start_stage(self.functions, variables, state.quant, stage))
 
+    def _stage(self, unit: Unit) -> Fit:
+        return self.job.config.fit if unit.round < 0 else self.job.config.retrain
+
     def _quantize(self, number: int, unit: Unit, state: RunState) -> RunState:
-        plan = self.job.plan
+        plan, started = self.job.plan, time.monotonic()
         assert plan is not None
         params, batch_stats = state.train.params, state.train.batch_stats
         key = self._key(number, 1)
@@ -284,25 +251,33 @@ class _Worker:
             params, batch_stats, train_data, self._key(number, 3)
         )
         train = state.train._replace(params=params, batch_stats=batch_stats)
-        self._log_quantized(number, unit, info, self._evaluate(state._replace(train=train)))
+        result = self._evaluate(state._replace(train=train))
+        self._log_quantized(number, unit, info, result, time.monotonic() - started)
         if self.job.config.retrain.straight_through:  # from the codebooks, and the weights before
             quant, train = jq.release(quant), train._replace(params=state.train.params)
         return state._replace(quant=quant, train=train)
 
     def quantize_products(self, number: int, state: RunState) -> RunState:
         """Quantize the trained network by products: a stage without epochs, so not saved within."""
-        config, dataset = self.job.config, self.job.dataset
+        config, dataset, started = self.job.config, self.job.dataset, time.monotonic()
         rows = engine.epoch_order(self._key(number, 1), dataset.train.size, 1).ravel()
         rows = rows[: config.quantize.calibration_images]
         parts = products.equal_parts(rows, config.batch_size)
         key = engine.key_data(self._key(number, 4))
         batches = [
-            engine.normalize(batch.images, dataset)
+            self.job.task.prepare(batch.images, None)
             for batch in engine.feed(self.job.layout, dataset.train, parts, key=key)
         ]
         variables = {"params": state.train.params, "batch_stats": state.train.batch_stats}
+        module = self.job.task.network.module
+        assert module is not None
         params, errors = products.quantize(
-            self.job.model, variables, batches, config.quantize, key=self._key(number, 2), tell=say
+            module,
+            variables,
+            batches,
+            config.quantize,
+            key=self._key(number, 2),
+            tell=say,
         )
         batch_stats = self.functions.recalibrate(
             jq.unpack(params), state.train.batch_stats, dataset.train, self._key(number, 3)
@@ -315,8 +290,10 @@ class _Worker:
             path: {"error_before": error.before, "error_after": error.after}
             for path, error in errors.items()
         }
-        self.log.add("quantized", number, round=1, weights_frozen=1.0, layers=layers, **result)
-        self.log.add("retrained", number, round=1, **result)
+        quantized = {"weights_frozen": 1.0, "layers": layers, **result}
+        seconds = time.monotonic() - started
+        self.log.add("quantized", number, round=1, **quantized, seconds=seconds)
+        self.log.add("retrained", number, round=1, **result, seconds=0.0)
         say(f"quantized: accuracy {result['accuracy']:.2%}")
         return state
 
@@ -326,10 +303,9 @@ class _Worker:
         config, epoch = self.job.config, self._epoch(number, unit)
         steps = len(epoch.order)
         size = self.functions.steps_per_call
-        title = "float" if unit.round < 0 else f"round {unit.round + 1}"
         starts = show_progress(
             range(progress.steps, steps, size),
-            title=f"{title}, epoch {unit.epoch + 1}/{unit.epochs}",
+            title=f"{unit.stage}, epoch {unit.epoch + 1}/{unit.epochs}",
             unit="img",
             size=size * config.batch_size,
             total=-(-(steps - progress.steps) // size),
@@ -342,6 +318,7 @@ class _Worker:
             first=progress.steps * config.batch_size,
         )
         with contextlib.closing(feed):
+            started = time.monotonic()
             batches = next(feed)
             for start in starts:
                 train, quant, metrics = self.functions.train(
@@ -357,6 +334,7 @@ class _Worker:
                     else epoch.temperatures[start : start + size],
                     distill=unit.round >= 0 and config.retrain.has_teacher,
                     move_centroids=unit.round >= 0 and config.retrain.centroid_rate > 0,
+                    optimizer=self._stage(unit).optimizer,
                 )
                 if start + size < steps:  # while the devices are at work
                     batches = next(feed)
@@ -366,17 +344,19 @@ class _Worker:
                     steps=min(start + size, steps),
                     loss=progress.loss + float(metrics["loss"]),
                     correct=progress.correct + float(metrics["correct"]),
+                    seconds=progress.seconds + time.monotonic() - started,
                 )
-                _check_loss(title, progress.loss)
+                started = time.monotonic()
+                _check_loss(unit.stage, progress.loss)
                 if self.keeper.due() and progress.steps < steps:
                     self.keeper.save(state, progress)
-        self._log_epoch(number, unit, progress.loss / steps, progress.correct / steps)
+        left = self.units[number + 1 :]
+        self._log_epoch(number, unit, progress, steps, left)
         return state
 
     def _epoch(self, number: int, unit: Unit) -> program.Epoch:
         """Return what an epoch trains on: the images of each step, its rate, the key."""
-        config = self.job.config
-        stage: Fit = config.fit if unit.round < 0 else config.retrain
+        config, stage = self.job.config, self._stage(unit)
         order = engine.epoch_order(
             self._key(number, 4), self.job.dataset.train.size, config.batch_size
         )
@@ -407,8 +387,10 @@ class _Worker:
             for number, unit in numbered
             if unit.first
         ]
+        state = self._restart(state, config.retrain)  # an optimizer as that of the rounds
         run_program = program.build(config, plan, self.functions.parts)
         say(f"rounds 1 to {plan.num_rounds} in one program")
+        started = time.monotonic()
         train, quant, records = jax.jit(run_program, donate_argnums=(0, 1))(
             state.train,
             state.quant,
@@ -420,21 +402,22 @@ class _Worker:
             program.make_steps(epochs),
         )
         records = jax.tree.map(np.asarray, records)
+        # Of all in one program: the epochs share it.
+        seconds = (time.monotonic() - started) / len(epochs)
         size = test_data.size
         for index, (number, unit) in enumerate(numbered):
             steps = len(epochs[index].order)
             if unit.first:
                 info = jax.tree.map(lambda rows, at=unit.round: rows[at], records.info)
                 self._check_finite(unit, info)
-                self._log_quantized(
-                    number, unit, info, program.result(records.quantized, unit.round, size)
-                )
-            loss, correct = records.epoch_loss[index], records.epoch_correct[index]
-            self._log_epoch(number, unit, float(loss) / steps, int(correct) / steps)
+                result = program.result(records.quantized, unit.round, size)
+                self._log_quantized(number, unit, info, result, 0.0)
+            loss, correct = float(records.epoch_loss[index]), int(records.epoch_correct[index])
+            done = Progress(loss=loss, correct=correct, seconds=seconds)
+            self._log_epoch(number, unit, done, steps, ())
             if unit.last:
-                self._log_retrained(
-                    number, unit, program.result(records.retrained, unit.round, size)
-                )
+                result = program.result(records.retrained, unit.round, size)
+                self._log_retrained(number, unit, result, 0.0)
         return state._replace(train=train, quant=quant)
 
     def _check_finite(self, unit: Unit, info: jq.RoundInfo) -> None:
@@ -445,29 +428,46 @@ class _Worker:
                 f"{', '.join(diverged)}; the last checkpoint is from before this round"
             )
 
-    def _log_epoch(self, number: int, unit: Unit, loss: float, correct: float) -> None:
-        """Log an epoch's mean loss and mean correct answers a step."""
-        title = "float" if unit.round < 0 else f"round {unit.round + 1}"
-        _check_loss(f"{title}, epoch {unit.epoch + 1}", loss)
-        accuracy = correct / self.job.config.batch_size
-        self.log.add("epoch", number, round=unit.round + 1, loss=loss, train_accuracy=accuracy)
+    def _log_epoch(
+        self, number: int, unit: Unit, done: Progress, steps: int, left: Sequence[Unit]
+    ) -> None:
+        """Log an epoch's mean loss, accuracy and time, of sums over its steps."""
+        title, loss = f"{unit.stage}, epoch {unit.epoch + 1}/{unit.epochs}", done.loss / steps
+        _check_loss(title, loss)
+        images = steps * self.job.config.batch_size
+        result = {"loss": loss, "train_accuracy": done.correct / images, "seconds": done.seconds}
+        self.log.add("epoch", number, round=unit.round + 1, **result)
+        remaining = seconds_left(self.log.events, left)
+        say(
+            f"{title}: loss {loss:.4f}, accuracy {done.correct / images:.2%} in training, "
+            f"{images / max(done.seconds, 1e-9):,.0f} images/s"
+            + (f", {duration(remaining)} left" if left else "")
+        )
 
     def _log_quantized(
-        self, number: int, unit: Unit, info: jq.RoundInfo, result: dict[str, float]
+        self,
+        number: int,
+        unit: Unit,
+        info: jq.RoundInfo,
+        result: dict[str, float],
+        seconds: float,
     ) -> None:
         plan = self.job.plan
         assert plan is not None
         _check_loss(f"round {unit.round + 1}, quantized", result["loss"])
         record = summary.round_record(plan, info)
-        self.log.add("quantized", number, round=unit.round + 1, **result, **record)
+        record |= {**result, "seconds": seconds}
+        self.log.add("quantized", number, round=unit.round + 1, **record)
         say(
             f"round {unit.round + 1}/{plan.num_rounds}: {record['weights_frozen']:.1%} frozen, "
             f"{result['accuracy']:.2%} after quantizing"
         )
 
-    def _log_retrained(self, number: int, unit: Unit, result: dict[str, float]) -> None:
+    def _log_retrained(
+        self, number: int, unit: Unit, result: dict[str, float], seconds: float
+    ) -> None:
         _check_loss(f"round {unit.round + 1}", result["loss"])
-        self.log.add("retrained", number, round=unit.round + 1, **result)
+        self.log.add("retrained", number, round=unit.round + 1, **result, seconds=seconds)
         count = "1 epoch" if unit.epochs == 1 else f"{unit.epochs} epochs"
         say(f"round {unit.round + 1}: {result['accuracy']:.2%} after {count} of re-training")
 
@@ -558,7 +558,7 @@ def _restore(config: Config, workdir: Path) -> tuple[Job, engine.Engine, RunStat
     refuse_other(config, workdir)
     job = check(config, start=False)._replace(workdir=workdir)
     functions = _functions(job)
-    restored = read(folder, _abstract(job, functions))
+    restored = read(folder, functools.partial(_saved, job, functions))
     if restored is None:
         raise ValueError(f"{workdir}: expected at least one checkpoint, got none")
     state, record = restored

@@ -1,4 +1,4 @@
-"""Figures of a run as PNG files: accuracy over the rounds, weights and codebooks, errors.
+"""Figures of a run as PNG, PDF or SVG: accuracy over the rounds, weights and codebooks, errors.
 
 Every function takes plain NumPy arrays and mappings and returns the figure it has written. Values
 that are not finite are skipped; a panel with nothing to show says so. Figures are built without
@@ -11,6 +11,7 @@ import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.style
 import numpy as np
@@ -32,6 +33,8 @@ _GREEN = "#009E73"
 _GREY = "#8c8c8c"  # The float network.
 _COLORS = (_BLUE, _ORANGE, _GREEN, "#CC79A7", "#56B4E9", "#E69F00")
 _MARKERS = "osD^vX"
+_POINTS = 72  # of an inch
+_VALUE_WIDTH, _VALUE_HEIGHT = 16, 7  # points, of a number written below a panel's foot
 _MOST_LOST = 15.0  # Points below the float network that a comparison shows to scale.
 
 _WEIGHT_LABELS = (
@@ -41,6 +44,8 @@ _WEIGHT_LABELS = (
     "centroid, none frozen",
 )
 
+# The same figure is the same file.
+_UNDATED = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
 _STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#404040",
@@ -58,7 +63,10 @@ _STYLE = {
     "grid.linewidth": 0.5,
     "legend.fontsize": 7,
     "legend.frameon": False,
+    "pdf.fonttype": 42,  # text that programs can edit and search
     "savefig.dpi": _DPI,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "jaxquant",
     "text.parse_math": False,  # A layer's name may hold any character.
     "xtick.labelsize": 7,
     "xtick.major.size": 2,
@@ -80,7 +88,7 @@ def plot_rounds(
     written at its foot. The lower panel shows the frozen share after each round.
 
     Args:
-      path: PNG file to write; its folder is made.
+      path: .png, .pdf or .svg to write; its folder is made.
       float_accuracy: Accuracy of the float network, in [0, 1].
       rounds: One mapping per round: "round" (int, from 1), "accuracy_quantized" (in [0, 1], before
         re-training), "accuracy" (in [0, 1], after it), "weights_frozen" (share of the selected
@@ -111,7 +119,7 @@ def plot_weights(
     logarithm would not allow.
 
     Args:
-      path: PNG file to write; its folder is made.
+      path: .png, .pdf or .svg to write; its folder is made.
       weights: Current weights of each layer by path, any shape; panels keep this order.
       codebooks: Centroids of each layer, [k] (or [..., k], all of which are drawn).
       frozen: True where a weight is frozen, shaped like the weights or a scalar.
@@ -143,7 +151,7 @@ def plot_errors(
     that a log scale cannot show (zero, NaN) are left out and counted below the axis.
 
     Args:
-      path: PNG file to write; its folder is made.
+      path: .png, .pdf or .svg to write; its folder is made.
       layers: Relative squared error ||w - q||^2 / ||w||^2 of each layer by path, one value per
         label; rows keep this order.
       labels: Names of the series.
@@ -172,7 +180,7 @@ def plot_comparison(
     they are drawn at the foot, hollow, with their accuracy beside them.
 
     Args:
-      path: PNG file to write; its folder is made.
+      path: .png, .pdf or .svg to write; its folder is made.
       families: points (bytes, accuracy in [0, 1]) by label.
       full: bytes and accuracy of the float network.
 
@@ -191,7 +199,7 @@ def plot_curves(
     lowest to the highest. What has lost more than 15 points is drawn as in `plot_comparison`.
 
     Args:
-      path: PNG file to write; its folder is made.
+      path: .png, .pdf or .svg to write; its folder is made.
       families: of each label the runs, a share in [-1, 1] of each of their rounds, as many in all.
 
     Returns:
@@ -210,16 +218,18 @@ def _draw_curves(families: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
     figure = Figure(figsize=(_PAGE, max(3.0, 0.6 + 0.16 * len(families))), layout="constrained")
     axes = figure.subplots()
     axes.axhline(0, color=_GREY, linewidth=1, dashes=(4, 2), label="float")
+    fallen: list[_Fallen] = []
     for (label, runs), style in zip(families.items(), _styles(len(families)), strict=True):
         points = 100 * np.array([[0.0, *run] for run in runs])
         rounds = np.arange(points.shape[1])
-        _draw_down_to(axes, -_MOST_LOST, rounds, points.mean(axis=0), label, *style)
+        fallen += _draw_down_to(axes, -_MOST_LOST, rounds, points.mean(axis=0), label, *style)
         if len(runs) > 1:
             low, high = np.maximum([points.min(axis=0), points.max(axis=0)], -_MOST_LOST)
             axes.fill_between(rounds, low, high, color=style[0], alpha=0.15, linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=12))
     axes.set_xlabel("round")
     axes.set_ylabel("change of accuracy (points)")
+    _write_fallen(axes, -_MOST_LOST, fallen)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
@@ -232,10 +242,12 @@ def _draw_comparison(
     reference = _percent(full[1])
     axes.axhline(reference, color=_GREY, linewidth=1, dashes=(4, 2))
     axes.plot([full[0]], [reference], "*", color=_GREY, label="float", markersize=8)
+    fallen: list[_Fallen] = []
+    foot = reference - _MOST_LOST
     for (label, points), style in zip(families.items(), _styles(len(families)), strict=True):
         ordered = sorted((size, _percent(accuracy)) for size, accuracy in points)
         sizes, accuracies = map(np.array, zip(*ordered, strict=True))
-        _draw_down_to(axes, reference - _MOST_LOST, sizes, accuracies, label, *style)
+        fallen += _draw_down_to(axes, foot, sizes, accuracies, label, *style)
     axes.set_xscale("log")
     # The decades alone may be none within the limits: label halves and fifths of them too.
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -243,6 +255,7 @@ def _draw_comparison(
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("kilobytes, entropy-coded")
     axes.set_ylabel("test accuracy (%)")
+    _write_fallen(axes, foot, fallen)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
@@ -253,24 +266,56 @@ def _styles(count: int) -> list[tuple[str, str]]:
     return [(_COLORS[i % colors], _MARKERS[(i + i // colors) % markers]) for i in range(count)]
 
 
+class _Fallen(NamedTuple):
+    """A point below the foot of a panel."""
+
+    position: float
+    value: float
+    color: str
+
+
 def _draw_down_to(
     axes: Axes, foot: float, x: np.ndarray, y: np.ndarray, label: str, color: str, marker: str
-) -> None:
-    """Draw a curve; what lies below the foot is drawn there, hollow, with its value."""
+) -> list[_Fallen]:
+    """Draw a curve; what lies below the foot is drawn there, hollow, and returned."""
     shown = np.maximum(y, foot)
     axes.plot(x, shown, f"{marker}-", color=color, label=label, linewidth=0.9, markersize=4)
-    for position, value in zip(x, y, strict=True):
-        if value < foot:
-            axes.plot([position], [foot], marker, color="white", markeredgecolor=color, zorder=3)
-            axes.annotate(
-                f"{value:.0f}",
-                (position, foot),
-                xytext=(0, 5),
-                textcoords="offset points",
-                ha="center",
-                fontsize=6,
-                color=color,
-            )
+    fallen = [_Fallen(*point, color) for point in zip(x, y, strict=True) if point[1] < foot]
+    for point in fallen:
+        axes.plot([point.position], [foot], marker, color="white", markeredgecolor=color, zorder=3)
+    return fallen
+
+
+def _write_fallen(axes: Axes, foot: float, fallen: Sequence[_Fallen]) -> None:
+    """Write values below the foot, where no curve comes, in as many rows as they need."""
+    if not fallen:
+        return
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    width, height = (_POINTS * inches for inches in figure.get_size_inches())
+    low, high = axes.get_xlim()
+    log = axes.get_xscale() == "log"
+    scale = math.log10 if log else float
+    points = 0.6 * width / (scale(high) - scale(low))  # a legend stands beside the panel
+    rows: list[float] = []  # where the last value in each ends
+    for point in sorted(fallen):
+        at = points * scale(point.position)
+        row = next((i for i, end in enumerate(rows) if at > end), len(rows))
+        rows[row : row + 1] = [at + _VALUE_WIDTH]
+        axes.annotate(
+            f"{point.value:.0f}",
+            (point.position, foot),
+            xytext=(0, -5 - _VALUE_HEIGHT * row),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=6,
+            color=point.color,
+        )
+    top = axes.get_ylim()[1]
+    axes.set_yticks([tick for tick in axes.get_yticks() if foot <= tick <= top])
+    taken = (8 + _VALUE_HEIGHT * len(rows)) / (0.75 * height)
+    axes.set_ylim(foot - (top - foot) * taken / (1 - min(taken, 0.6)), top)
 
 
 def _write(path: str | os.PathLike[str], draw: Callable[[], Figure]) -> Figure:
@@ -282,7 +327,8 @@ def _write(path: str | os.PathLike[str], draw: Callable[[], Figure]) -> Figure:
         figure = draw()
         FigureCanvasAgg(figure)
         try:
-            figure.savefig(temporary, format="png", dpi=_DPI)
+            form = path.suffix.removeprefix(".")
+            figure.savefig(temporary, format=form, dpi=_DPI, metadata=_UNDATED.get(form))
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -415,7 +461,7 @@ def _draw_weights(
     if not weights:
         _note(panels[0], "no layers")
         panels[0].set_xticks([])
-    figure.supylabel("share of weights (%)", fontsize=8)
+    figure.supylabel("share of weights (%), square root", fontsize=8)
     figure.supxlabel("weight", fontsize=8)
     artists = {
         artist.get_label(): artist for axes in panels for artist in (*axes.patches, *axes.lines)

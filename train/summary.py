@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,12 +13,10 @@ import jaxquant as jq
 from jaxquant.tables import markdown
 from jaxquant.trees import leaves_with_paths
 from train.config import first_error
+from train.course import RunState
+from train.experiment import Job
 from train.logs import read_json, to_json, write_text
-
-if TYPE_CHECKING:
-    from train.experiment import Job
-    from train.loop import RunState
-
+from train.named import name_of
 
 MODEL = "model.safetensors"  # in the workdir: the packed network
 
@@ -49,7 +47,7 @@ def _short(values: Any) -> Any:
 
 
 def rounds_of(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row a round: accuracy before, right after quantizing, and after re-training."""
+    """Return one row a round: accuracy before, after quantizing and after re-training, seconds."""
     accuracy = next((e["accuracy"] for e in events if e["kind"] == "float"), float("nan"))
     rows: list[dict[str, Any]] = []
     for event in events:
@@ -65,15 +63,23 @@ def rounds_of(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             )
         elif event["kind"] == "retrained":
             accuracy = rows[-1]["accuracy"] = event["accuracy"]
+            of_round = [e for e in events if e.get("round") == event["round"]]
+            rows[-1]["seconds"] = seconds_of(of_round)
     return rows
 
 
-def write(job: "Job", state: "RunState", events: Sequence[Mapping[str, Any]]) -> None:
+def seconds_of(events: Sequence[Mapping[str, Any]]) -> float:
+    """Return how long all of this took; earlier versions logged no times."""
+    return sum(event.get("seconds", 0.0) for event in events)
+
+
+def write(job: Job, state: RunState, events: Sequence[Mapping[str, Any]]) -> None:
     """Write report.json, report.md, plots/, the packed network."""
     float_event = next(event for event in events if event["kind"] == "float")
     result: dict[str, Any] = {
         "config": str(job.workdir.name),
         "float": {"accuracy": float_event["accuracy"], "loss": float_event["loss"]},
+        "seconds": seconds_of(events),
         "device": jax.devices()[0].device_kind,
         "versions": {"jaxquant": jq.__version__, "jax": jax.__version__},
     }
@@ -97,19 +103,19 @@ def write(job: "Job", state: "RunState", events: Sequence[Mapping[str, Any]]) ->
         }
         result["rounds"] = rounds
         lines += [_rounds_table(rounds), "", _closing(result), "", str(network), ""]
-        if job.config.plots:
+        if job.config.plots.draw:
             _plot(job, state, rounds, float_event["accuracy"])
     write_text(job.workdir / "report.json", to_json(result))
     write_text(job.workdir / "report.md", "\n".join(lines))
 
 
-def write_packed(path: Path, job: "Job", state: "RunState") -> int:
+def write_packed(path: Path, job: Job, state: RunState) -> int:
     """Write the quantized network as `train.pretrained` reads it; return the file's bytes."""
     params = state.train.params  # of products: packed already
     variables = {"params": params if job.plan is None else jq.pack(params, state.quant)}
     if jax.tree.leaves(state.train.batch_stats):
         variables["batch_stats"] = state.train.batch_stats
-    metadata = {"model": job.config.model, "data": job.dataset.name}
+    metadata = {"model": name_of(job.config.model), "data": job.dataset.name}
     jq.save(path, variables, plan=job.plan, metadata=metadata)
     return path.stat().st_size
 
@@ -139,14 +145,13 @@ def _closing(result: Mapping[str, Any]) -> str:
     )
 
 
-def _plot(
-    job: "Job", state: "RunState", rounds: Sequence[Mapping[str, Any]], accuracy: float
-) -> None:
+def _plot(job: Job, state: RunState, rounds: Sequence[Mapping[str, Any]], accuracy: float) -> None:
     from train import plots
 
     folder = job.workdir / "plots"
     folder.mkdir(exist_ok=True)
-    plots.plot_rounds(folder / "rounds.png", float_accuracy=accuracy, rounds=rounds)
+    form = job.config.plots.format
+    plots.plot_rounds(folder / f"rounds.{form}", float_accuracy=accuracy, rounds=rounds)
     if job.plan is None:
         return
     paths = [layer.path for layer in job.plan.selection.by_depth()]
@@ -156,14 +161,14 @@ def _plot(
         return {path: np.asarray(leaves[path]) for path in paths}
 
     plots.plot_weights(
-        folder / "weights.png",
+        folder / f"weights.{form}",
         weights=by_path(state.train.params),
         codebooks=by_path(state.quant.codebooks),
         frozen=by_path(state.quant.frozen),
         before=by_path(state.reference["params"]),
     )
     plots.plot_errors(
-        folder / "errors.png",
+        folder / f"errors.{form}",
         layers={path: [row["layers"][path]["error_before"] for row in rounds] for path in paths},
         labels=[f"round {row['round']}" for row in rounds],
     )
