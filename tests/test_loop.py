@@ -223,11 +223,11 @@ def test_a_finished_run_of_products_is_read_with_them(toy, tmp_path, capsys):
     assert "expected a finished run to pack, got one under way" in capsys.readouterr().err
 
 
-def test_a_run_is_read_whatever_it_started_from(toy, tmp_path, capsys):
+@pytest.mark.parametrize("form", ["pytorch", "packed"])
+def test_a_run_is_read_whatever_it_started_from(form, toy, tmp_path, capsys):
     start = tmp_path / "start.safetensors"
     assert cli.main([*toy, "none"]) == 0
-    export = ["export", *toy, "none", "--format", "pytorch", "--output", str(start)]
-    assert cli.main(export) == 0
+    assert cli.main(["export", *toy, "none", "--format", form, "--output", str(start)]) == 0
     toy = [f"--config.init={start}", "--config.fit.epochs=0", *toy]
     assert cli.main([*toy, "slq"]) == 0
     report = json.loads((tmp_path / "runs" / "slq" / "report.json").read_text())

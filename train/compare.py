@@ -122,7 +122,7 @@ def _train_float(config: Config, workdir: Path) -> Path:
         loop.run_all({_FLOAT: experiment.prepare(config, workdir)})
         if not (workdir / "report.json").is_file():
             raise ValueError(f"{workdir}: another process trains the float network, wait for it")
-        verbs.export(config, workdir, path, pytorch=True)
+        verbs.export(config, workdir, path, pytorch=False)  # it has names for any leaf
     return path
 
 

@@ -50,10 +50,9 @@ def export(config: Config, workdir: Path, output: Path, *, pytorch: bool) -> int
       config: of the experiment.
       workdir: of the experiment.
       output: a safetensors file.
-      pytorch: plain float tensors under PyTorch's names; else packed, after the last round only.
+      pytorch: plain float tensors under PyTorch's names; else packed, after the last round only,
+        or as they are where nothing is quantized.
     """
-    if config.quantize.method == "none" and not pytorch:
-        raise ValueError("expected a quantized network to pack, got quantize.method none")
     job, _, state = _restore(config, workdir)
     params, batch_stats = state.train.params, state.train.batch_stats
     if pytorch:
