@@ -56,6 +56,8 @@ def test_the_time_left_is_what_the_like_took_before():
         {"kind": "epoch", "round": 1, "seconds": 20.0},
     ]
     assert course.seconds_left(events, units()[3:]) == 20 + 1 + 5 + 20 + 1
+    events += [{"kind": "quantized", "round": 2, "seconds": 1.0}]
+    assert course.seconds_left(events, units()[4:]) == 1 + 20 + 1  # the first one was compiled
     assert course.seconds_left([{"kind": "epoch", "round": 0}], units()) == 0  # earlier versions
     assert course.seconds_left(events, []) == 0
 

@@ -42,7 +42,7 @@ def test_every_layer_has_a_place_in_the_plan(name):
     if config.quantize.method == "qcnn":
         assert len(products.check(model, variables, image, config.quantize)) == kernels
         return
-    plan = experiment.make_plan(config, variables["params"])
+    plan = experiment.make_plan(config, variables["params"], models.depth_rules(config.model))
     assert plan is not None and len(plan.selection.selected) == kernels
     rounds = {"slq5": 5, "mlq": 5, "inq5": 4, "inq2": 10}[name.partition("_")[2]]
     assert plan.num_rounds == rounds and len(config.retrain.epochs) in (1, rounds)

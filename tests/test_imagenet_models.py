@@ -116,11 +116,12 @@ def test_layer_groups_of_mlq_go_from_input_to_output(name):
 def test_a_plan_of_the_program_has_the_head_in_the_last_group():
     params = abstract("resnet18")["params"]
     config = Config(model="resnet18", quantize=Quantize(method="mlq", groups=2))
-    plan = experiment.make_plan(config, params)
+    by_depth = models.depth_rules("resnet18")
+    plan = experiment.make_plan(config, params, by_depth)
     assert plan.selection.by_depth()[-1].path == "fc/kernel"
     assert plan.selection.by_depth()[-1].groups == (1,)
     own = Quantize(method="mlq", groups=1, rules=(jq.LayerRule("fc/kernel"),))
-    plan = experiment.make_plan(dataclasses.replace(config, quantize=own), params)
+    plan = experiment.make_plan(dataclasses.replace(config, quantize=own), params, by_depth)
     assert [layer.path for layer in plan.selection.selected] == ["fc/kernel"]
 
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from train import __main__ as cli
 from train import config as configs
-from train import experiment, layout, loop
+from train import experiment, layout, loop, states
 from train.checkpoints import read
 from train.config import Config, Mesh
 
@@ -101,7 +101,7 @@ def restored(workdir, *mesh):
     """Return the arrays of the latest checkpoint, on these devices."""
     overrides = [argument.removeprefix("--config.") for argument in (*TERNARY, *mesh)]
     job = experiment.check(configs.load("configs/digits_slq.py", overrides)["digits_slq"])
-    found = read(workdir / "checkpoints", loop._abstract(job, loop._functions(job)))
+    found = read(workdir / "checkpoints", states.shapes(job, states.functions(job)))
     assert found is not None
     return found[0]
 

@@ -21,7 +21,7 @@ from tests.conftest import _settings as settings
 from tests.test_checkpoints import snapshot
 from tests.test_main import refused
 from train import __main__ as cli
-from train import experiment, imagenet_models, loop, models, products
+from train import experiment, imagenet_models, loop, models, products, states
 from train.checkpoints import Checkpoints, read
 from train.config import Config, Quantize
 from train.course import Progress
@@ -68,7 +68,7 @@ def make_dataset(side, channels):
 @pytest.fixture
 def traced_once(monkeypatch):
     """Runs of the same experiment share their functions, as those of one command do."""
-    engines, build = {}, loop._functions
+    engines, build = {}, states.functions
 
     def functions(job):
         key = repr(job.config)
@@ -76,7 +76,7 @@ def traced_once(monkeypatch):
             engines[key] = build(job)
         return engines[key]
 
-    monkeypatch.setattr(loop, "_functions", functions)
+    monkeypatch.setattr(states, "functions", functions)
     monkeypatch.setattr(products, "_programs", functools.cache(products._programs))
 
 
@@ -228,11 +228,11 @@ def test_a_finished_run_of_products_is_read_with_them(toy, tmp_path, capsys):
     assert "expected a finished run to pack, got one under way" in capsys.readouterr().err
 
 
-def test_a_run_is_read_whatever_it_started_from(toy, tmp_path, capsys):
+@pytest.mark.parametrize("form", ["pytorch", "packed"])
+def test_a_run_is_read_whatever_it_started_from(form, toy, tmp_path, capsys):
     start = tmp_path / "start.safetensors"
     assert cli.main([*toy, "none"]) == 0
-    export = ["export", *toy, "none", "--format", "pytorch", "--output", str(start)]
-    assert cli.main(export) == 0
+    assert cli.main(["export", *toy, "none", "--format", form, "--output", str(start)]) == 0
     toy = [f"--config.init={start}", "--config.fit.epochs=0", *toy]
     assert cli.main([*toy, "slq"]) == 0
     report = json.loads((tmp_path / "runs" / "slq" / "report.json").read_text())
@@ -290,7 +290,7 @@ def a_state(name, monkeypatch):
     """Return the shapes of a network's states, one of them, and the record beside it."""
     monkeypatch.setattr(experiment, "_load_data", lambda _: make_dataset(64, 3))
     job = experiment.check(Config(model=name, quantize=Quantize(rounds=(17,)), batch_size=8))
-    shapes = loop._abstract(job, loop._functions(job))
+    shapes = states.shapes(job, states.functions(job))
     numbers = itertools.cycle(range(100))
     state = jax.tree.map(lambda x: np.full(x.shape, next(numbers), x.dtype), shapes)
     return shapes, state, {"progress": Progress(units=1)._asdict(), "events": []}
@@ -320,9 +320,9 @@ def test_a_checkpoint_of_an_earlier_version_is_restored(name, tmp_path, monkeypa
 def test_all_states_of_a_run_have_the_shapes_that_are_restored(name, monkeypatch):
     monkeypatch.setattr(experiment, "_load_data", lambda _: make_dataset(16, 1))
     job = experiment.check(Config(model=name, quantize=Quantize(rounds=(17,)), batch_size=8))
-    functions = loop._functions(job)
-    expected = loop._abstract(job, functions)
-    fresh = loop._fresh(job, functions)
+    functions = states.functions(job)
+    expected = states.shapes(job, functions)
+    fresh = states.fresh(job, functions)
     chex.assert_trees_all_equal_shapes_and_dtypes(fresh, expected)
     assert jax.tree.map(lambda x: x.sharding, fresh) == jax.tree.map(lambda x: x.sharding, expected)
     batch = jax.tree.map(lambda x: x[None, :8], job.dataset.train)

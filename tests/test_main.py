@@ -11,7 +11,7 @@ import pytest
 import jaxquant as jq
 from train import __main__ as cli
 from train import config as configs
-from train import loop, models, pretrained
+from train import loop, models, pretrained, states
 from train.logs import to_json
 
 pytestmark = pytest.mark.usefixtures("experiments")
@@ -238,9 +238,9 @@ def test_what_diverges_within_an_epoch_is_not_saved(tmp_path, capsys, monkeypatc
 
 def test_values_that_no_loss_shows_are_found_too():
     good, bad = {"a": jnp.ones(3)}, {"b": {"c": jnp.array([1.0, -jnp.inf])}}
-    loop._check_finite("x", good, {"codes": np.arange(3)})
+    states.check_finite("x", good, {"codes": np.arange(3)})
     with pytest.raises(FloatingPointError, match=r"^x: NaN or infinite values in b/c$"):
-        loop._check_finite("x", good, bad)
+        states.check_finite("x", good, bad)
 
 
 def variables(change):

@@ -502,7 +502,7 @@ def test_figures_are_for_papers_too_and_undated(form, start, tmp_path, monkeypat
         assert path.read_bytes().startswith(start)
     assert (tmp_path / f"a.{form}").read_bytes() == (tmp_path / f"b.{form}").read_bytes()
     if form == "svg":
-        assert "accuracy (%)" in (tmp_path / "a.svg").read_text()  # as text
+        assert ">accuracy (%)</text>" in (tmp_path / "a.svg").read_text()
 
 
 def test_pyplot_is_not_imported():

@@ -34,6 +34,7 @@ EVERYTHING = [
     "--config.quantize.sensitivity=fisher",
     "--config.quantize.sensitivity_batches=2",
     "--config.quantize.moment_batches=2",
+    "--config.retrain.optimizer=tests.own:clipped",
 ]
 
 

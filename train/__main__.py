@@ -167,21 +167,21 @@ def _train_study(loaded: dict[str, "Config"], chosen: Collection[str], workdir: 
 
 
 def _evaluate(name: str, config: "Config", workdir: Path | None, *, mirrored: bool) -> int:
-    from train import loop
+    from train import verbs
 
-    result = loop.evaluate(config, workdir, mirrored=mirrored)
+    result = verbs.evaluate(config, workdir, mirrored=mirrored)
     print(f"{name}: accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f}")
     return 0
 
 
 def _export(config: "Config", workdir: Path | None, output: Path | None, form: str) -> int:
-    from train import loop
+    from train import verbs
 
     if workdir is None:
         raise ValueError("expected --workdir DIR")
     if output is None or output.suffix != ".safetensors":
         raise ValueError(f"expected --output FILE.safetensors, got {output}")
-    size = loop.export(config, workdir, output, pytorch=form == "pytorch")
+    size = verbs.export(config, workdir, output, pytorch=form == "pytorch")
     print(f"{output}: {size:,} bytes")
     return 0
 

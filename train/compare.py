@@ -114,7 +114,7 @@ def as_run(config: Config, workdir: Path) -> Config:
 
 def _train_float(config: Config, workdir: Path) -> Path:
     """Return the file of the float network, which is trained if it has not been."""
-    from train import experiment, loop
+    from train import experiment, loop, verbs
 
     path = workdir / _NETWORK
     if not path.is_file():
@@ -122,7 +122,7 @@ def _train_float(config: Config, workdir: Path) -> Path:
         loop.run_all({_FLOAT: experiment.prepare(config, workdir)})
         if not (workdir / "report.json").is_file():
             raise ValueError(f"{workdir}: another process trains the float network, wait for it")
-        loop.export(config, workdir, path, pytorch=True)
+        verbs.export(config, workdir, path, pytorch=False)  # it has names for any leaf
     return path
 
 

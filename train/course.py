@@ -84,7 +84,7 @@ def seconds_left(events: Sequence[Mapping[str, Any]], left: Sequence[Unit]) -> f
             for event in events
             if event["kind"] == kind and "seconds" in event and (event.get("round", 0) or not again)
         ]
-        return statistics.median(times) if times else 0.0
+        return statistics.median_low(times) if times else 0.0
 
     floats, measured, quantized = map(usual, ("epoch", "float", "quantized"))
     retrained = usual("epoch", again=True) or floats

@@ -7,7 +7,6 @@ import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,23 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
-from jaxquant.trees import leaves_with_paths
 from train import (
-    compare,
     data,
     engine,
     experiment,
     layout,
-    pretrained,
     products,
     program,
     signals,
+    states,
     summary,
 )
-from train.checkpoints import Checkpoints, read
-from train.config import Config, Fit
+from train.checkpoints import Checkpoints
+from train.config import Fit
 from train.course import Progress, RunState, Unit, describe, seconds_left, units
-from train.experiment import Job, check, lock, refuse_other
+from train.experiment import Job, lock
 from train.logs import Log, duration, say, show_progress
 
 
@@ -50,7 +47,7 @@ def run_all(jobs: Mapping[str, Job]) -> None:
 
 def run(job: Job) -> dict[str, Any]:
     """Run, or continue, an experiment; returns the content of report.json."""
-    config, functions = job.config, _functions(job)
+    config, functions = job.config, states.functions(job)
     # Closing waits for the save that is under way, after an interrupt too.
     with contextlib.closing(Checkpoints(job.workdir / "checkpoints")) as checkpoints:
         state, progress, events = _start(job, functions, checkpoints)
@@ -81,7 +78,7 @@ def run(job: Job) -> dict[str, Any]:
             state = layout.gather(state)
             if config.quantize.method == "qcnn":
                 state = worker.quantize_products(len(run_units), state)
-    _check_finite("training diverged", state.train.params, state.train.batch_stats)
+    states.check_finite("training diverged", state.train.params, state.train.batch_stats)
     if layout.is_primary():
         summary.write(job, state, log.events)
     layout.wait_for_all(f"{job.workdir}: report")
@@ -126,61 +123,13 @@ class _Keeper:
             raise SystemExit(128 + self.stopping)
 
 
-def _functions(job: Job) -> engine.Engine:
-    return engine.build(job.config, job.dataset, job.task, job.layout, job.inputs, job.plan)
-
-
-def _fresh(job: Job, functions: engine.Engine) -> RunState:
-    """Return the state at the start of a run."""
-    variables = job.initial
-    if variables is None:
-        # The key is an argument: XLA would fold the random numbers of a constant one, slowly.
-        variables = jax.jit(job.task.init)(jax.random.key(job.config.seed))
-    variables = jq.unpack(jax.tree.map(jnp.asarray, dict(variables)))
-    quant: Any = () if job.plan is None else jq.init(job.plan, variables["params"])
-    variables, quant = job.layout.place((_complete(variables), quant))
-    return RunState(_start_stage(functions, variables, quant, job.config.fit), quant, variables)
-
-
-def _abstract(job: Job, functions: engine.Engine, stage: Fit | None = None) -> RunState:
-    """Return the shapes and places of a run's states, by default as long as it fits floats."""
-    stage = stage or job.config.fit
-
-    def state(variables: Any) -> RunState:
-        quant: Any = () if job.plan is None else jq.init(job.plan, variables["params"])
-        return RunState(_start_stage(functions, variables, quant, stage), quant, variables)
-
-    return job.layout.describe(jax.eval_shape(state, _complete(job.shapes)))
-
-
-def _saved(job: Job, functions: engine.Engine, record: Mapping[str, Any]) -> RunState:
-    """Return the shapes and places of the state beside a record: stages' optimizers may differ."""
-    progress = Progress(**record["progress"])
-    begun = units(job.config, job.plan)[: progress.units + (progress.steps > 0)]
-    rounds = begun and begun[-1].round >= 0
-    return _abstract(job, functions, job.config.retrain if rounds else job.config.fit)
-
-
-def _complete(variables: Any) -> dict[str, Any]:
-    """Return variables with the same collections, whether a network has batch norm or not."""
-    return {"batch_stats": {}, **variables}
-
-
-def _start_stage(
-    functions: engine.Engine, variables: Any, quant: Any, stage: Fit
-) -> engine.TrainState:
-    # As arrays of the host: Python's numbers would have a type of their own, and a compilation.
-    numbers = (np.float32(stage.momentum), np.float32(stage.weight_decay))
-    return functions.start(variables, quant, *numbers, optimizer=stage.optimizer)
-
-
 def _start(
     job: Job, functions: engine.Engine, checkpoints: Checkpoints
 ) -> tuple[RunState, Progress, list[dict[str, Any]]]:
     """Return the state to go on from, how far it has come, and the log so far."""
-    restored = checkpoints.restore(functools.partial(_saved, job, functions))
+    restored = checkpoints.restore(functools.partial(states.saved_shapes, job, functions))
     if restored is None:
-        return _fresh(job, functions), Progress(), []
+        return states.fresh(job, functions), Progress(), []
     state, record = restored
     progress = Progress(**record["progress"])
     done = describe(progress, units(job.config, job.plan))
@@ -208,7 +157,7 @@ class _Worker:
             return state
         started = time.monotonic()
         if unit.round >= 0 and self.job.config.retrain.straight_through:
-            state = _settled(self.functions, state)
+            state = states.settled(self.functions, state)
         result = self._evaluate(state)
         seconds = time.monotonic() - started
         if unit.round < 0:
@@ -231,7 +180,9 @@ class _Worker:
     def _restart(self, state: RunState, stage: Fit) -> RunState:
         """Return the state with a fresh optimizer."""
         variables = {"params": state.train.params, "batch_stats": state.train.batch_stats}
-        return state._replace(train=_start_stage(self.functions, variables, state.quant, stage))
+        return state._replace(
+            train=states.start_stage(self.functions, variables, state.quant, stage)
+        )
 
     def _stage(self, unit: Unit) -> Fit:
         return self.job.config.fit if unit.round < 0 else self.job.config.retrain
@@ -246,7 +197,7 @@ class _Worker:
         params, quant, info = self.functions.quantize(
             plan, params, state.quant, guides, engine.key_data(self._key(number, 2))
         )
-        self._check_finite(unit, info)
+        self._check_round(unit, info)
         batch_stats = self.functions.recalibrate(
             params, batch_stats, train_data, self._key(number, 3)
         )
@@ -409,7 +360,7 @@ class _Worker:
             steps = len(epochs[index].order)
             if unit.first:
                 info = jax.tree.map(lambda rows, at=unit.round: rows[at], records.info)
-                self._check_finite(unit, info)
+                self._check_round(unit, info)
                 result = program.result(records.quantized, unit.round, size)
                 self._log_quantized(number, unit, info, result, 0.0)
             loss, correct = float(records.epoch_loss[index]), int(records.epoch_correct[index])
@@ -420,7 +371,7 @@ class _Worker:
                 self._log_retrained(number, unit, result, 0.0)
         return state._replace(train=train, quant=quant)
 
-    def _check_finite(self, unit: Unit, info: jq.RoundInfo) -> None:
+    def _check_round(self, unit: Unit, info: jq.RoundInfo) -> None:
         diverged = [path for path, finite in info.finite.items() if not bool(jnp.all(finite))]
         if diverged:
             raise FloatingPointError(
@@ -481,98 +432,6 @@ class _Worker:
         return jax.random.fold_in(key, purpose)
 
 
-def _settled(functions: engine.Engine, state: RunState) -> RunState:
-    """Return the state with all weights on their centroids, at the end of straight-through."""
-    params, quant = functions.settle(state.train.params, state.quant)
-    return state._replace(quant=quant, train=state.train._replace(params=params))
-
-
 def _check_loss(stage: str, loss: float) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(f"{stage}: training diverged, the loss is {loss}")
-
-
-def _check_finite(what: str, *trees: Any) -> None:
-    """Raise a FloatingPointError that names what is NaN or infinite, of weights or statistics."""
-    leaves = [item for tree in trees for item in leaves_with_paths(tree)]
-    bad = [path for path, leaf in leaves if not np.isfinite(np.asarray(leaf)).all()]
-    if bad:
-        raise FloatingPointError(f"{what}: NaN or infinite values in {', '.join(bad)}")
-
-
-def evaluate(config: Config, workdir: Path | None, *, mirrored: bool = False) -> dict[str, float]:
-    """Return accuracy and loss of the workdir's latest checkpoint, or else of config.init.
-
-    With `mirrored` by the mean of the answers to an image and its mirror image.
-    """
-    if workdir is not None:
-        job, functions, state = _restore(config, workdir)
-        variables = {"params": state.train.params, "batch_stats": state.train.batch_stats}
-    elif config.init:
-        config = dataclasses.replace(config, fit=dataclasses.replace(config.fit, epochs=(0,)))
-        job = check(config)
-        functions = _functions(job)
-        variables = jax.tree.map(jnp.asarray, dict(job.initial))  # a packed one runs as it is
-    else:
-        raise ValueError("expected --config.init=FILE or --workdir DIR, got neither")
-    if mirrored and not job.dataset.flip:
-        raise ValueError(
-            f"--mirrored: expected images that may be mirrored, got those of {job.dataset.name}"
-        )
-    batch_stats = variables.get("batch_stats", {})
-    test = job.dataset.test
-    result = functions.evaluate(variables["params"], batch_stats, test, mirrored=mirrored)
-    if not math.isfinite(result["loss"]):
-        raise FloatingPointError(f"expected a finite loss, got {result['loss']}")
-    return result
-
-
-def export(config: Config, workdir: Path, output: Path, *, pytorch: bool) -> int:
-    """Write the network of the latest checkpoint to a file; return its bytes.
-
-    Args:
-      config: of the experiment.
-      workdir: of the experiment.
-      output: a safetensors file.
-      pytorch: plain float tensors under PyTorch's names; else packed, after the last round only.
-    """
-    if config.quantize.method == "none" and not pytorch:
-        raise ValueError("expected a quantized network to pack, got quantize.method none")
-    job, _, state = _restore(config, workdir)
-    params, batch_stats = state.train.params, state.train.batch_stats
-    if pytorch:
-        return pretrained.save({"params": jq.unpack(params), "batch_stats": batch_stats}, output)
-    if config.quantize.method == "qcnn" and jax.tree.structure(params) == jax.tree.structure(
-        job.shapes["params"]
-    ):
-        raise ValueError(f"{workdir}: expected a finished run to pack, got one under way")
-    return summary.write_packed(output, job, state)
-
-
-def _restore(config: Config, workdir: Path) -> tuple[Job, engine.Engine, RunState]:
-    """Return an experiment at its latest checkpoint; nothing is written."""
-    folder = workdir / "checkpoints"
-    if not folder.is_dir():
-        raise ValueError(f"{workdir}: expected a workdir with checkpoints, got none")
-    config = compare.as_run(config, workdir)
-    refuse_other(config, workdir)
-    job = check(config, start=False)._replace(workdir=workdir)
-    functions = _functions(job)
-    restored = read(folder, functools.partial(_saved, job, functions))
-    if restored is None:
-        raise ValueError(f"{workdir}: expected at least one checkpoint, got none")
-    state, record = restored
-    if config.retrain.straight_through and int(state.quant.round):
-        state = _settled(functions, state)  # what it is worth so far
-    _check_finite(f"{workdir}: its latest checkpoint", state.train.params, state.train.batch_stats)
-    return job, functions, _with_products(job, state, Progress(**record["progress"]))
-
-
-def _with_products(job: Job, state: RunState, progress: Progress) -> RunState:
-    """Return the state with the products of a finished run, of which no checkpoint is saved."""
-    path, config = job.workdir / summary.MODEL, job.config
-    done = progress.units == len(units(config, job.plan))
-    if config.quantize.method != "qcnn" or not done or not path.is_file():
-        return state
-    variables = _complete(pretrained.load(path, job.shapes))
-    return state._replace(train=state.train._replace(**variables))

@@ -117,6 +117,7 @@ def _run(
     steps: Steps,
 ) -> tuple[TrainState, jq.QuantState, Records]:
     taught = teacher if config.retrain.has_teacher else None
+    optimizer = config.retrain.optimizer
     measure = functools.partial(_measure, parts, test)
     averaged = functools.partial(functools.partial, _mean_over_batches, config, parts)
 
@@ -132,7 +133,7 @@ def _run(
             config, averaged(parts.batch_statistics), params, batch_stats, train, own_keys[2]
         )
         variables = {"params": params, "batch_stats": batch_stats}
-        started = parts.start(variables, quant, momentum, weight_decay)
+        started = parts.start(variables, quant, momentum, weight_decay, optimizer=optimizer)
         return started, quant, (info, measure(params, batch_stats))
 
     def one(carry: Any, x: Steps) -> tuple[Any, None]:
@@ -160,6 +161,7 @@ def _run(
             jax.random.fold_in(jax.random.wrap_key_data(x.key), x.number),
             x.learning_rate,
             move_centroids=config.retrain.centroid_rate > 0,
+            optimizer=optimizer,
         )
         records = records._replace(
             epoch_loss=records.epoch_loss.at[x.epoch].add(metrics["loss"]),
