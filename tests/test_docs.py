@@ -285,7 +285,9 @@ def test_the_example_of_your_own_model_runs(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     for name in ("my_network:Cnn", "my_network:NnxCnn"):
         assert f"{name} on my_images.npz, 10 classes, 1,442 images to train on and 355 to te" in out
-    for run in ("linen", "nnx"):
+    for run, form in (("linen", "png"), ("nnx", "pdf")):
+        plots = sorted(path.name for path in (tmp_path / "runs" / run / "plots").iterdir())
+        assert plots == [f"{name}.{form}" for name in ("errors", "rounds", "weights")]
         report = summary.read(tmp_path / "runs" / run)
         assert report["quantized"]["on_codebook"] and report["quantized"]["accuracy"] > 0.8
         assert list(report["rounds"][0]["layers"]) == [
