@@ -113,8 +113,8 @@ class Fit:
         "jaxquant.straight_through",
     ] = False
     warmest: Annotated[_Amount, "temperature of straight_through at first; 0: none"] = 0.0
-    coolest: Annotated[float, Field(gt=0), "what it falls to, before it is 0"] = 0.02
-    cooling: Annotated[_Share, "share of the steps in which it falls"] = 0.7
+    coolest: Annotated[float, Field(gt=0), "what it falls to, before it is 0"] = 0.005
+    cooling: Annotated[_Share, "share of the steps in which it falls"] = 0.9
 
     @property
     def has_teacher(self) -> bool:
