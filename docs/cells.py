@@ -12,11 +12,6 @@ import tempfile
 from pathlib import Path
 
 
-def code_of(notebook: dict) -> list[str]:
-    """Return the source of each code cell."""
-    return ["".join(x["source"]) for x in notebook["cells"] if x["cell_type"] == "code"]
-
-
 def run(path: Path) -> None:
     """Run the cells one after the other in an empty folder, and keep what they print."""
     notebook, names = json.loads(path.read_text()), {}

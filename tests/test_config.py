@@ -119,6 +119,15 @@ def test_a_wrong_override_is_named(override, message):
             "one_program: expected false with retrain.straight_through",
         ),
         (
+            Config(
+                quantize=Quantize(
+                    rounds=(3,), rules=(LayerRule("a/.*", k=3, centroid_dtype="int8", scaled=True),)
+                ),
+                retrain=Fit(straight_through=True, centroid_rate=1.0),
+            ),
+            "retrain.centroid_rate: expected 0, centroids of 'a/.\\*' are int8",
+        ),
+        (
             Config(retrain=Fit(warmest=0.5)),
             "retrain.warmest: expected 0 without retrain.straight_through, got 0.5",
         ),

@@ -191,6 +191,21 @@ def train(
     )
 
 
+def first_loss(dataset, variables):
+    """Return the loss of the first step's batch, as a function of the parameters."""
+    index = np.asarray(engine.epoch_order(jax.random.key(2), 40, 10)[0])
+    x = normalized(dataset, dataset.train.images[index]).astype(np.float32)
+
+    def loss(params):
+        logits, _ = Tiny().apply(
+            {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+        )
+        labels = dataset.train.labels[index]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return loss
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_steps_in_one_call_equal_steps_one_by_one(size):
     config = Config(steps_per_call=size)
@@ -227,16 +242,7 @@ def test_a_step_is_sgd_with_momentum_and_decay_on_the_free_weights():
     frozen["dense"]["kernel"] = frozen["dense"]["kernel"].at[0].set(True)
     quant = quant_state(params, frozen)
     state, _, _ = train(functions, start, images, variables, quant, steps=1)
-    index = np.asarray(engine.epoch_order(jax.random.key(2), 40, 10)[0])
-    x = normalized(dataset, dataset.train.images[index]).astype(np.float32)
-
-    def loss(params):
-        logits, _ = Tiny().apply(
-            {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
-        )
-        labels = dataset.train.labels[index]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
+    loss = first_loss(dataset, variables)
     gradient = jax.grad(loss)(params)
     expected = jax.tree.map(lambda p, g: p - 0.1 * (g + 0.5 * p), params, gradient)
     kernel = state.params["dense"]["kernel"]
@@ -262,16 +268,7 @@ def test_an_optimizer_of_your_own_sees_the_free_weights_alone():
         steps=1,
         optimizer=own.clipped,
     )
-    index = np.asarray(engine.epoch_order(jax.random.key(2), 40, 10)[0])
-    x = normalized(dataset, dataset.train.images[index]).astype(np.float32)
-
-    def loss(params):
-        logits, _ = Tiny().apply(
-            {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
-        )
-        labels = dataset.train.labels[index]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
+    loss = first_loss(dataset, variables)
     tx = jq.freeze_quantized(own.clipped(0.1, 0.5))
     updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params, frozen=frozen)
     chex.assert_trees_all_close(got.params, optax.apply_updates(params, updates), atol=1e-5)
@@ -347,19 +344,11 @@ def test_centroids_take_the_step_of_all_their_members_and_stay_shared(steps):
     np.testing.assert_array_equal(moved.frozen["dense"]["kernel"], mask)
     if steps > 1:
         return
-    index = np.asarray(engine.epoch_order(jax.random.key(2), 40, 10)[0])
-    x = normalized(dataset, dataset.train.images[index]).astype(np.float32)
+    loss_of = first_loss(dataset, variables)
 
     def loss(codebook):
-        dense = {**params["dense"], "kernel": jnp.where(mask, codebook[codes], before)}
-        logits, _ = Tiny().apply(
-            {**variables, "params": {**params, "dense": dense}},
-            x,
-            train=True,
-            mutable=["batch_stats"],
-        )
-        labels = dataset.train.labels[index]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        kernel = jnp.where(mask, codebook[codes], before)
+        return loss_of({**params, "dense": {**params["dense"], "kernel": kernel}})
 
     members = np.array([np.sum(mask & (codes == j)) for j in range(3)])
     expected = old - 0.5 * 0.1 * jax.grad(loss)(old) / np.sqrt(np.maximum(members, 1))
@@ -380,17 +369,11 @@ def test_a_straight_through_step_trains_all_weights_and_their_centroids(warmth, 
     state, moved, _ = train(
         functions, start, images, variables, quant, steps=1, move=move, warmth=warmth
     )
-    index = np.asarray(engine.epoch_order(jax.random.key(2), 40, 10)[0])
-    x = normalized(dataset, dataset.train.images[index]).astype(np.float32)
+    loss_of = first_loss(dataset, variables)
 
     def loss(params, codebooks):
         own = quant._replace(codebooks=codebooks)
-        seen = jq.straight_through(plan, params, own, temperature=warmth)
-        logits, _ = Tiny().apply(
-            {**variables, "params": seen}, x, train=True, mutable=["batch_stats"]
-        )
-        labels = dataset.train.labels[index]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return loss_of(jq.straight_through(plan, params, own, temperature=warmth))
 
     gradient, own = jax.grad(loss, argnums=(0, 1))(params, quant.codebooks)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)

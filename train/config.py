@@ -436,6 +436,12 @@ def _check_together(config: Config) -> None:
                 "retrain.straight_through: expected quantize.method slq with one round, which "
                 f"gives the codebooks, got {quantize.method} with rounds {quantize.rounds}"
             )
+        whole = [rule.pattern for rule in quantize.rules or () if rule.centroid_dtype == "int8"]
+        if whole and retrain.centroid_rate:
+            raise ValueError(
+                f"retrain.centroid_rate: expected 0, centroids of {whole[0]!r} are int8, which has "
+                "no gradient"
+            )
         if config.one_program:
             raise ValueError("one_program: expected false with retrain.straight_through")
     elif retrain.warmest:

@@ -73,7 +73,7 @@ def check_finite(what: str, *trees: Any) -> None:
         raise FloatingPointError(f"{what}: NaN or infinite values in {', '.join(bad)}")
 
 
-def settled(functions: engine.Engine, state: RunState) -> RunState:
+def settled(compiled: engine.Engine, state: RunState) -> RunState:
     """Return the state with all weights on their centroids, at the end of straight-through."""
-    params, quant = functions.settle(state.train.params, state.quant)
+    params, quant = compiled.settle(state.train.params, state.quant)
     return state._replace(quant=quant, train=state.train._replace(params=params))
