@@ -302,6 +302,84 @@ def test_guided_moments_of_stacks_are_by_layer():
     close(found.moments["stack"], stacked(expected.moments))
 
 
+def by_convolution(params, x):
+    images = x.reshape(2, BATCH // 2, WIDTH, 1)
+    layout = ("NHWC", "OIHW", "NHWC")
+    return jax.lax.conv_general_dilated(
+        images, params["w"], (1, 1), "VALID", dimension_numbers=layout
+    )
+
+
+def by_heads(params, x):  # outputs of a convolution, in another order than they are stored
+    kernel = params["w"].reshape(WIDTH, 1, 2, 4).transpose(0, 1, 3, 2).reshape(WIDTH, 1, 8)
+    return jax.lax.conv_general_dilated(
+        x[..., None], kernel, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+
+
+def plain(params, x):
+    return x @ params["w"]
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "groups", "axis"),
+    [
+        (plain, (WIDTH, 8), 4, 1),
+        (plain, (WIDTH, 6), 3, 1),  # of 4 at most
+        (plain, (WIDTH, 5), 1, 1),
+        (transposed, (8, WIDTH), 4, 0),
+        (halves_of_outputs, (WIDTH, 8), 4, 1),
+        (thirds_of_rows, (12, WIDTH), 4, 0),
+        (by_convolution, (4, 1, 2, 3), 4, 0),
+        (by_heads, (WIDTH, 1, 8), 4, 2),
+    ],
+)
+def test_groups_of_outputs_have_moments_by_their_own_gradients(function, shape, groups, axis):
+    params, x = {"w": normal(shape)}, normal((BATCH, WIDTH), seed=2)
+    rules = [jq.LayerRule("w", inputs=-1)] if function is thirds_of_rows else None
+
+    def squared(params, x):  # of which outputs matter by what they are
+        return jnp.square(function(params, x))
+
+    seen = jq.calibrate(squared, params, [x], rules=rules, guided=4)
+    inputs = np.prod(shape) // shape[axis]
+    assert seen.moments["w"].shape == (groups,) * (groups > 1) + (inputs, inputs)
+    apart = np.asarray(seen.moments["w"]).reshape(groups, inputs, inputs)
+    whole = jq.calibrate(squared, params, [x], rules=rules, guided=True).moments["w"]
+    close(apart.mean(axis=0), whole, rtol=1e-4)
+    # A weight's sensitivity is that of its output, times the square of its input.
+    sensitivity = np.moveaxis(np.asarray(seen.sensitivity["w"]), axis, 0)
+    sensitivity = sensitivity.reshape(groups, -1, inputs).mean(axis=1)
+    close(np.diagonal(apart, axis1=1, axis2=2), sensitivity, rtol=1e-4)
+
+
+def test_groups_of_outputs_of_stacks_are_by_layer():
+    apart = {"first": normal((WIDTH, WIDTH)), "second": normal((WIDTH, WIDTH), seed=1)}
+    x = normal((BATCH, WIDTH), seed=2)
+    expected = jq.calibrate(looped, apart, [x], guided=2)
+    rules = [jq.LayerRule("stack", axis=0)]
+    found = jq.calibrate(by_scan, {"stack": stacked(apart)}, [x], rules=rules, guided=2)
+    assert found.moments["stack"].shape == (2, 2, WIDTH, WIDTH)
+    close(found.moments["stack"], stacked(expected.moments))
+
+
+def test_rounds_by_groups_of_outputs_lose_what_allocation_says():
+    params, x = {"w": normal((2, WIDTH, 8))}, normal((BATCH, WIDTH), seed=2)
+    rules = [jq.LayerRule("w", k=3, block=(1, -1, -1))]
+    seen = jq.calibrate(by_slices, params, [x], rules=rules, guided=4)
+    assert seen.moments["w"].shape == (2, 4, WIDTH, WIDTH)
+    plan = jq.slq(params, rounds=(1,), rules=rules)
+    new, _, _ = jq.quantize_round(plan, params, jq.init(plan, params), calibration=seen)
+    change = np.asarray(new["w"] - params["w"], np.float64).reshape(2, WIDTH, 4, 2)
+    lost = np.einsum("lign,lgij,ljgn->", change, np.asarray(seen.moments["w"], float), change)
+    found = jq.allocate(params, bits=30, choices=rules, calibration=seen)
+    assert found.loss == pytest.approx(lost, rel=1e-4)
+
+
+def by_slices(params, x):
+    return jax.lax.map(lambda w: jnp.square(x @ w) * jnp.arange(8.0)[None], params["w"]).sum(0)
+
+
 def test_sensitivities_predict_the_divergence_of_predictions():
     params = {"w": 0.3 * normal((WIDTH, 5))}
     x = normal((4000, WIDTH), seed=2)
@@ -478,6 +556,7 @@ def calibrated(function=chain, params=None, batches=None, **options):
         ({"batches": []}, "batches: expected at least one"),
         ({"outputs": "logits"}, "expected outputs to be one of"),
         ({"key": 3}, "expected key to be a key"),
+        ({"guided": -1}, "expected guided to be an integer of at least 0, got -1"),
         (
             {"rules": [jq.LayerRule("heads", inputs=2), jq.LayerRule(".*")]},
             r"heads: its rule says inputs=2.*expected inputs=1",

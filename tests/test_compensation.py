@@ -34,10 +34,22 @@ def make_layer(rows, outputs, seed=0):
     return weights, (inputs.T @ inputs / len(inputs)).astype(np.float32)
 
 
+def make_groups(rows, outputs, seed=0, groups=3):
+    """Return weights, and second moments of inputs as they matter for each group of outputs."""
+    weights, _ = make_layer(rows, outputs, seed)
+    return weights, np.stack([make_layer(rows, 1, 100 * seed + i)[1] for i in range(groups)])
+
+
+def of_each(moments, outputs):
+    """Return the moments of each output in float64, [N, D, D]."""
+    moments = np.asarray(moments, np.float64).reshape(-1, *moments.shape[-2:])
+    return np.repeat(moments, outputs // len(moments), axis=0)
+
+
 def errors(new, old, moments):
     """Return the squared error of each output's answers."""
     off = np.asarray(new, np.float64) - np.asarray(old, np.float64)
-    return np.einsum("in,ij,jn->n", off, moments.astype(np.float64), off)
+    return np.einsum("in,nij,jn->n", off, of_each(moments, off.shape[1]), off)
 
 
 def nearest_codes(weights):
@@ -147,11 +159,12 @@ def test_after_enough_sweeps_no_single_weight_could_do_better(monkeypatch):
     share=st.sampled_from([0.0, 0.3, 1.0]),
     refit=st.booleans(),
     dead=st.booleans(),
+    make=st.sampled_from([make_layer, make_groups]),
 )
-def test_what_compensation_promises(seed, share, refit, dead):
-    weights, moments = make_layer(20, 6, seed)
+def test_what_compensation_promises(seed, share, refit, dead, make):
+    weights, moments = make(20, 6, seed)
     if dead:  # inputs that are always zero
-        moments[3], moments[:, 3] = 0, 0
+        moments[..., 3, :], moments[..., 3] = 0, 0
     frozen = np.random.default_rng(seed).random(weights.shape) < share
     movable = OUTER & refit
     found = jax.tree.map(np.asarray, quick(weights, frozen, CENTROIDS, movable, moments))
@@ -214,10 +227,11 @@ def least_squares(weights, frozen, found, numbers, movable, moments):
     slots = for_each(numbers, np.arange(found.codebook.size).reshape(movable.shape), weights.shape)
     slots = np.take_along_axis(slots, found.codes[..., None].astype(int), -1)[..., 0]
     moves = ~frozen & movable.reshape(-1)[slots]
-    root = np.linalg.cholesky(moments.astype(np.float64)).T
+    root = np.linalg.cholesky(of_each(moments, weights.shape[1])).transpose(0, 2, 1)
     members = (slots[..., None] == np.arange(movable.size)) & moves[..., None]  # [D, N, centroids]
-    answers = np.einsum("ij,jns->ins", root, members).reshape(weights.size, -1)
-    rest = root @ np.where(moves, weights, weights - found.weights.astype(np.float64))
+    answers = np.einsum("nij,jns->ins", root, members).reshape(weights.size, -1)
+    rest = np.where(moves, weights, weights - found.weights.astype(np.float64))
+    rest = np.einsum("nij,jn->in", root, rest)
     best = np.linalg.lstsq(answers, rest.reshape(-1), rcond=None)[0]
     return np.sum(np.square(rest.reshape(-1) - answers @ best))
 
@@ -247,6 +261,24 @@ def test_what_compensation_promises_of_blocks(seed, numbers, share, refit):
     assert np.all(by_block(after, numbers) <= by_block(limit, numbers))
     if not refit:
         assert np.all(after <= limit)
+
+
+def test_groups_of_outputs_go_by_moments_of_their_own():
+    weights, moments = make_groups(20, 6)
+    energies = np.sqrt(np.diagonal(moments, axis1=1, axis2=2))
+    moments *= (energies[0] / energies)[:, :, None] * (energies[0] / energies)[:, None]  # one order
+    frozen = np.random.default_rng(0).random(weights.shape) < 0.2
+    found = quick(weights, frozen, CENTROIDS, ~ALL, moments)
+    apart = [
+        quick(weights[:, part], frozen[:, part], CENTROIDS, ~ALL, own)
+        for part, own in zip((np.s_[:2], np.s_[2:4], np.s_[4:]), moments, strict=True)
+    ]
+    np.testing.assert_array_equal(
+        found.weights, np.concatenate([own.weights for own in apart], axis=1)
+    )
+    same = quick(weights, frozen, CENTROIDS, OUTER, np.stack([moments[1]] * 3))
+    one = quick(weights, frozen, CENTROIDS, OUTER, moments[1])
+    np.testing.assert_allclose(same.weights, one.weights, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -294,11 +326,13 @@ def test_small_layers_in_groups_come_near_the_best_of_all_choices():
     assert np.median(ratios) < 1.05
 
 
-@pytest.mark.parametrize("numbers", [(1, 6), (4, 3)])
-def test_centroids_end_at_the_least_squares_of_their_codes(numbers):
+@pytest.mark.parametrize(
+    ("numbers", "make"), [((1, 6), make_layer), ((4, 3), make_layer), ((1, 1), make_groups)]
+)
+def test_centroids_end_at_the_least_squares_of_their_codes(numbers, make):
     ratios = []
     for seed in range(5):
-        weights, moments = make_layer(20, 6, seed)
+        weights, moments = make(20, 6, seed)
         tables, movable = make_codebooks(numbers, seed)
         frozen = np.random.default_rng(seed).random(weights.shape) < 0.2
         found = jax.tree.map(np.asarray, quick(weights, frozen, tables, movable, moments))
@@ -332,8 +366,8 @@ def test_least_squares_that_lose_by_rounding_are_not_taken():
     layer = compensation._Layer(
         jnp.asarray(weights),
         jnp.zeros(weights.shape, bool),
-        jnp.asarray(moments),
-        jnp.zeros(moments.shape),
+        jnp.asarray(moments)[None],
+        jnp.zeros((1, *moments.shape)),
         jnp.arange(20, dtype=jnp.int32) // 5,
         jnp.asarray(movable),
         jnp.bool_(False),
@@ -761,6 +795,13 @@ def test_moments_that_do_not_fit_are_named():
         call(moments={"b/kernel": moments["a/kernel"]})
     with pytest.raises(ValueError, match="moments: b/kernel"):
         call(moments={"b/kernel": jnp.full((20, 20), jnp.nan)})
+    with pytest.raises(ValueError, match="b/kernel: expected groups into which its 6 outputs can"):
+        call(moments={"b/kernel": jnp.zeros((4, 20, 20))})
+    twins = {name: jnp.ones((4, 6)) for name in "ab"}
+    own = {"a": jnp.eye(4), "b": jnp.zeros((2, 4, 4))}
+    with pytest.raises(ValueError, match="moments: b: expected the groups of outputs that a of"):
+        plan_of_twins = jq.slq(twins, bits=2, rounds=(3,))
+        jq.quantize_round(plan_of_twins, twins, jq.init(plan_of_twins, twins), moments=own)
     plan = jq.inq(params)
     with pytest.raises(ValueError, match="moments: expected a plan of shares of clusters"):
         jq.quantize_round(plan, params, jq.init(plan, params), moments=moments)

@@ -147,7 +147,7 @@ CALLS = {
         g, jq.slq(TREE, bits=2, rounds=(3,)), moments={"w": g.inputs.T @ g.inputs}
     ),
     "calibrate": lambda g: calibrated(g).moments,
-    "calibrate guided": lambda g: calibrated(g, guided=True, outputs="categorical"),
+    "calibrate guided": lambda g: calibrated(g, guided=2, outputs="categorical"),
     "quantize_round calibrated": lambda g: round_of(g, SEEN, calibration=calibrated(g)),
     "straight_through": lambda g: jq.straight_through(
         SEEN, {"w": g.weights}, jq.release(state_of(g)[1])

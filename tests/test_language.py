@@ -203,11 +203,11 @@ def test_calibrated_kernels_answer_better_and_allocated_ones_keep_their_bytes(pa
         answers = pair.function(models.replaced(pair.params, new), TOKENS)
         return float(jnp.mean((answers - pair.function(pair.params, TOKENS)) ** 2))
 
-    plain, told = (settings.clustered(pair, 4, (-1, -1), calibrated=x) for x in (False, True))
+    plain, told = (settings.clustered(pair, 4, (-1, -1), calibrated=x) for x in (0, 1))
     assert error(told) < 0.7 * error(plain)
     choices = [(4, (-1, 1)), (8, (-1, 1)), (16, (16, 1))]
     mixed = settings.allocated(pair, choices[1], choices)
-    equal = settings.clustered(pair, *choices[1], scaled=True, calibrated=True)
+    equal = settings.clustered(pair, *choices[1], scaled=True, calibrated=1)
     assert program.stored(mixed) < 1.02 * program.stored(equal)
     assert error(mixed) <= error(equal)
 
@@ -223,7 +223,7 @@ def test_training_by_a_teacher_loses_less_than_the_round_that_it_begins_with(pai
         answers = pair.function(models.replaced(pair.params, new), TOKENS)
         return float(jnp.mean((answers - pair.function(pair.params, TOKENS)) ** 2))
 
-    before = settings.clustered(pair, 3, **rule, calibrated=True)
+    before = settings.clustered(pair, 3, **rule, calibrated=1)
     after = settings.trained(pair, 3, **rule)
     assert error(after) < 0.8 * error(before)
     assert len(np.unique(jq.unpack(after["first/kernel"])[:, 0])) <= 3
@@ -235,7 +235,7 @@ def test_clusters_that_freeze_in_rounds_are_all_frozen_behind_the_last_step(pair
         pair,
         functools.partial(jq.slq, rounds=(1, 2, 3)),
         rules,
-        settings.calibration(pair),
+        settings.calibration(pair, 1),
         steps=8,
         rate=0.01,
     )

@@ -119,12 +119,12 @@ def task(path: Path) -> models.Task:
 def ways(task: models.Task, k: int, steps: int) -> dict[str, Callable[..., Any]]:
     """Return the ways to put kernels on k centroids and a scale a channel, functions of a rate."""
     rules = settings.rules_of(task, k, (WHOLE, 1), scaled=True)
-    seen = settings.calibration(task)
+    seen = settings.calibration(task, 1)
     taught = functools.partial(training.distilled, task, rules, steps=steps)
     frozen = functools.partial(training.in_rounds, task, calibration=seen, rules=rules, steps=steps)
     slq = functools.partial(jq.slq, rounds=range(1, k + 1))
     return {
-        "one round, calibrated": lambda rate: settings.quantized(task, rules, calibrated=True),
+        "one round, calibrated": lambda rate: settings.quantized(task, rules, calibrated=1),
         "SLQ in rounds": lambda rate: frozen(slq, rate=rate),
         "MLQ in rounds": lambda rate: frozen(functools.partial(jq.mlq, groups=2), rate=rate),
         "straight through": lambda rate: taught(None, rate=rate, warm=0.0),

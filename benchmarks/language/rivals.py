@@ -6,6 +6,8 @@ float function is measured.
 """
 
 import functools
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,9 +26,7 @@ _SIZES = {"a scale a channel": WHOLE} | {f"groups of {size}": size for size in (
 
 def rivals() -> dict[str, Quantize]:
     """Return the rows of qwix by name; none where it is not installed."""
-    try:
-        import qwix  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
+    if not _is_installed():
         return {}
     rows = {}
     for kind in ("int4", "nf4", "int3"):
@@ -35,6 +35,26 @@ def rivals() -> dict[str, Quantize]:
     for name, size in _SIZES.items():  # its GPTQ takes types of JAX only
         rows[f"qwix GPTQ int4, {name}"] = functools.partial(compensated, kind="int4", size=size)
     return rows
+
+
+def runs(task: models.Task) -> dict[str, Callable[[], tuple[Any, Any, int]]]:
+    """Return by name what makes qwix's model: a function of its state and a batch, and the state.
+
+    The third result is the bytes of its kernels. None where qwix is not installed.
+    """
+
+    def made(kind: str, size: int) -> tuple[Any, Any, int]:
+        graph, state = nnx.split(_post_training(task, kind, size))
+        leaves = models.by_path(nnx.to_pure_dict(state))
+        own = sum(leaf.nbytes for path, leaf in leaves.items() if "/kernel/" in path)
+        return lambda state, batch: nnx.merge(graph, state)(batch), state, own
+
+    return {
+        f"qwix {kind}, {name}": functools.partial(made, kind, size)
+        for kind in ("int4", "nf4")
+        for name, size in _SIZES.items()
+        if _is_installed() and size in (WHOLE, 64)
+    }
 
 
 def rounded(task: models.Task, kind: str, size: int) -> dict[str, jq.PackedArray]:
@@ -59,6 +79,10 @@ def compensated(task: models.Task, kind: str, size: int) -> dict[str, jq.PackedA
     variable = nnx.variable_type_from_name("quant_stats")
     statistics = nnx.to_pure_dict(nnx.state(model, variable))
     return packed(gptq.quantize_params(task.params, plain, statistics), kind)
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("qwix") is not None
 
 
 def _post_training(task: models.Task, kind: str, size: int) -> Any:

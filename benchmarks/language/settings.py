@@ -24,7 +24,7 @@ def clustered(
     k: int,
     block: tuple[int, int],
     *,
-    calibrated: bool = False,
+    calibrated: int = 0,
     **rule: Any,
 ) -> dict[str, Any]:
     """Return kernels on codebooks of k centroids.
@@ -33,7 +33,8 @@ def clustered(
       task: the model.
       k: centroids.
       block: as in `jq.LayerRule`; where it does not divide a kernel, the next size that does.
-      calibrated: whether it goes by what the model makes of the task's batches.
+      calibrated: by how many groups of outputs it goes by what the model makes of the task's
+        batches; 0 if it does not.
       **rule: more of `jq.LayerRule`.
     """
     return quantized(task, rules_of(task, k, block, **rule), calibrated=calibrated)
@@ -42,7 +43,7 @@ def clustered(
 def trained(task: models.Task, k: int, block: tuple[int, int], **rule: Any) -> dict[str, Any]:
     """Return kernels on codebooks of k centroids after training, see `training.distilled`."""
     own = rules_of(task, k, block, **rule)
-    return distilled(task, own, calibration(task), rate=_RATE / k, **_TRAINING)
+    return distilled(task, own, calibration(task, 1), rate=_RATE / k, **_TRAINING)
 
 
 def rules_of(task: models.Task, k: int, block: tuple[int, int], **rule: Any) -> list[jq.LayerRule]:
@@ -63,7 +64,7 @@ def allocated(task: models.Task, like: _Choice, choices: Sequence[_Choice]) -> d
     """
     found, equal = _measured(task, tuple(choices)), set(rules_of(task, *like, scaled=True))
     saved = sum(choice.bytes for choice in found.table if choice.rule in equal)
-    return quantized(task, found.within(bits=8 * saved / found.size), calibrated=True)
+    return quantized(task, found.within(bits=8 * saved / found.size), calibrated=1)
 
 
 @functools.cache
@@ -73,7 +74,7 @@ def _measured(task: models.Task, choices: tuple[_Choice, ...]) -> jq.Allocation:
         task.params,
         bits=32,
         choices=[rule for choice in choices for rule in rules_of(task, *choice, scaled=True)],
-        calibration=calibration(task),
+        calibration=calibration(task, 1),
         function=task.function,
         batches=task.batches[:_MEASURED],
         outputs=task.outputs,
@@ -81,22 +82,22 @@ def _measured(task: models.Task, choices: tuple[_Choice, ...]) -> jq.Allocation:
 
 
 def quantized(
-    task: models.Task, rules: Sequence[jq.LayerRule], *, calibrated: bool
+    task: models.Task, rules: Sequence[jq.LayerRule], *, calibrated: int
 ) -> dict[str, Any]:
-    """Return kernels that are quantized in one round."""
+    """Return kernels that are quantized in one round, see `clustered`."""
     params = task.params
     plan = jq.slq(params, rounds=(1,), rules=rules)
-    seen: dict[str, Any] = {"calibration": calibration(task)} if calibrated else {}
+    seen: dict[str, Any] = {"calibration": calibration(task, calibrated)} if calibrated else {}
     params, state, _ = jq.quantize_round(plan, params, jq.init(plan, params), **seen)
     return models.kernels(jq.pack(params, state))
 
 
 @functools.cache
-def calibration(task: models.Task) -> jq.Calibration:
-    """Return what the model makes of the task's batches."""
+def calibration(task: models.Task, groups: int) -> jq.Calibration:
+    """Return what the model makes of the task's batches, by groups of outputs."""
     rules = [jq.LayerRule(".*/kernel")]
     found = jq.calibrate(
-        task.function, task.params, task.batches, rules=rules, outputs=task.outputs, guided=True
+        task.function, task.params, task.batches, rules=rules, outputs=task.outputs, guided=groups
     )
     return jax.block_until_ready(found)
 
@@ -118,7 +119,9 @@ def ours() -> dict[str, Quantize]:
         for name, own in blocks.items()
     }
     told = {
-        f"{name}, calibrated": functools.partial(row, calibrated=True) for name, row in rows.items()
+        f"{name}, calibrated{by}": functools.partial(row, calibrated=groups)
+        for groups, by in ((1, ""), (4, " by 4 groups of outputs"))
+        for name, row in rows.items()
     }
     tried = [(k, (size, 1)) for k in (4, 6, 8, 12, 16, 24, 32) for size in (WHOLE, 64)]
     mixed = {

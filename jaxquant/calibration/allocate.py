@@ -18,6 +18,7 @@ from jaxquant.packing.arrays import PackedArray, is_packed
 from jaxquant.packing.storage import stored_bytes
 from jaxquant.packing.trees import pack
 from jaxquant.rounds.calibration import Calibration
+from jaxquant.rounds.least_squares import answers
 from jaxquant.rounds.quantize import init, quantize_round
 from jaxquant.rounds.schedules import slq
 from jaxquant.rounds.selection import LayerRule, natural_key, select
@@ -278,7 +279,8 @@ def _measured(
             axes = dataclasses.replace(
                 layer, inputs=layer.inputs or told.inputs.get(layer.path)
             ).input_axes
-            loss = compiled(_loss, *leaves, weights if own is None else None, own, axes=axes)
+            told_of = None if own is not None else weights, own
+            loss = compiled(_loss, *leaves, *told_of, axes=axes, stacks=layer.stacks)
             size = stored_bytes(packed[layer.path])
             choice = Choice(layer.path, rules[layer.path], float(loss), size)
             yield _Measured(choice, packed[layer.path])
@@ -291,21 +293,24 @@ def _loss(
     moments: jax.Array | None,
     *,
     axes: tuple[int, ...],
+    stacks: bool,
 ) -> jax.Array:
     """Return the (weighted) sum of squares; with moments, of what the layer answers.
 
-    `axes` are those of inputs, counted behind that of stacked layers.
+    `axes` are those of inputs, counted behind that of stacked layers, if it `stacks` some.
     """
     change = after.astype(jnp.float32) - before.astype(jnp.float32)
     if moments is None:
         weights = jnp.float32(1.0) if sensitivity is None else sensitivity.astype(jnp.float32)
         return jnp.sum(weights * jnp.square(change))
-    stacked = moments.ndim - 2
-    inputs = [stacked + axis for axis in axes]
-    outputs = [axis for axis in range(stacked, change.ndim) if axis not in inputs]
-    change = change.transpose((*range(stacked), *inputs, *outputs))
-    change = change.reshape(*moments.shape[:-1], -1)
-    return jnp.sum(change * jnp.matmul(moments, change, precision=jax.lax.Precision.HIGHEST))
+    if not stacks:
+        moments, change = moments[None], change[None]
+    inputs = [1 + axis for axis in axes]
+    outputs = [axis for axis in range(1, change.ndim) if axis not in inputs]
+    size = moments.shape[-1]
+    change = change.transpose((0, *inputs, *outputs)).reshape(len(change), size, -1)
+    moments = moments.reshape(len(moments), -1, size, size)
+    return jnp.sum(change * jax.vmap(answers)(moments, change))
 
 
 def _compared(

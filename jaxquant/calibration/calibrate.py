@@ -27,7 +27,7 @@ def calibrate(
     outputs: str = "normal",
     sensitivity: bool = True,
     moments: bool = True,
-    guided: bool = False,
+    guided: bool | int = False,
     key: jax.Array | None = None,
 ) -> Calibration:
     """Return what the weights of a function meet on some data, and how much each of them matters.
@@ -41,7 +41,8 @@ def calibrate(
       see `input_moments`. Those of stacked layers are by layer.
     - *Guided* moments are the mean over examples of the sum of `g**2 x x^T`, g**2 the mean over a
       weight's outputs of the squared gradients of the end result: vectors that matter more count
-      more (Kim et al., "GuidedQuant", ICML 2025, with all outputs as one group).
+      more. With several groups of outputs each has moments of its own, by its own gradients (Kim et
+      al., "GuidedQuant", ICML 2025).
     - *Sensitivity* of a weight is its diagonal entry of the Fisher information, or of the
       Gauss-Newton matrix, `sum x**2 g**2` over vectors as if they were apart (exact for a dense
       layer that sees one vector for each example). Where a weight meets no product, its gradient is
@@ -63,7 +64,8 @@ def calibrate(
         first axis an example; "categorical", logits [..., classes] whose divergence counts.
       sensitivity: whether sensitivities are wanted. Costs a product for each product.
       moments: whether moments are wanted. Costs O(vectors D**2) for each product, [D, D] in memory.
-      guided: whether moments are guided.
+      guided: whether moments are guided; or by how many groups of outputs at most, runs of equal
+        length: a weight of 6 outputs has 3 of 4. Each costs as much as all moments without.
       key: typed key of the random combinations; None stands for a fixed one.
 
     Returns:
@@ -86,6 +88,7 @@ def calibrate(
     if key is not None:
         checks.key("key", key)
     key = jax.random.key(0) if key is None else key
+    groups = int(guided) if isinstance(guided, bool) else checks.integer("guided", guided, least=0)
     layers = select(params, rules, k=1).layers
     flat = jax.tree.leaves(pure(params, only_parameters=True))
     pairs = zip(layers, flat, strict=True)
@@ -95,7 +98,7 @@ def calibrate(
     for number, batch in enumerate(batches):
         if setting is None:
             roles = _roles(function, params, batch, selected)
-            setting = _Setting(outputs, bool(guided), sensitivity, moments, tuple(roles.items()))
+            setting = _Setting(outputs, groups, sensitivity, moments, tuple(roles.items()))
             sums = {layer.path: _probes(setting, layer, roles[layer.path]) for layer in selected}
         call, arrays = call_of((params, batch))
         own_key = jax.random.fold_in(key, number)
@@ -110,7 +113,7 @@ class _Setting(NamedTuple):
     """What is observed of which weights; hashable."""
 
     outputs: str
-    guided: bool
+    groups: int  # of outputs at most, by which moments are guided; 0 if they are not
     sensitivity: bool
     moments: bool
     roles: tuple[tuple[str, Role], ...]  # of the selected leaves, by path
@@ -150,7 +153,13 @@ def _axes(layer: Layer, inputs: int) -> tuple[int, ...]:
 def _probes(setting: _Setting, layer: Layer, role: Role) -> Probes:
     """Return the probes of a weight; layers that share a codebook have no moments of their own."""
     has_moments = setting.moments and role.is_stack == layer.stacks
-    return probes_of(layer.shape, role, sensitivity=setting.sensitivity, moments=has_moments)
+    return probes_of(
+        layer.shape,
+        role,
+        sensitivity=setting.sensitivity,
+        moments=has_moments,
+        groups=setting.groups,
+    )
 
 
 def _add(
@@ -174,7 +183,7 @@ def _add(
         for path, leaf in pairs:
             argument, _, own = path.partition("/")
             if argument == "0" and own in roles:
-                leaf = observed(leaf, probes[own], roles[own], setting.guided)
+                leaf = observed(leaf, probes[own], roles[own], setting.groups)
             leaves.append(leaf)
         results = run(*jax.tree.unflatten(structure, leaves))
         return _combined(results, setting.outputs, key)
@@ -222,14 +231,17 @@ def _calibration(
             sensitivity.append((own.squares / examples).reshape(layer.shape))
         is_seen = isinstance(own.count, jax.core.Tracer) or bool(jnp.all(own.count > 0))
         if own.moments.size and is_seen:
-            number = examples if setting.guided else own.count[..., None, None]
-            moments[layer.path] = own.moments / number
+            number = examples if setting.groups else own.count[..., None, None, None]
+            found = own.moments / number
+            moments[layer.path] = found if found.shape[-3] > 1 else found[..., 0, :, :]
     tree = None
     if setting.sensitivity:
         structure = jax.tree.structure(pure(params, only_parameters=True))
         tree = jax.tree.unflatten(structure, sensitivity)
     inputs = tuple((path, roles[path].inputs) for path in moments)
-    found = Calibration(sensitivity=tree, moments=moments, guided=setting.guided, input_axes=inputs)
+    found = Calibration(
+        sensitivity=tree, moments=moments, guided=setting.groups > 0, input_axes=inputs
+    )
     _check(found, layers)
     if setting.sensitivity:
         tree = replaced(params, tree, only_parameters=True)

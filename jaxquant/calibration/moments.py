@@ -66,18 +66,25 @@ def sum_of_products(
     Args:
       inputs: as of `input_moments`.
       options: of the convolution; with an empty window those of a dense layer.
-      energies: [*places] how much each of them counts; None for all alike.
+      energies: [*places, G] how much each of them counts, in each of several sums; None for all
+        alike, in one sum.
 
     Returns:
-      [D, D] float32.
+      [D, D] float32; of several sums [G, D, D].
     """
 
     def products(parts: tuple[jax.Array, jax.Array | None]) -> jax.Array:
         inputs, energies = parts
         rows = windows(inputs, options)
         rows = rows.reshape(-1, rows.shape[-1])
-        weighed = rows if energies is None else rows * energies.reshape(-1, 1)
-        return jnp.matmul(rows.T, weighed, precision=_PRECISION)
+        if energies is None:
+            return jnp.matmul(rows.T, rows, precision=_PRECISION)
+
+        def weighed(_: None, own: jax.Array) -> tuple[None, jax.Array]:
+            return None, jnp.matmul(rows.T, rows * own[:, None], precision=_PRECISION)
+
+        # One after the other: all at once would take rows for each of them.
+        return loops.scan(weighed, None, energies.reshape(len(rows), -1).T)[1]
 
     shape = jax.eval_shape(lambda: windows(inputs, options)).shape
     parts = _parts(shape)
@@ -89,7 +96,8 @@ def sum_of_products(
         return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
 
     split = jax.tree.map(cut, (inputs, energies))
-    zeros = jnp.zeros((shape[-1],) * 2, jnp.float32)
+    several = () if energies is None else energies.shape[-1:]
+    zeros = jnp.zeros((*several, shape[-1], shape[-1]), jnp.float32)
     return loops.scan(lambda sums, part: (sums + products(part), None), zeros, split)[0]
 
 

@@ -46,14 +46,14 @@ class Probes(NamedTuple):
     """
 
     squares: jax.Array  # [rows, columns] float32, sums of squared gradients; none if not wanted
-    moments: jax.Array  # [D, D] float32, sums of products; none if not wanted
+    moments: jax.Array  # [G, D, D] float32, sums of products; none if not wanted
     count: jax.Array  # [] float32, how many vectors these are sums of
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("weight", "probes"),
-    meta_fields=("rows", "columns", "part", "guided"),
+    data_fields=("weight", "probes", "members"),
+    meta_fields=("rows", "columns", "part"),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Observed:
@@ -65,15 +65,17 @@ class Observed:
       rows: sizes of the axes that make the rows.
       columns: sizes of the axes that make the columns.
       part: rows or columns, that products sum over; None if nothing is known of it.
-      guided: whether a vector counts in the moments as much as the gradients of what comes of it.
+      members: [*layers, outputs, G] float32, the share of each output in the mean of its group: a
+        vector counts in the moments of a group as much as the gradients of what comes of it there.
+        None if all count alike.
     """
 
     weight: jax.Array
     probes: Probes
+    members: jax.Array | None
     rows: tuple[int, ...]
     columns: tuple[int, ...]
     part: str | None
-    guided: bool
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -100,16 +102,17 @@ class Observed:
         return jax.tree.map(lambda x: x[index], self)
 
 
-def observed(weight: jax.Array, probes: Probes, role: Role, guided: bool) -> View:
+def observed(weight: jax.Array, probes: Probes, role: Role, groups: int) -> View:
     """Return a weight as the interpreter takes it.
 
     Args:
       weight: of any shape.
       probes: from `probes_of`.
       role: of the weight in the function.
-      guided: see `Observed`.
+      groups: of outputs at most that vectors count by; 0 if all count alike. See `groups_of`.
     """
     layers, rows, columns = _parts(weight.shape, role)
+    outputs, counts = math.prod(columns if role.inputs > 0 else rows), groups and role.inputs
     matrix = weight.reshape(*layers, math.prod(rows), math.prod(columns))
     own = Observed(
         weight=matrix,
@@ -117,7 +120,7 @@ def observed(weight: jax.Array, probes: Probes, role: Role, guided: bool) -> Vie
         rows=rows,
         columns=columns,
         part=None if not role.inputs else ROWS if role.inputs > 0 else COLUMNS,
-        guided=guided,
+        members=_members(layers, outputs, groups_of(outputs, groups)) if counts else None,
     )
     return View(packed=cast(Any, own), axes=whole(layers, rows, columns), dtype=weight.dtype)
 
@@ -127,7 +130,20 @@ def _observed_by(view: View) -> Observed:
     return cast(Any, view.packed)
 
 
-def probes_of(shape: Sequence[int], role: Role, *, sensitivity: bool, moments: bool) -> Probes:
+def groups_of(outputs: int, most: int) -> int:
+    """Return in how many groups, at most so many, some outputs can be cut evenly; 1 at least."""
+    return next((n for n in range(min(most, outputs), 1, -1) if outputs % n == 0), 1)
+
+
+def _members(layers: tuple[int, ...], outputs: int, groups: int) -> jax.Array:
+    size = outputs // groups
+    members = jnp.repeat(jnp.eye(groups, dtype=jnp.float32) / size, size, axis=0)
+    return jnp.broadcast_to(members, (*layers, *members.shape))
+
+
+def probes_of(
+    shape: Sequence[int], role: Role, *, sensitivity: bool, moments: bool, groups: int
+) -> Probes:
     """Return the probes of a weight before anything is observed.
 
     Args:
@@ -135,13 +151,15 @@ def probes_of(shape: Sequence[int], role: Role, *, sensitivity: bool, moments: b
       role: of the weight in the function; with 0 inputs nothing is known of its products.
       sensitivity: whether squared gradients are wanted.
       moments: whether sums of products are.
+      groups: as for `observed`.
     """
     layers, rows, columns = _parts(shape, role)
-    inputs = math.prod(rows if role.inputs > 0 else columns) if moments and role.inputs else 0
+    summed, outputs = map(math.prod, (rows, columns) if role.inputs > 0 else (columns, rows))
+    inputs = summed if moments and role.inputs else 0
     size = (math.prod(rows), math.prod(columns)) if sensitivity else (0, 0)
     return Probes(
         squares=jnp.zeros((*layers, *size), jnp.float32),
-        moments=jnp.zeros((*layers, inputs, inputs), jnp.float32),
+        moments=jnp.zeros((*layers, groups_of(outputs, groups), inputs, inputs), jnp.float32),
         count=jnp.zeros(layers, jnp.float32),
     )
 
@@ -161,6 +179,7 @@ class _Arrays(NamedTuple):
 
     weight: jax.Array
     probes: Probes
+    members: jax.Array | None  # [outputs, G], see `Observed`
 
 
 def _use(
@@ -173,7 +192,7 @@ def _use(
 
     Args:
       apply: linear in each argument.
-      share: returns it from x, the weight and the gradient.
+      share: returns it from x, the weight, the members of groups of outputs, and the gradient.
       x: what meets the weight, or None.
       arrays: of the weight; it gets no gradient itself.
     """
@@ -183,15 +202,16 @@ def _use(
         return apply(x, arrays.weight)
 
     def forward(x: Any, arrays: _Arrays) -> tuple[jax.Array, Any]:
-        return use(x, arrays), (x, arrays.weight, arrays.probes.count)
+        return use(x, arrays), (x, arrays.weight, arrays.members, arrays.probes.count)
 
     def backward(kept: Any, gradient: jax.Array) -> tuple[Any, _Arrays]:
-        x, weight, _ = kept
+        x, weight, members, _ = kept
         back = None
         if x is not None:
             (back,) = jax.linear_transpose(lambda x: apply(x, weight), x)(gradient)
-        found = loops.varying_like(share(x, weight, gradient), (kept, gradient))
-        return back, _Arrays(jnp.zeros_like(weight), found)
+        found = loops.varying_like(share(x, weight, members, gradient), (kept, gradient))
+        weight, members = jax.tree.map(jnp.zeros_like, (weight, members))
+        return back, _Arrays(weight, found, members)
 
     use.defvjp(forward, backward)
     return use(x, arrays)
@@ -203,7 +223,10 @@ def _shown(view: View) -> _Arrays:
     weight, squares = seen(own.weight, view.axes).astype(view.dtype), own.probes.squares
     if squares.size:
         squares = seen(squares, view.axes)
-    return _Arrays(weight, own.probes._replace(squares=squares))
+    members = own.members
+    if members is not None:
+        members = members.reshape(-1, *members.shape[-2:])[0]  # of all layers the same
+    return _Arrays(weight, own.probes._replace(squares=squares), members)
 
 
 def _zeros(probes: Probes) -> Probes:
@@ -214,14 +237,14 @@ def _zeros(probes: Probes) -> Probes:
 def _(own: Observed) -> jax.Array:
     """Return the weight for a use that nothing is known of: its gradient as a whole is squared."""
 
-    def share(_: None, weight: jax.Array, gradient: jax.Array) -> Probes:
-        del weight
+    def share(_: None, weight: jax.Array, members: None, gradient: jax.Array) -> Probes:
+        del weight, members
         found = _zeros(own.probes)
         if not found.squares.size:
             return found
         return found._replace(squares=jnp.square(gradient.astype(jnp.float32)))
 
-    arrays = _Arrays(own.weight, own.probes)
+    arrays = _Arrays(own.weight, own.probes, None)
     return _use(lambda _, weight: weight, share, None, arrays).reshape(own.shape)
 
 
@@ -238,23 +261,29 @@ def _(own: Observed, flag: jax.Array) -> Observed:
 
 @rows_of.register
 def _(own: Observed, numbers: jax.Array) -> Observed:
-    part = COLUMNS if own.part == COLUMNS else None
-    return _taken(own, -2, numbers, rows=numbers.shape, part=part)
+    return _taken(own, ROWS, numbers)
 
 
 @columns_of.register
 def _(own: Observed, numbers: jax.Array) -> Observed:
-    part = ROWS if own.part == ROWS else None
-    return _taken(own, -1, numbers, columns=numbers.shape, part=part)
+    return _taken(own, COLUMNS, numbers)
 
 
-def _taken(own: Observed, axis: int, numbers: jax.Array, **changes: Any) -> Observed:
+def _taken(own: Observed, part: str, numbers: jax.Array) -> Observed:
     """Return some rows or columns; moments are those of whole inputs, whatever the outputs."""
-    weight, squares = (
-        jnp.take(x, numbers, axis=axis) if x.size else x for x in (own.weight, own.probes.squares)
+
+    def take(x: Any, axis: int) -> Any:
+        return jnp.take(x, numbers, axis=axis) if x is not None and x.size else x
+
+    axis, are_inputs = (-2 if part == ROWS else -1), own.part == part
+    return dataclasses.replace(
+        own,
+        weight=take(own.weight, axis),
+        probes=own.probes._replace(squares=take(own.probes.squares, axis)),
+        members=None if are_inputs else take(own.members, -2),
+        part=None if are_inputs else own.part,
+        **{part: numbers.shape},
     )
-    probes = own.probes._replace(squares=squares)
-    return dataclasses.replace(own, weight=weight, probes=probes, **changes)
 
 
 # Rules -------------------------------------------------------------------------------------------
@@ -335,13 +364,16 @@ def _observe(
     Args:
       apply: bilinear.
       wide: the same in float32.
-      products: returns, from x and the gradient, moments and count as the probes have them.
+      products: returns, from x, the gradient and the members of groups of outputs, moments and
+        count as the probes have them.
       x: what meets the weight.
       view: of the weight.
     """
     arrays = _shown(view)
 
-    def share(x: jax.Array, weight: jax.Array, gradient: jax.Array) -> Probes:
+    def share(
+        x: jax.Array, weight: jax.Array, members: jax.Array | None, gradient: jax.Array
+    ) -> Probes:
         x, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
 
         def of_squares(weight: jax.Array) -> jax.Array:
@@ -353,7 +385,7 @@ def _observe(
             (squares,) = pull(jnp.square(gradient))
             found = found._replace(squares=squares)
         if products is not None and found.moments.size:
-            moments, count = products(x, gradient)
+            moments, count = products(x, gradient, members)
             found = found._replace(moments=moments, count=count)
         return found
 
@@ -384,7 +416,9 @@ class _Sides(NamedTuple):
     weight_first: bool
 
 
-def _products(sides: _Sides, x: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _products(
+    sides: _Sides, x: jax.Array, gradient: jax.Array, members: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """Return moments and count of a product: of each layer, where they are stacked."""
     view = sides.view
     own = _observed_by(view)
@@ -422,7 +456,7 @@ def _products(sides: _Sides, x: jax.Array, gradient: jax.Array) -> tuple[jax.Arr
     gradient = arranged(gradient, [*shared, *middle], layers, rows, stored(outputs, ROWS, COLUMNS))
 
     def of_layer(x: jax.Array, gradient: jax.Array) -> jax.Array:
-        return sum_of_products(x, _DENSE, _energies(own, gradient))
+        return sum_of_products(x, _DENSE, _energies(gradient, members))
 
     every = 0 if len(x) == len(gradient) else None  # of layers that are not shared, x is the same
     moments = jax.vmap(of_layer, (every, 0))(x if every == 0 else x[0], gradient)
@@ -431,12 +465,16 @@ def _products(sides: _Sides, x: jax.Array, gradient: jax.Array) -> tuple[jax.Arr
 
 
 def _window_products(
-    view: View, params: Mapping[str, Any], x: jax.Array, gradient: jax.Array
+    view: View,
+    params: Mapping[str, Any],
+    x: jax.Array,
+    gradient: jax.Array,
+    members: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return moments and count of a convolution."""
     own = _observed_by(view)
     inputs_spec, kernel_spec, outputs_spec = params["dimension_numbers"]
-    (batch, feature, *space), (_, *summed) = inputs_spec, kernel_spec
+    (batch, feature, *space), (features, *summed) = inputs_spec, kernel_spec
     x = x.transpose((batch, *space, feature))
     gaps = [(0, 0, 0), *((0, 0, gap - 1) for gap in params["lhs_dilation"]), (0, 0, 0)]
     x = jax.lax.pad(x, jnp.float32(0), gaps)
@@ -450,15 +488,29 @@ def _window_products(
     )
     out_batch, out_feature, *out_space = outputs_spec
     gradient = gradient.transpose((out_batch, *out_space, out_feature))
-    moments = sum_of_products(x, options, _energies(own, gradient))
-    summed = pieces_of(tuple(view.axes[axis] for axis in (*spatial, channel)))
-    sizes = [piece.size for piece in summed]
-    stored = sorted(range(len(summed)), key=lambda place: -summed[place].stride)
-    order = np.arange(math.prod(sizes)).reshape(sizes).transpose(stored).ravel()
-    moments = moments[order[:, None], order]
+    gradient = gradient[..., _as_stored(view, (features,))]
+    moments = sum_of_products(x, options, _energies(gradient, members))
+    order = _as_stored(view, (*spatial, channel))
+    moments = moments[..., order[:, None], order]
+    moments = moments.reshape(own.probes.moments.shape)
     return moments, jnp.float32(math.prod(gradient.shape[:-1]))
 
 
-def _energies(own: Observed, gradient: jax.Array) -> jax.Array | None:
-    """Return how much each vector counts, from gradients [..., outputs]; None for all alike."""
-    return jnp.mean(jnp.square(gradient), axis=-1) if own.guided else None
+def _as_stored(view: View, axes: Sequence[int]) -> np.ndarray:
+    """Return the places, in some axes of a view as one, of what they show in the order stored."""
+    pieces = pieces_of(tuple(view.axes[axis] for axis in axes))
+    sizes = [piece.size for piece in pieces]
+    stored = sorted(range(len(pieces)), key=lambda place: -pieces[place].stride)
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(stored).ravel()
+
+
+def _energies(gradient: jax.Array, members: jax.Array | None) -> jax.Array | None:
+    """Return how much each vector counts for each group of outputs, [..., G]; None for all alike.
+
+    Args:
+      gradient: [..., outputs], in the order in which they are stored.
+      members: [outputs, G].
+    """
+    if members is None:
+        return None
+    return jnp.matmul(jnp.square(gradient), members, precision=jax.lax.Precision.HIGHEST)

@@ -28,8 +28,8 @@ class Calibration:
     Attributes:
       sensitivity: tree like the parameters, float32, how much a squared change of each weight
         matters; scalar zeros where nothing is quantized. None if it was not asked for.
-      moments: of what a weight is multiplied with, by path: [D, D] float32, [layers, D, D] of
-        stacked layers.
+      moments: of what a weight is multiplied with, by path: [D, D] float32; [G, D, D] where groups
+        of outputs have their own; of stacked layers with an axis of layers before.
       guided: whether vectors count in the moments as much as they matter.
       input_axes: how many axes products with a weight sum over, by path, as pairs.
     """

@@ -15,7 +15,7 @@ import numpy as np
 from jaxquant import loops
 from jaxquant.clustering.blocks import assigned, centroids_of, nearest, numbers_of
 from jaxquant.clustering.codebooks import MOST_COMPARES, last_below_middles
-from jaxquant.rounds.least_squares import PRECISION, System, solve
+from jaxquant.rounds.least_squares import System, answers, of_outputs, solve
 
 _DAMPING = 0.01  # of the mean second moment, as in GPTQ: inputs that hardly vary do not decide
 _PASSES = 4  # over the weights, each with the centroids refitted to the codes of the last
@@ -72,13 +72,14 @@ def compensate(
         centroids are rounded to this dtype. Beside scales with a one in place of a number along
         axes whose blocks share it: along all of inputs, or none.
       movable: bool, like `codebook`: those that may change, without members so far.
-      moments: [D, D] float32, symmetric.
+      moments: [D, D] float32, symmetric; or [G, D, D], of each of G runs of outputs, equally long,
+        those that matter for them.
       scale: [*numbers, 1] of each block, what its codebook is times; it moves where all centroids
         do that are not zero. Moved ones are rounded to its dtype. None stands for ones.
 
     Returns:
       Compensated. Cost O(D**2 N) for each of a few passes, of k more at most where centroids may
-      move, and D**3; memory a few times that of the weights and of the moments, in float32.
+      move, and G D**3; memory a few times that of the weights and of the moments, in float32.
 
     Raises:
       ValueError: for centroids that do not fit the weights.
@@ -95,7 +96,8 @@ def compensate(
     tables = centroids_of(codebook, scale, jnp.float32)
     numbers = numbers_of(tables.shape, shape)
     start = jnp.where(frozen, original, nearest(original, tables))
-    order = jnp.argsort(jnp.diag(moments), descending=True)
+    moments = moments.reshape(-1, inputs, inputs)
+    order = jnp.argsort(jnp.sum(_energies(moments), axis=1), descending=True)
     padding = -inputs % _BLOCK  # with inputs that are always zero and weights that are frozen
 
     def rows(x: jax.Array, fill: bool | float = 0) -> jax.Array:
@@ -106,12 +108,14 @@ def compensate(
         """Return a table with one axis for the blocks of inputs, and one for those of outputs."""
         return table.reshape(-1, table.shape[-2] if table.ndim > 1 else 1, table.shape[-1])
 
-    sorted_moments = jnp.pad(moments[order][:, order], ((0, padding), (0, padding)))
+    sorted_moments = moments[:, order][:, :, order]
+    sorted_moments = jnp.pad(sorted_moments, ((0, 0), (0, padding), (0, padding)))
     layer = _Layer(
         rows(original),
         rows(frozen, fill=True),
         sorted_moments,
-        _spreading(sorted_moments),
+        # One by one: XLA on CPU solves a batch of triangular systems without LAPACK.
+        loops.scan(lambda _, own: (None, _spreading(own)), None, sorted_moments)[1],
         rows(jnp.asarray(_groups(shape, numbers), jnp.int32)),
         by_blocks(movable),
         jnp.bool_(scale is not None) & jnp.all(movable | (codebook == 0)),
@@ -155,8 +159,8 @@ class _Layer(NamedTuple):
 
     weights: jax.Array  # [D, N]
     frozen: jax.Array  # [D, N]
-    moments: jax.Array  # [D, D]
-    spreading: jax.Array  # [D, D], above the diagonal: what later inputs take over from an input
+    moments: jax.Array  # [G, D, D], of each group of outputs
+    spreading: jax.Array  # [G, D, D], above the diagonal: what later inputs take over from an input
     groups: jax.Array  # [D] int32, which of the R blocks of inputs an input is of
     movable: jax.Array  # like the codebook
     scale_moves: jax.Array  # []
@@ -184,6 +188,11 @@ def _groups(shape: tuple[int, ...], numbers: tuple[int, ...]) -> np.ndarray:
     return groups
 
 
+def _energies(moments: jax.Array) -> jax.Array:
+    """Return the second moment of each input, [D, G]."""
+    return jnp.diagonal(moments, axis1=1, axis2=2).T
+
+
 def _spreading(moments: jax.Array) -> jax.Array:
     """Return how the optimal update spreads an input's error over the inputs after it.
 
@@ -208,8 +217,8 @@ def _by_rows(
     """Go through the rows of a state that each row's change reaches; return the steps' results.
 
     `change, *results = step(state[j], *(x[j] for x in rows))`, then
-    `state -= coupling[j, :, None] * change[None]` where `reached`. In blocks, whose changes reach
-    the rows outside in one product of matrices.
+    `state -= coupling[j, :, None] * change[None]` where `reached`, with the coupling of each group
+    of outputs. In blocks, whose changes reach the rows outside in one product of matrices.
     """
     size, outputs = state.shape
 
@@ -217,11 +226,11 @@ def _by_rows(
         state, results = carry
         start = number * _BLOCK
 
-        def cut(x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(x, start, _BLOCK)
+        def cut(x: jax.Array, axis: int = 0) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, _BLOCK, axis)
 
-        own, own_rows = cut(coupling), tuple(map(cut, rows))
-        inside = jax.lax.dynamic_slice_in_dim(own, start, _BLOCK, axis=1)
+        own, own_rows = cut(coupling, 1), tuple(map(cut, rows))
+        inside = cut(own, 2)
         mask = cut(reached)
 
         def row(j: jax.Array, carry: tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]):
@@ -229,7 +238,8 @@ def _by_rows(
             change, *new = step(part[j], *(x[j] for x in own_rows))
             # Written and read again, or XLA on CPU fuses the whole step into each row of `moved`.
             changes = changes.at[j].set(change)
-            moved = inside[j][:, None] * changes[j][None]
+            moved = inside[:, j].T[:, :, None] * changes[j].reshape(1, len(inside), -1)
+            moved = moved.reshape(part.shape)
             part = part - jnp.where(mask, moved, 0.0)
             found = tuple(x.at[j].set(y) for x, y in zip(found, new, strict=True))
             return part, changes, found
@@ -238,7 +248,7 @@ def _by_rows(
         _, changes, found = loops.fori_loop(
             0, _BLOCK, row, (cut(state), zeros, tuple(map(cut, results)))
         )
-        moved = jnp.matmul(own.T, changes, precision=PRECISION)
+        moved = answers(own.mT, changes)
         state = state - jnp.where(reached, moved, 0.0)
         results = tuple(
             jax.lax.dynamic_update_slice_in_dim(x, y, start, 0)
@@ -305,7 +315,7 @@ def _by_input(layer: _Layer, found: _Found) -> _Found:
 def _error(layer: _Layer, found: _Found) -> jax.Array:
     """Return the squared error of each output's answers, [N]."""
     off = found.weights - layer.weights
-    return jnp.sum(off * jnp.matmul(layer.moments, off, precision=PRECISION), axis=0)
+    return jnp.sum(off * answers(layer.moments, off), axis=0)
 
 
 def _better(layer: _Layer, new: _Found, old: _Found) -> _Found:
@@ -349,7 +359,7 @@ def _refit_codebook(layer: _Layer, found: _Found, codes: jax.Array, dtype: jnp.d
         own = _sums(shape, slots, x) * scale
         return jnp.sum(own, axis=(0, 1), keepdims=True) if shared else own
 
-    energies = jnp.broadcast_to(jnp.diag(layer.moments)[:, None], slots.shape)
+    energies = of_outputs(_energies(layer.moments), slots.shape[1])
     system = System(
         weights_of,
         lambda x: sums(x, found.scale),
@@ -381,7 +391,7 @@ def _refit_scale(
         by_row = jnp.sum((x * units).reshape(len(units), blocks, -1), axis=-1)
         return jnp.zeros(found.scale.shape[:2], jnp.float32).at[layer.groups].add(by_row)[..., None]
 
-    energies = jnp.diag(layer.moments)[:, None] * units
+    energies = of_outputs(_energies(layer.moments), units.shape[1]) * units
     system = System(weights_of, sums, sums(energies), steps=_SCALE_STEPS)
     scale = solve(layer.moments, found.weights - layer.weights, found.scale, system)
     scale = scale.astype(dtype).astype(jnp.float32)
@@ -438,19 +448,20 @@ def _sums(shape: tuple[int, ...], slots: jax.Array, x: jax.Array) -> jax.Array:
 
 def _descend(layer: _Layer, found: _Found) -> _Found:
     """Move each weight that was free to the best centroid given all others."""
-    energy, tables = jnp.diag(layer.moments), _tables(found.tables)
+    energies, tables = _energies(layer.moments), _tables(found.tables)
 
     def step(
         slope: jax.Array, weights: jax.Array, frozen: jax.Array, own: jax.Array, group: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
+        own = of_outputs(own, len(weights))
         target = weights - slope / jnp.where(own > 0, own, 1.0)
         best = _look_up(target, group, tables.bounds, tables.values)
         new = jnp.where(frozen | (own <= 0), weights, best)
         return weights - new, new
 
     def sweep(_: int, weights: jax.Array) -> jax.Array:
-        slope = jnp.matmul(layer.moments, weights - layer.weights, precision=PRECISION)
-        rows = (weights, layer.frozen, energy, layer.groups)
+        slope = answers(layer.moments, weights - layer.weights)
+        rows = (weights, layer.frozen, energies, layer.groups)
         return _by_rows(step, layer.moments, slope, jnp.ones_like(layer.frozen), rows)[0]
 
     return found._replace(weights=loops.fori_loop(0, _SWEEPS, sweep, found.weights))

@@ -32,20 +32,43 @@ class _Gradients(NamedTuple):
     gain: jax.Array  # of the last step, in all blocks
 
 
+def answers(moments: jax.Array, off: jax.Array) -> jax.Array:
+    """Return `moments @ off`, of each group of outputs with moments of its own.
+
+    Args:
+      moments: [G, M, D] float32.
+      off: [D, N]; the N outputs are G runs of equal length.
+
+    Returns:
+      [M, N].
+    """
+    groups, outputs = len(moments), off.shape[1]
+    if groups == 1:
+        return jnp.matmul(moments[0], off, precision=PRECISION)
+    apart = off.reshape(len(off), groups, -1)
+    found = jnp.einsum("gmd,dgn->mgn", moments, apart, precision=PRECISION)
+    return found.reshape(-1, outputs)
+
+
+def of_outputs(values: jax.Array, outputs: int) -> jax.Array:
+    """Return values [..., G] of groups of outputs for each of N outputs, [..., N]."""
+    return jnp.repeat(values, outputs // values.shape[-1], axis=-1)
+
+
 def solve(moments: jax.Array, off: jax.Array, unknowns: jax.Array, system: System) -> jax.Array:
-    """Return the unknowns of least squared answers `sum(off * (moments @ off))`.
+    """Return the unknowns of least squared answers `sum(off * answers(moments, off))`.
 
     By conjugate gradients; blocks of outputs, on axis 1, are systems of their own.
 
     Args:
-      moments: [D, D] float32, of the inputs, symmetric.
+      moments: [G, D, D] float32, of the inputs, symmetric; see `answers`.
       off: [D, N] how far weights are off, under these unknowns.
       unknowns: [R, C, n] where they begin.
       system: what weights are of them.
     """
 
     def slopes(off: jax.Array) -> jax.Array:
-        return system.sums(jnp.matmul(moments, off, precision=PRECISION))
+        return system.sums(answers(moments, off))
 
     def dot(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.sum(x * y, axis=(0, 2), keepdims=True)  # [1, C, 1]
@@ -68,8 +91,8 @@ def solve(moments: jax.Array, off: jax.Array, unknowns: jax.Array, system: Syste
             jnp.sum(length * carry.square),
         )
 
-    answers = jnp.matmul(moments, off, precision=PRECISION)
-    rest, error = -system.sums(answers), jnp.sum(off * answers)
+    wrong = answers(moments, off)
+    rest, error = -system.sums(wrong), jnp.sum(off * wrong)
     scaled = over(rest, system.diagonal)
     start = _Gradients(jnp.int32(0), unknowns, rest, scaled, dot(rest, scaled), error)
 

@@ -187,8 +187,9 @@ def quantize_round(
         weigh the clustering and the loss of the clusters. Leaves left alone are not read.
       moments: of the inputs of some layers, by path, from `input_moments`: [D, D] for a kernel
         [..., N] with D entries for each of N outputs (of the axes that the rule's `inputs` tells,
-        where it does), [slices, D, D] for layers stacked along axis 0. For layers without, the
-        nearest centroid. Plans of shares of clusters only.
+        where it does), [slices, D, D] for layers stacked along axis 0. With an axis before [D, D]
+        for each of so many runs of outputs. For layers without, the nearest centroid. Plans of
+        shares of clusters only.
       calibration: from `calibrate`, in place of both.
       key: typed key, for `partition="random"` only.
 
@@ -623,6 +624,7 @@ def _check_moments(plan: Plan, moments: dict[str, jax.Array]) -> None:
     layers = {layer.path: layer for layer in plan.selection.selected}
     if moments and plan.shares_of == "weights":
         raise ValueError("moments: expected a plan of shares of clusters, got shares of weights")
+    alike: dict[Any, str] = {}  # the first of those of a shape, which are one program
     for path, own in moments.items():
         layer = layers.get(path)
         if layer is None:
@@ -631,7 +633,23 @@ def _check_moments(plan: Plan, moments: dict[str, jax.Array]) -> None:
         if len(layer.shape) < 2 + len(lead):
             raise ValueError(f"moments: {path}: expected inputs and outputs, got {layer.shape}")
         inputs = math.prod(layer.shape[len(lead) + axis] for axis in layer.input_axes)
-        check_shape(f"moments: {path}", own, (*lead, inputs, inputs))
+        shape = (*lead, inputs, inputs)
+        if jnp.ndim(own) == len(shape) + 1:
+            outputs = math.prod(layer.shape[len(lead) :]) // inputs
+            groups = jnp.shape(own)[len(lead)]
+            if not groups or outputs % groups:
+                raise ValueError(
+                    f"moments: {path}: expected groups into which its {outputs} outputs can be cut "
+                    f"evenly, got {groups}"
+                )
+            shape = (*lead, groups, inputs, inputs)
+        check_shape(f"moments: {path}", own, shape)
+        first = alike.setdefault((layer.shape, layer.input_axes), path)
+        if jnp.shape(own) != jnp.shape(moments[first]):
+            raise ValueError(
+                f"moments: {path}: expected the groups of outputs that {first} of this shape has, "
+                f"got shapes {jnp.shape(own)} and {jnp.shape(moments[first])}"
+            )
         sizes, numbers = layer.shape[len(lead) :], layer.all_numbers[len(lead) :]
         if not can_join(sizes, numbers, layer.input_axes):
             raise ValueError(
