@@ -170,7 +170,7 @@ def _plot(job: Job, state: RunState, rounds: Sequence[Mapping[str, Any]], accura
     plots.plot_errors(
         folder / f"errors.{form}",
         layers={path: [row["layers"][path]["error_before"] for row in rounds] for path in paths},
-        labels=[f"round {row['round']}" for row in rounds],
+        rounds=[row["round"] for row in rounds],
     )
 
 
