@@ -40,22 +40,27 @@ class Parts(NamedTuple):
     """What is compiled: alone for the loop, together for the one program."""
 
     start: Callable[..., TrainState]
-    step: Callable[..., tuple[TrainState, Any, dict[str, jax.Array]]]
+    train: Callable[..., tuple[TrainState, Any, dict[str, jax.Array]]]
     count_correct: Callable[..., tuple[jax.Array, jax.Array]]
     batch_statistics: Callable[..., Any]
     squared_gradient: Callable[..., Any]
     input_moments: Callable[..., dict[str, jax.Array]]
     quantize: Callable[..., tuple[Any, jq.QuantState, jq.RoundInfo]]
+    settle: Callable[..., tuple[Any, jq.QuantState]]
     eval_batch: int
     layout: Layout
 
 
 class Engine(NamedTuple):
-    """Functions that compile once for a whole run. Splits are the host's; keys as in `key_data`."""
+    """What rounds are made of, see `train.stages`.
+
+    Those of `build` compile once for a whole run. Splits are the host's; what is compiled takes
+    keys as in `key_data`. `train.program` has others.
+    """
 
     start: Callable[..., TrainState]  # variables, QuantState or () -> with a fresh optimizer
     train: Callable[..., tuple[TrainState, Any, dict[str, jax.Array]]]
-    evaluate: Callable[..., dict[str, float]]
+    evaluate: Callable[..., Any]  # accuracy and loss by name
     recalibrate: Callable[..., Any]
     guides: Callable[..., dict[str, Any]]
     quantize: Callable[..., tuple[Any, jq.QuantState, jq.RoundInfo]]
@@ -85,12 +90,15 @@ def build(
     eval_batch = min(config.eval_batch_size, dataset.test.size)
     parts = Parts(
         start=functools.partial(_start, layout),
-        step=functools.partial(_train_step, config, task, layout, plan),
+        train=functools.partial(
+            _train_steps, functools.partial(_train_step, config, task, layout, plan), layout
+        ),
         count_correct=functools.partial(_count_correct, task, layout),
         batch_statistics=functools.partial(_batch_statistics, task, layout),
         squared_gradient=functools.partial(_squared_gradient, task, layout),
         input_moments=functools.partial(_input_moments, task, layout, inputs),
         quantize=functools.partial(_quantize, layout),
+        settle=functools.partial(_settle, layout, plan),
         eval_batch=eval_batch + -eval_batch % layout.size,  # the devices divide a batch
         layout=layout,
     )
@@ -105,7 +113,7 @@ def build(
     return Engine(
         start=jax.jit(parts.start, static_argnames="optimizer"),
         train=jax.jit(
-            functools.partial(_train_steps, parts.step, layout),
+            parts.train,
             static_argnames=("distill", "move_centroids", "optimizer"),
             donate_argnums=0,
         ),
@@ -120,7 +128,7 @@ def build(
             guides, config, averaged(parts.squared_gradient), averaged(parts.input_moments)
         ),
         quantize=jax.jit(parts.quantize, static_argnums=0),
-        settle=jax.jit(functools.partial(_settle, layout, plan)),
+        settle=jax.jit(parts.settle),
         steps_per_call=steps_per_call,
         parts=parts,
     )
