@@ -588,6 +588,34 @@ def test_a_comparison_draws_a_curve_for_each_family_and_tells_what_fell_off(tmp_
     assert axes.get_xscale() == "log" and (tmp_path / "a.png").stat().st_size > 5000
 
 
+def test_networks_are_drawn_by_size_with_what_each_point_is(folder):
+    points = [
+        plots.Sized("float", 1000e3, [0.9]),
+        plots.Sized("2 bits, 15.0x smaller", 60e3, [0.88, 0.90]),
+        plots.Sized("5 bits", 200e3, [0.91]),
+    ]
+    networks = {"small": points, "large": [plots.Sized("float", 3000e3, [0.95])]}
+    figure = plots.plot_sizes(folder / "sizes.png", networks=networks)
+    check_png(folder / "sizes.png", figure)
+    check_legend_apart(figure)
+    check_texts_apart(figure)
+    (axes,) = figure.axes
+    lines = by_label(figure)
+    np.testing.assert_allclose(lines["small"].get_xydata(), [[60e3, 89], [200e3, 91], [1e6, 90]])
+    assert texts(figure) == ["2 bits, 15.0x smaller", "5 bits", "float", "float"]
+    bars = next(x for x in axes.collections if isinstance(x, LineCollection))
+    assert bars.get_segments()[0][:, 1].tolist() == [88, 90]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["small", "large", "float"]
+    renderer = figure.canvas.get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in axes.texts]
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+        assert axes.get_window_extent(renderer).contains(box.x0, box.y1)
+        for name in networks:
+            path = lines[name].get_transform().transform_path(lines[name].get_path())
+            assert not path.intersects_bbox(box, filled=False)
+
+
 def test_curves_are_means_over_seeds_amid_their_range(tmp_path):
     families = {"a": [[0.01, -0.02], [0.03, 0.0]], "b": [[-0.3]]}
     figure = plots.plot_curves(tmp_path / "a.png", families=families)

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, to_rgba
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -197,6 +198,30 @@ def plot_comparison(
     return _write(path, lambda: _draw_comparison(families, full))
 
 
+class Sized(NamedTuple):
+    """A network in `plot_sizes`, or several that differ in their seed."""
+
+    label: str
+    size: float  # bytes
+    accuracies: Sequence[float]  # in [0, 1], of each seed
+
+
+def plot_sizes(path: str | os.PathLike[str], *, networks: Mapping[str, Sequence[Sized]]) -> Figure:
+    """Draw accuracy against size, a curve for each network, with what every point is.
+
+    A point is the mean over its seeds, amid a bar from the lowest to the highest accuracy. A dashed
+    line goes on from the first point of each network, which is the one of floats.
+
+    Args:
+      path: .png, .pdf or .svg to write; its folder is made.
+      networks: points of each network by its name.
+
+    Returns:
+      The figure, a page wide.
+    """
+    return _write(path, lambda: _draw_sizes(networks))
+
+
 def plot_curves(
     path: str | os.PathLike[str], *, families: Mapping[str, Sequence[Sequence[float]]]
 ) -> Figure:
@@ -256,15 +281,58 @@ def _draw_comparison(
         sizes, accuracies = map(np.array, zip(*ordered, strict=True))
         fallen += _draw_down_to(axes, foot, sizes, accuracies, label, *style)
     axes.set_xscale("log")
-    # The decades alone may be none within the limits: label halves and fifths of them too.
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(lambda size, _: f"{size / 1000:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    _label_kilobytes(axes)
     axes.set_xlabel("kilobytes, entropy-coded")
     axes.set_ylabel("test accuracy (%)")
     _write_fallen(axes, foot, fallen)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def _draw_sizes(networks: Mapping[str, Sequence[Sized]]) -> Figure:
+    figure = Figure(figsize=(_PAGE, 1.2 + 1.1 * len(networks)), layout="constrained")
+    axes = figure.subplots()
+    for (name, points), style in zip(networks.items(), _styles(len(networks)), strict=True):
+        color, marker = style
+        axes.axhline(_percent(points[0].accuracies[0]), color=color, linewidth=0.8, dashes=(4, 2))
+        ordered = sorted(points, key=lambda point: point.size)
+        sizes = [point.size for point in ordered]
+        percent = [100 * np.asarray(point.accuracies) for point in ordered]
+        means = [float(np.mean(values)) for values in percent]
+        axes.plot(sizes, means, f"{marker}-", color=color, label=name, linewidth=0.9, markersize=5)
+        axes.vlines(sizes, [x.min() for x in percent], [x.max() for x in percent], color=color)
+        for point, mean in zip(ordered, means, strict=True):
+            last = point is ordered[-1]  # the others have the curve on their right
+            axes.annotate(
+                point.label,
+                (point.size, mean),
+                xytext=(0, 7) if last else (-6, 3),
+                textcoords="offset points",
+                ha="center" if last else "right",
+                va="bottom",
+                fontsize=7,
+                color=color,
+                bbox={"facecolor": "white", "linewidth": 0, "pad": 0.8},
+            )
+    axes.set_xscale("log")
+    axes.margins(y=0.15)
+    every = [point.size for points in networks.values() for point in points]
+    span = max(max(every) / min(every), 10)
+    axes.set_xlim(min(every) / span**0.35, max(every) * span**0.1)  # a label on the left
+    _label_kilobytes(axes)
+    axes.set_xlabel("kilobytes of the network in memory, packed")
+    axes.set_ylabel("test accuracy (%)")
+    handles, names = axes.get_legend_handles_labels()
+    handles.append(Line2D([], [], color=_GREY, linewidth=0.8, dashes=(4, 2)))
+    figure.legend(handles, [*names, "float"], loc="outside upper center", ncols=len(handles))
+    return figure
+
+
+def _label_kilobytes(axes: Axes) -> None:
+    # The decades alone may be none within the limits: label halves and fifths of them too.
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda size, _: f"{size / 1000:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _styles(count: int) -> list[tuple[str, str]]:
