@@ -268,7 +268,7 @@ def test_versions_agree():
 
 
 def test_the_example_of_your_own_model_runs(tmp_path, monkeypatch, capsys):
-    text = (ROOT / "docs" / "your_own_model.md").read_text()
+    text = (ROOT / "docs" / "your_own_model.md").read_text().split("\n## A task of your own")[0]
     *files, after = _blocks(text)
     for content in files:
         (tmp_path / content.split()[1]).write_text(content)
@@ -298,6 +298,34 @@ def test_the_example_of_your_own_model_runs(tmp_path, monkeypatch, capsys):
     labels = np.load("my_images.npz")["labels"][:5]
     assert (np.argmax(names["logits"], -1) == labels).mean() >= 0.6
     monkeypatch.delitem(sys.modules, "my_network")
+
+
+def test_the_example_of_a_task_of_your_own_runs(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "your_own_model.md").read_text().split("\n## A task of your own")[1]
+    (content,), (command,) = _blocks(text), re.findall(r"```bash\n(.*?)\n```", text, re.DOTALL)
+    (tmp_path / content.split()[1]).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    program = "python -m train "
+    assert command.startswith(program)
+    assert cli.main(command.removeprefix(program).split()) == 0
+    assert "354 examples to train on and 88 to test with" in capsys.readouterr().out
+    workdir = tmp_path / "runs" / "regression"
+    report = summary.read(workdir)
+    assert report["float"]["loss"] < 0.7 and report["float"]["accuracy"] > 0.7  # 1 is the mean's
+    assert report["quantized"]["on_codebook"] and report["quantized"]["accuracy"] > 0.65
+    assert list(report["rounds"][0]["layers"]) == [
+        f"{layer}/kernel" for layer in ("first", "second", "answer")
+    ]
+    names: dict = {}
+    exec(content, names)
+    variables = jq.load(workdir / summary.MODEL)
+    data = names["patients"]()
+    test = slice(4, None, 5)
+    answers = jq.packed(names["Mlp"]().apply)(variables, jnp.asarray(data["inputs"][test]))
+    known = data["targets"][np.arange(len(data["targets"])) % 5 != 4]
+    predicted = np.asarray(answers)[:, 0] * known.std() + known.mean()
+    right = np.mean(np.abs(predicted - data["targets"][test]) < 77)
+    assert right == pytest.approx(report["quantized"]["accuracy"], abs=0.012)  # one patient
 
 
 def _blocks(text):

@@ -358,7 +358,7 @@ class _Worker:
                 self._check_round(unit, info)
                 result = program.result(records.quantized, unit.round, size)
                 self._log_quantized(number, unit, info, result, 0.0)
-            loss, correct = float(records.epoch_loss[index]), int(records.epoch_correct[index])
+            loss, correct = (float(of[index]) for of in (records.epoch_loss, records.epoch_correct))
             done = Progress(loss=loss, correct=correct, seconds=seconds)
             self._log_epoch(number, unit, done, steps, ())
             if unit.last:

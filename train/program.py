@@ -38,7 +38,7 @@ class Steps(NamedTuple):
 class Measured(NamedTuple):
     """Sums over the test images; each field has a leading [rounds]."""
 
-    correct: jax.Array  # int32
+    correct: jax.Array  # int32; float32 of a task that tells shares
     loss: jax.Array  # float32
 
 
@@ -46,7 +46,7 @@ class Records(NamedTuple):
     """What the loop would have logged."""
 
     epoch_loss: jax.Array  # float32 [epochs], sums over steps
-    epoch_correct: jax.Array  # int32 [epochs]
+    epoch_correct: jax.Array  # [epochs], as Measured.correct
     quantized: Measured
     retrained: Measured
     info: jq.RoundInfo  # with a leading [rounds]
@@ -94,7 +94,8 @@ def build(config: Config, plan: jq.Plan, parts: Parts) -> Callable[..., Any]:
 
     `run(state, quant, teacher, train, test, keys, momentum, weight_decay, steps)` returns the
     TrainState and QuantState after the last round, and Records. `test` is filled up
-    (`engine.fill_up`) and cut into batches [batches, batch, ...]; `keys` are uint32 [rounds, 3, 2]:
+    (`engine.fill_up`, which also says what is known) and cut into batches [batches, batch, ...];
+    `keys` are uint32 [rounds, 3, 2]:
     for sensitivity and moments, the partition and the recalibration of each round. It may be mapped
     by `vmap`, over seeds and hyperparameters; see Steps.
     """
@@ -130,7 +131,7 @@ def _run(
     quant: jq.QuantState,
     teacher: Any,
     train: Images,
-    test: Images,
+    test: tuple[Images, jax.Array],
     keys: jax.Array,
     momentum: jax.Array,
     weight_decay: jax.Array,
@@ -182,7 +183,7 @@ def _run(
     info, measured = jax.tree.map(lambda x: _zeros(plan.num_rounds, x), (info, measured))
     records = Records(
         jnp.zeros(epochs, jnp.float32),
-        jnp.zeros(epochs, jnp.int32),
+        jnp.zeros(epochs, measured.correct.dtype),
         quantized=measured,
         retrained=measured,
         info=info,
@@ -198,9 +199,9 @@ def _put(records: Any, round_: jax.Array, values: Any) -> Any:
     return jax.tree.map(lambda rows, row: rows.at[round_].set(row), records, values)
 
 
-def _measure(parts: Parts, params: Any, batch_stats: Any, test: Images) -> Measured:
+def _measure(parts: Parts, params: Any, batch_stats: Any, test: Any) -> Measured:
     variables = {"params": params, "batch_stats": batch_stats}
-    correct, losses = jax.lax.map(lambda batch: parts.count_correct(variables, batch), test)
+    correct, losses = jax.lax.map(lambda both: parts.count_correct(variables, *both), test)
     return Measured(jnp.sum(correct), jnp.sum(losses))
 
 
@@ -235,12 +236,12 @@ def _mean_over_batches(
 def result(measured: Measured, round_: int, size: int) -> dict[str, float]:
     """Return what `Engine.evaluate` does, of a round."""
     return {
-        "accuracy": int(measured.correct[round_]) / size,
+        "accuracy": float(measured.correct[round_]) / size,
         "loss": float(measured.loss[round_]) / size,
     }
 
 
-def put_data(parts: Parts, train: Images, test: Images) -> tuple[Images, Images]:
+def put_data(parts: Parts, train: Images, test: Images) -> tuple[Images, tuple[Images, jax.Array]]:
     """Return the splits on the devices, all of them on each; `test` filled up and in batches."""
     filled = engine.fill_up(test, parts.eval_batch)
     batches = jax.tree.map(lambda x: x.reshape(-1, parts.eval_batch, *x.shape[1:]), filled)
