@@ -30,7 +30,8 @@ def setting(**retrain):
         batch_size=10,
     )
     init = functools.partial(Tiny().init, train=False)
-    dataset, shapes = make_dataset(), jax.eval_shape(init, jax.random.key(0), IMAGE)
+    dataset = make_dataset(pad=1, flip=True)
+    shapes = jax.eval_shape(init, jax.random.key(0), IMAGE)
     rounds = (3,) if config.retrain.straight_through else (2, 3)
     plan = jq.slq(shapes["params"], bits=2, rounds=rounds)
     functions, variables, _ = make_engine(config, dataset, plan=plan)

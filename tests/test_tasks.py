@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests import own
-from train import arrays, experiment, states, tasks
+from train import arrays, experiment, program, states, tasks
 from train import config as configs
 from train.config import Config, Data, Fit, Quantize
 from train.networks import Answers
@@ -54,6 +54,25 @@ def test_each_token_of_a_sequence_is_labelled():
     logged = np.asarray(jax.nn.log_softmax(logits))
     expected = -np.take_along_axis(logged, test.labels[..., None], -1).mean()
     assert result["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_program_counts_shares_too():
+    job = experiment.check(make_config(one_program=True, retrain=Fit(epochs=(1,))))
+    functions = states.functions(job)
+    state = states.fresh(job, functions)
+    rows, rates = np.arange(24).reshape(2, 12), np.zeros(2, np.float32)
+    key = np.zeros(2, np.uint32)
+    run = program.build(job.config, job.plan, functions.parts)
+    _, _, records = jax.eval_shape(
+        run,
+        *state,
+        *program.put_data(functions.parts, job.dataset.train, job.dataset.test),
+        np.zeros((1, 3, 2), np.uint32),
+        np.float32(0),
+        np.float32(0),
+        program.make_steps([program.Epoch(0, True, True, rows, rates, key)]),
+    )
+    assert records.epoch_correct.dtype == records.retrained.correct.dtype == jnp.float32
 
 
 def test_a_task_may_be_named_and_a_config_tells_its_name():
