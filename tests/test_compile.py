@@ -153,7 +153,10 @@ def test_one_program_compiles(target):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
         (
             job.dataset.train,
-            engine.Images(np.zeros((4, 100, 8, 8, 1), np.uint8), np.zeros((4, 100), np.int32)),
+            (
+                engine.Images(np.zeros((4, 100, 8, 8, 1), np.uint8), np.zeros((4, 100), np.int32)),
+                np.zeros((4, 100), bool),
+            ),
             np.zeros((4, 3, 2), np.uint32),
         ),
     )

@@ -45,7 +45,7 @@ def test_overrides_reach_nested_fields_of_every_type():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("sed=3", r"--config.sed: expected one of data, model, init, .* got 'sed'"),
+        ("sed=3", r"--config.sed: expected one of data, model, task, init, .* got 'sed'"),
         ("fit.lr=3", r"--config.fit.lr: expected one of epochs, optimizer, learning_rate"),
         ("fit=3", r"--config.fit: expected one of its fields: fit.epochs, "),
         ("seed.x=3", r"--config.seed.x: expected seed to have fields"),

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxquant as jq
@@ -24,9 +25,8 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 
 
-@pytest.mark.default_promotion
-def test_the_examples_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def stand_ins():
+    """Return what examples take for granted: parameters, a loss, batches, a network."""
     rng = np.random.default_rng(0)
     shapes = {"embed": (40, 8), "dense": (32, 24), "top/head": (24, 40), "blocks/a": (3, 20, 20)}
     params: dict = {}
@@ -39,7 +39,7 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
     def loss(params, batch):
         return sum(jnp.mean(jnp.square(leaf - batch)) for leaf in jax.tree.leaves(params))
 
-    names = {
+    return {
         "params": params,
         "loss": loss,
         "forward": lambda params, batch: batch * jnp.ones((4, 32)) @ params["dense"]["kernel"],
@@ -50,6 +50,29 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
         "module": nn.Dense(24, use_bias=False),
         "jnp": jnp,
     }
+
+
+@pytest.mark.default_promotion
+def test_the_examples_of_a_training_loop_run(capsys):
+    names = {**stand_ins(), "jax": jax, "jq": jq, "optax": optax}
+    names["plan"] = jq.mlq(names["params"], groups=2)
+    rounds, rules, centroids = _blocks((ROOT / "docs" / "training.md").read_text())
+    exec(rounds, names)
+    assert all(jax.tree.leaves(jq.is_on_codebook(names["params"], names["state"])))
+    assert "top/head/kernel" in capsys.readouterr().out
+    before = names["params"]["dense"]["kernel"]
+    exec(centroids, names)
+    assert np.all(names["params"]["dense"]["kernel"] != before)
+    assert all(jax.tree.leaves(jq.is_on_codebook(names["params"], names["state"])))
+    exec(rules, names)
+    paths = [layer.path for layer in names["plan"].selection.by_depth()]
+    assert paths[0] == "top/head/kernel" and "embed/kernel" not in paths
+
+
+@pytest.mark.default_promotion
+def test_the_examples_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = stand_ins()
     blocks = _blocks(README.read_text())
     for block in blocks:
         if "module.apply" in block:  # of a network that is this layer alone
@@ -268,7 +291,7 @@ def test_versions_agree():
 
 
 def test_the_example_of_your_own_model_runs(tmp_path, monkeypatch, capsys):
-    text = (ROOT / "docs" / "your_own_model.md").read_text()
+    text = (ROOT / "docs" / "your_own_model.md").read_text().split("\n## A task of your own")[0]
     *files, after = _blocks(text)
     for content in files:
         (tmp_path / content.split()[1]).write_text(content)
@@ -298,6 +321,34 @@ def test_the_example_of_your_own_model_runs(tmp_path, monkeypatch, capsys):
     labels = np.load("my_images.npz")["labels"][:5]
     assert (np.argmax(names["logits"], -1) == labels).mean() >= 0.6
     monkeypatch.delitem(sys.modules, "my_network")
+
+
+def test_the_example_of_a_task_of_your_own_runs(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "your_own_model.md").read_text().split("\n## A task of your own")[1]
+    (content,), (command,) = _blocks(text), re.findall(r"```bash\n(.*?)\n```", text, re.DOTALL)
+    (tmp_path / content.split()[1]).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    program = "python -m train "
+    assert command.startswith(program)
+    assert cli.main(command.removeprefix(program).split()) == 0
+    assert "354 examples to train on and 88 to test with" in capsys.readouterr().out
+    workdir = tmp_path / "runs" / "regression"
+    report = summary.read(workdir)
+    assert report["float"]["loss"] < 0.7 and report["float"]["accuracy"] > 0.7  # 1 is the mean's
+    assert report["quantized"]["on_codebook"] and report["quantized"]["accuracy"] > 0.65
+    assert list(report["rounds"][0]["layers"]) == [
+        f"{layer}/kernel" for layer in ("first", "second", "answer")
+    ]
+    names: dict = {}
+    exec(content, names)
+    variables = jq.load(workdir / summary.MODEL)
+    data = names["patients"]()
+    test = slice(4, None, 5)
+    answers = jq.packed(names["Mlp"]().apply)(variables, jnp.asarray(data["inputs"][test]))
+    known = data["targets"][np.arange(len(data["targets"])) % 5 != 4]
+    predicted = np.asarray(answers)[:, 0] * known.std() + known.mean()
+    right = np.mean(np.abs(predicted - data["targets"][test]) < 77)
+    assert right == pytest.approx(report["quantized"]["accuracy"], abs=0.012)  # one patient
 
 
 def _blocks(text):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.collections import LineCollection
+from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.image import imread
 from matplotlib.patches import StepPatch
 
@@ -96,10 +96,10 @@ def make_layers(shapes, *, k, share, seed=0):
     return result
 
 
-def make_errors(shapes, labels, seed=0):
+def make_errors(shapes, rounds, seed=0):
     rng = np.random.default_rng(seed)
-    fall = 10 ** -np.linspace(0, 0.6, len(labels))
-    return {p: 0.01 * fall * 10 ** rng.normal(0, 0.25, len(labels)) for p in shapes}
+    fall = 10 ** -np.linspace(0, 0.6, rounds)
+    return {p: 0.01 * fall * 10 ** rng.normal(0, 0.25, rounds) for p in shapes}
 
 
 def by_label(figure):
@@ -358,7 +358,7 @@ def test_long_names_stay_apart(folder, count):
     check_texts_apart(figure)
     assert all(axes.get_title().startswith("decoder_") for axes in figure.axes if axes.axison)
     path = folder / f"errors-long-{count}.png"
-    check_texts_apart(plots.plot_errors(path, layers=make_errors(shapes, ["a"]), labels=["a"]))
+    check_texts_apart(plots.plot_errors(path, layers=make_errors(shapes, 1), rounds=[1]))
 
 
 @pytest.mark.parametrize("accuracy", [0.0, 0.1, 1.0])
@@ -374,7 +374,7 @@ def test_no_layers_are_noted(tmp_path):
     empty = {"weights": {}, "codebooks": {}, "frozen": {}, "before": {}}
     figure = plots.plot_weights(tmp_path / "a.png", **empty)
     assert texts(figure) == ["no layers"]
-    figure = plots.plot_errors(tmp_path / "b.png", layers={}, labels=[])
+    figure = plots.plot_errors(tmp_path / "b.png", layers={}, rounds=[])
     assert texts(figure) == ["no errors above zero"]
 
 
@@ -404,51 +404,113 @@ def test_masks_of_another_shape_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize(
-    "labels",
-    [
-        ["SLQ"],
-        ["before re-training", "after"],
-        *([f"round {i}" for i in range(1, n + 1)] for n in (6, 10)),
-    ],
-    ids=len,
-)
-def test_errors_of_networks(folder, net, labels):
-    layers = make_errors(NETS[net], labels)
-    path = folder / f"errors-{net}-{len(labels)}.png"
-    figure = plots.plot_errors(path, layers=layers, labels=labels)
+@pytest.mark.parametrize("rounds", [1, 2, 6, 10])
+def test_errors_of_networks(folder, net, rounds):
+    layers, path = make_errors(NETS[net], rounds), folder / f"errors-{net}-{rounds}.png"
+    figure = plots.plot_errors(path, layers=layers, rounds=range(1, rounds + 1))
     check_png(path, figure)
-    check_legend_apart(figure)
     check_texts_apart(figure)
-    (axes,) = figure.axes
+    axes, bar = figure.axes
     width, height = figure.get_size_inches()
-    assert width == 3.5 and height < 10
-    assert axes.get_xscale() == "log"
+    assert width == (7 if rounds > 8 else 3.5) and height < 10
     assert [t.get_text() for t in axes.get_yticklabels()] == [
         p.removesuffix("/kernel") for p in layers
     ]
     assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first layer on top
-    lines = by_label(figure)
-    for i, label in enumerate(labels):
-        np.testing.assert_allclose(lines[label].get_xdata(), [v[i] for v in layers.values()])
-        np.testing.assert_array_equal(lines[label].get_ydata(), np.arange(len(layers)))
+    assert axes.get_xlabel() == "at the start of round"
+    assert [t.get_text() for t in axes.get_xticklabels()] == [str(i + 1) for i in range(rounds)]
+    percent = 100 * np.array(list(layers.values()))
+    np.testing.assert_allclose(cells_of(axes).get_array().reshape(percent.shape), percent)
+    assert bar.get_xlabel() == "relative squared error (%)"
+    assert len(axes.texts) == percent.size
+    for text in axes.texts:  # in the cell of its value
+        column, row = (int(x) for x in text.get_position())
+        assert float(text.get_text()) == pytest.approx(percent[row, column], rel=0.05)
+    check_within_cells(figure)
 
 
-def test_errors_that_a_log_scale_cannot_show_are_counted(folder):
-    layers = {"a": [0.01, 0.0], "b": [float("nan"), 0.02], "c": [0.0, 0.0]}
-    path = folder / "errors-zero.png"
-    figure = plots.plot_errors(path, layers=layers, labels=["x", "y"])
+def cells_of(axes):
+    (cells,) = (x for x in axes.collections if isinstance(x, QuadMesh))
+    return cells
+
+
+def check_within_cells(figure):
+    """No value reaches out of its cell, so none into another one."""
+    axes, renderer = figure.axes[0], figure.canvas.get_renderer()
+    for text in axes.texts:
+        column, row = (int(x) for x in text.get_position())
+        corners = axes.transData.transform([[column, row + 1], [column + 1, row]])
+        box = text.get_window_extent(renderer)
+        assert corners[0][0] <= box.x0 and box.x1 <= corners[1][0], text.get_text()
+        assert corners[0][1] <= box.y0 + 1 and box.y1 - 1 <= corners[1][1], text.get_text()
+
+
+def staircase(groups, rounds):
+    """Errors of MLQ as they come: alike from round to round until a layer has frozen, then 0."""
+    return {
+        f"layer{i}/kernel": [0.26 if r == 0 else 0.07 * (r < 2 + i) for r in range(rounds)]
+        for i in range(groups)
+    }
+
+
+def test_errors_of_layers_that_stay_alike_are_told_apart_until_they_are_zero(folder):
+    layers, path = staircase(4, 6), folder / "errors-mlq.png"
+    figure = plots.plot_errors(path, layers=layers, rounds=range(1, 7))
     check_png(path, figure)
     check_texts_apart(figure)
-    lines = by_label(figure)
-    assert lines["x"].get_xdata().tolist() == [0.01] and lines["x"].get_ydata().tolist() == [0]
-    assert lines["y"].get_xdata().tolist() == [0.02] and lines["y"].get_ydata().tolist() == [1]
-    assert "4 zero or not finite" in figure.axes[0].get_xlabel()
+    check_legend_apart(figure)
+    check_within_cells(figure)
+    axes = figure.axes[0]
+    written = np.array([text.get_text() for text in axes.texts]).reshape(4, 6)
+    assert written[0].tolist() == ["26", "7.0", "0", "0", "0", "0"]
+    assert written[3].tolist() == ["26", "7.0", "7.0", "7.0", "7.0", "0"]
+    none = cells_of(axes).get_array().mask.reshape(4, 6)  # left to the panel's grey
+    np.testing.assert_array_equal(none, written == "0")
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == [
+        "0: all weights on their centroids"
+    ]
+    assert axes.get_facecolor() == figure.legends[0].get_patches()[0].get_facecolor()
 
 
-def test_errors_need_one_value_per_label(tmp_path):
+def test_errors_that_do_not_fit_into_cells_are_left_to_colours(folder):
+    layers, path = make_errors({"a": 0, "b": 0}, 120), folder / "errors-many.png"
+    layers["b"][3] = np.inf
+    figure = plots.plot_errors(path, layers=layers, rounds=range(1, 121))
+    check_png(path, figure)
+    check_texts_apart(figure)
+    assert texts(figure) == ["?"]
+    assert 10 < len(figure.axes[0].get_xticks()) <= 24
+
+
+def test_in_place_of_what_is_not_finite_stands_a_question_mark(folder):
+    layers = {"a": [0.01, 0.0], "b": [float("nan"), 0.02], "c": [0.0, float("inf")]}
+    figure = plots.plot_errors(folder / "errors-zero.png", layers=layers, rounds=[1, 2])
+    check_png(folder / "errors-zero.png", figure)
+    check_texts_apart(figure)
+    assert texts(figure) == ["1.0", "0", "?", "2.0", "0", "?"]
+
+
+@pytest.mark.parametrize(
+    ("percent", "text"),
+    [(0, "0"), (1e-9, "<.01"), (0.0096, "0.010"), (0.1, "0.10"), (0.996, "1.0"), (9.96, "10")],
+)
+def test_errors_are_written_with_two_digits(percent, text):
+    assert plots._error_text(percent) == text
+
+
+def test_errors_need_one_value_per_round(tmp_path):
     with pytest.raises(ValueError, match="b: expected 2 errors, got 1"):
-        plots.plot_errors(tmp_path / "a.png", layers={"a": [1, 2], "b": [1]}, labels=["x", "y"])
+        plots.plot_errors(tmp_path / "a.png", layers={"a": [1, 2], "b": [1]}, rounds=[1, 2])
+
+
+@pytest.mark.parametrize("form", ["svg", "pdf"])
+def test_errors_are_drawn_for_papers_too(form, tmp_path):
+    path = tmp_path / f"a.{form}"
+    plots.plot_errors(path, layers=staircase(4, 6), rounds=range(1, 7))
+    content = path.read_bytes()
+    assert b"<image" not in content and b"/Subtype /Image" not in content  # shapes, no pixels
+    if form == "svg":
+        assert content.count(b">26</text>") == 4 and b">at the start of round</text>" in content
 
 
 def test_titles_are_short():
@@ -460,9 +522,11 @@ def test_titles_are_short():
 
 
 def test_markup_in_names_is_plain_text(tmp_path):
-    layers = {"$a_1/kernel": [0.1, 0.2], "_b$": [0.3, 0.4]}
-    figure = plots.plot_errors(tmp_path / "a.png", layers=layers, labels=["_x", "$^$"])
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["_x", "$^$"]
+    layers = {"$a_1$/kernel": [0.1, 0.2], "_b$^$": [0.3, 0.4]}
+    figure = plots.plot_errors(tmp_path / "a.svg", layers=layers, rounds=[1, 2])
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["$a_1$", "_b$^$"]
+    content = (tmp_path / "a.svg").read_text()
+    assert ">$a_1$</text>" in content and ">_b$^$</text>" in content
 
 
 def test_files_are_replaced_whole(tmp_path, monkeypatch):
@@ -522,6 +586,34 @@ def test_a_comparison_draws_a_curve_for_each_family_and_tells_what_fell_off(tmp_
     hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
     np.testing.assert_allclose(hollow[0].get_xydata(), [[100, 76]])
     assert axes.get_xscale() == "log" and (tmp_path / "a.png").stat().st_size > 5000
+
+
+def test_networks_are_drawn_by_size_with_what_each_point_is(folder):
+    points = [
+        plots.Sized("float", 1000e3, [0.9]),
+        plots.Sized("2 bits, 15.0x smaller", 60e3, [0.88, 0.90]),
+        plots.Sized("5 bits", 200e3, [0.91]),
+    ]
+    networks = {"small": points, "large": [plots.Sized("float", 3000e3, [0.95])]}
+    figure = plots.plot_sizes(folder / "sizes.png", networks=networks)
+    check_png(folder / "sizes.png", figure)
+    check_legend_apart(figure)
+    check_texts_apart(figure)
+    (axes,) = figure.axes
+    lines = by_label(figure)
+    np.testing.assert_allclose(lines["small"].get_xydata(), [[60e3, 89], [200e3, 91], [1e6, 90]])
+    assert texts(figure) == ["2 bits, 15.0x smaller", "5 bits", "float", "float"]
+    bars = next(x for x in axes.collections if isinstance(x, LineCollection))
+    assert bars.get_segments()[0][:, 1].tolist() == [88, 90]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["small", "large", "float"]
+    renderer = figure.canvas.get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in axes.texts]
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+        assert axes.get_window_extent(renderer).contains(box.x0, box.y1)
+        for name in networks:
+            path = lines[name].get_transform().transform_path(lines[name].get_path())
+            assert not path.intersects_bbox(box, filled=False)
 
 
 def test_curves_are_means_over_seeds_amid_their_range(tmp_path):

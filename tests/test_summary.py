@@ -55,3 +55,33 @@ def test_a_figure_has_a_curve_for_each_run_and_one_for_those_that_differ_in_thei
     }
     with pytest.raises(ValueError, match=r"a\.png: expected at least one quantized run"):
         summary.plot_curves(tmp_path / "a.png", {"float": run(0.9)})
+
+
+def test_a_figure_of_sizes_has_a_curve_for_each_float_network(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots, "plot_sizes", lambda path, *, networks: drawn.update(networks))
+
+    def sized(accuracy, full, size=16_000):
+        made = run(accuracy)
+        made["quantized"]["float_bytes"] = size
+        return {**made, "float": {"accuracy": full}}
+
+    results = {
+        "net_a_mlq_seed0": sized(0.8, 0.9),
+        "net_a_mlq_seed1": sized(0.85, 0.9),
+        "net_a_slq": sized(0.9, 0.9),
+        "net_b_slq": sized(0.9, 0.95),
+        "float": {"float": {"accuracy": 0.9}},
+    }
+    summary.plot_sizes(tmp_path / "a.png", results)
+    label = "2.00 bits, 15.0x smaller"
+    assert drawn == {
+        "net_a": [
+            ("float", 16_000, [0.9]),
+            (label, 1000, [0.8, 0.85]),
+            (label, 1000, [0.9]),
+        ],
+        "net_b_slq": [("float", 16_000, [0.95]), (label, 1000, [0.9])],
+    }
+    with pytest.raises(ValueError, match=r"a\.png: expected at least one quantized run"):
+        summary.plot_sizes(tmp_path / "a.png", {"float": {"float": {"accuracy": 0.9}}})

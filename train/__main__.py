@@ -75,7 +75,7 @@ def _joined(processes: str | None) -> Iterator[None]:
 
 def _dispatch(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if options.verb == "report":
-        return _report(options.workdir, options.output)
+        return _report(options.workdir, options.output, options.against)
     if not options.config:
         raise ValueError("expected --config FILE")
     loaded = _load(",".join(options.config).split(","), overrides)
@@ -186,7 +186,7 @@ def _export(config: "Config", workdir: Path | None, output: Path | None, form: s
     return 0
 
 
-def _report(workdir: Path | None, output: Path | None) -> int:
+def _report(workdir: Path | None, output: Path | None, against: str) -> int:
     from train import summary
 
     if workdir is None:
@@ -201,7 +201,8 @@ def _report(workdir: Path | None, output: Path | None) -> int:
         if (folder / "report.md").is_file():
             print("\n" + (folder / "report.md").read_text(errors="replace"))
     if output is not None:
-        summary.plot_curves(output, results)
+        draw = summary.plot_curves if against == "rounds" else summary.plot_sizes
+        draw(output, results)
         print(f"\n{output}")
     return 0
 

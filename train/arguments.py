@@ -56,8 +56,9 @@ VERBS = {
         "print what finished runs came to",
         """\
         Print the reports of finished workdirs, of one or of all in a folder. With --output
-        FILE.png, .pdf or .svg draw their accuracies over the rounds.""",
-        ("workdir", "output"),
+        FILE.png, .pdf or .svg draw their accuracies over the rounds or, with --against bytes,
+        against the size of their networks.""",
+        ("workdir", "output", "against"),
     ),
     "compare": Verb(
         "run several methods from one float network",
@@ -78,6 +79,14 @@ _FLAGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     ),
     "workdir": (("--workdir",), {"metavar": "DIR", "type": Path, "help": "where a run lies"}),
     "output": (("--output",), {"metavar": "FILE", "type": Path, "help": "to write"}),
+    "against": (
+        ("--against",),
+        {
+            "choices": ("rounds", "bytes"),
+            "default": "rounds",
+            "help": "the other axis of the figure",
+        },
+    ),
     "format": (
         ("--format",),
         {

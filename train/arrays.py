@@ -1,8 +1,8 @@
-"""Images of your own: arrays in a file or from a function, checked, split and measured."""
+"""Data of your own: arrays in a file or from a function, checked, split and measured."""
 
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,8 @@ from train.named import call, name_of, resolve
 _NEEDED = ("images", "labels")
 _TEST = ("test_images", "test_labels")
 _OTHER = ("pad", "flip")
+_PAIRS = ("inputs", "targets")  # for a task of your own
+_TEST_PAIRS = ("test_inputs", "test_targets")
 _MOST_CLASSES = 100_000
 _PART = 256  # images that are measured at once
 
@@ -20,11 +22,11 @@ _PART = 256  # images that are measured at once
 class Arrays(NamedTuple):
     """A dataset of your own."""
 
-    images: np.ndarray  # uint8 or float32 [N, H, W, C]
-    labels: np.ndarray  # int32 [N], in [0, num_classes)
+    images: np.ndarray  # uint8 or float32 [N, H, W, C], or inputs
+    labels: np.ndarray  # int32 [N], in [0, num_classes), or targets
     test_images: np.ndarray
     test_labels: np.ndarray
-    num_classes: int
+    num_classes: int  # 0 of inputs and targets
     mean: tuple[float, ...]  # of the training images per channel, of bytes on [0, 1]
     std: tuple[float, ...]
     pad: int
@@ -46,6 +48,11 @@ def load(name: str | Callable[..., Any]) -> Arrays:
     - `pad`: pixels of black frame out of which training images are cropped at random; 0 without it.
     - `flip`: whether training images may be mirrored left to right; they are not without it.
 
+    Or, for a task of your own,
+
+    - `inputs` and `targets`: numbers of any shape [N, ...].
+    - `test_inputs`, `test_targets`: likewise. Without them every fifth of all is for testing.
+
     Args:
       name: a file as of `numpy.savez`, or a function without arguments, or "package.module:name" of
         one, that returns such arrays by name.
@@ -56,15 +63,9 @@ def load(name: str | Callable[..., Any]) -> Arrays:
     """
     given = _read(Path(name)) if isinstance(name, str) and name.endswith(".npz") else _called(name)
     where = f"data.name: {name_of(name)}"
-    missing = [array for array in _NEEDED if array not in given]
-    if any(array in given for array in _TEST):
-        missing += [array for array in _TEST if array not in given]
-    unknown = [str(array) for array in given if array not in (*_NEEDED, *_TEST, *_OTHER)]
-    if missing or unknown:
-        raise ValueError(
-            f"{where}: expected {', '.join(_NEEDED)} and maybe {', '.join((*_TEST, *_OTHER))}, got "
-            + (f"no {missing[0]}" if missing else f"{unknown[0]!r}")
-        )
+    if any(array in given for array in _PAIRS):
+        return _pairs(where, given)
+    _check_names(where, given, _NEEDED, _TEST, _OTHER)
     images, labels = _pair(where, given, *_NEEDED)
     if _TEST[0] in given:
         test_images, test_labels = _pair(where, given, *_TEST)
@@ -94,6 +95,83 @@ def load(name: str | Callable[..., Any]) -> Arrays:
         pad=_pad(where, given, images.shape[1:3]),
         flip=_flip(where, given),
     )
+
+
+def _check_names(
+    where: str,
+    given: Mapping[str, Any],
+    needed: Sequence[str],
+    test: Sequence[str],
+    other: Sequence[str],
+) -> None:
+    missing = [array for array in needed if array not in given]
+    if any(array in given for array in test):
+        missing += [array for array in test if array not in given]
+    unknown = [str(array) for array in given if array not in (*needed, *test, *other)]
+    if missing or unknown:
+        raise ValueError(
+            f"{where}: expected {', '.join(needed)} and maybe {', '.join((*test, *other))}, got "
+            + (f"no {missing[0]}" if missing else f"{unknown[0]!r}")
+        )
+
+
+def _pairs(where: str, given: Mapping[str, Any]) -> Arrays:
+    """Return inputs and targets of any shape."""
+    _check_names(where, given, _PAIRS, _TEST_PAIRS, ())
+    inputs, targets = (_numbers(where, name, given) for name in _PAIRS)
+    if _TEST_PAIRS[0] in given:
+        test_inputs, test_targets = (_numbers(where, name, given) for name in _TEST_PAIRS)
+        for name, ours, theirs in (
+            (_PAIRS[0], test_inputs, inputs),
+            (_PAIRS[1], test_targets, targets),
+        ):
+            if (ours.shape[1:], ours.dtype) != (theirs.shape[1:], theirs.dtype):
+                raise ValueError(
+                    f"{where}: test_{name}: expected {_kind(theirs)} as of {name}, got "
+                    f"{_kind(ours)}"
+                )
+    else:
+        test = np.arange(len(inputs)) % 5 == 4
+        _check_lengths(where, _PAIRS, inputs, targets)
+        test_inputs, test_targets = inputs[test], targets[test]
+        inputs, targets = inputs[~test], targets[~test]
+    _check_lengths(where, _PAIRS, inputs, targets)
+    _check_lengths(where, _TEST_PAIRS, test_inputs, test_targets)
+    if not len(test_inputs):
+        raise ValueError(
+            f"{where}: expected test_inputs and test_targets, or five examples or more to take "
+            "some for testing, got neither"
+        )
+    return Arrays(inputs, targets, test_inputs, test_targets, 0, (), (), pad=0, flip=False)
+
+
+def _check_lengths(
+    where: str, names: Sequence[str], inputs: np.ndarray, targets: np.ndarray
+) -> None:
+    if len(inputs) != len(targets):
+        raise ValueError(
+            f"{where}: {names[1]}: expected one for each of {len(inputs)} {names[0]}, got "
+            f"{len(targets)}"
+        )
+
+
+def _numbers(where: str, name: str, given: Mapping[str, Any]) -> np.ndarray:
+    """Return numbers [N, ...]: bytes as they are, else int32 or float32."""
+    array = np.asarray(given[name])
+    whole = np.issubdtype(array.dtype, np.integer)
+    if not array.ndim or not array.size or not (whole or np.issubdtype(array.dtype, np.floating)):
+        raise ValueError(
+            f"{where}: {name}: expected integers or floating point [N, ...], none of them 0, got "
+            f"{_kind(array)}"
+        )
+    if array.dtype == np.uint8:
+        return array
+    narrow = array.astype(np.int32 if whole else np.float32)
+    bad = int(np.count_nonzero(narrow != array if whole else ~np.isfinite(narrow)))
+    if bad:
+        kind = "integers in int32" if whole else "finite numbers in float32"
+        raise ValueError(f"{where}: {name}: expected {kind}, got {bad} others")
+    return narrow
 
 
 def every_fifth(labels: np.ndarray) -> np.ndarray:

@@ -218,6 +218,11 @@ class Config:
         "that gives a module of Flax Linen or NNX, see docs/your_own_model.md; in a config "
         "file the class or function too",
     ] = "small_cnn"
+    task: Annotated[
+        _Given,
+        "what is learned: package.module:function that gives a train.tasks.Task, see "
+        "docs/your_own_model.md; in a config file the function too; empty: classes of images",
+    ] = ""
     init: Annotated[
         str,
         "file to start from instead of training: a PyTorch state_dict as .npz or "

@@ -27,7 +27,10 @@ _SLACK_BYTES = 1 << 20  # What an archive may hold beside its records: headers, 
 
 
 class Images(NamedTuple):
-    """Images and labels: a split in memory, or batches on the devices, with axes in front."""
+    """Images and labels: a split in memory, or batches on the devices, with axes in front.
+
+    Or inputs and targets of your own, of any shape [N, ...], for a task of your own.
+    """
 
     images: Any  # uint8 [N, H, W, C], or float32 of your own
     labels: Any  # int32 [N], in [0, num_classes)
@@ -38,9 +41,9 @@ class Images(NamedTuple):
         return len(self.labels)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Shape of an image, (H, W, C)."""
-        return self.images.shape[-3:]
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of an image of a split, (H, W, C)."""
+        return self.images.shape[1:]
 
     def first(self, count: int) -> "Images":
         """Return the split of the first so many images."""
@@ -54,7 +57,7 @@ class Dataset(NamedTuple):
       name: As given to `load`, of a function its name.
       train: The images to train on.
       test: The images to measure with.
-      num_classes: Number of classes.
+      num_classes: Number of classes; 0 for targets of your own.
       mean: Per channel, of pixels on [0, 1], or of float32 as they are.
       std: Per channel, likewise.
       pad: Pixels of padding for random crops; 0 for none.

@@ -23,7 +23,7 @@ from train.imagenet import Encoded
 from train.layout import Layout
 from train.named import guarded, name_of, resolve, taken
 from train.networks import Answers
-from train.tasks import Task
+from train.tasks import Task, soft_targets
 
 _TINY = 1e-12  # for features that are all zero
 
@@ -40,22 +40,27 @@ class Parts(NamedTuple):
     """What is compiled: alone for the loop, together for the one program."""
 
     start: Callable[..., TrainState]
-    step: Callable[..., tuple[TrainState, Any, dict[str, jax.Array]]]
+    train: Callable[..., tuple[TrainState, Any, dict[str, jax.Array]]]
     count_correct: Callable[..., tuple[jax.Array, jax.Array]]
     batch_statistics: Callable[..., Any]
     squared_gradient: Callable[..., Any]
     input_moments: Callable[..., dict[str, jax.Array]]
     quantize: Callable[..., tuple[Any, jq.QuantState, jq.RoundInfo]]
+    settle: Callable[..., tuple[Any, jq.QuantState]]
     eval_batch: int
     layout: Layout
 
 
 class Engine(NamedTuple):
-    """Functions that compile once for a whole run. Splits are the host's; keys as in `key_data`."""
+    """What rounds are made of, see `train.stages`.
+
+    Those of `build` compile once for a whole run. Splits are the host's; what is compiled takes
+    keys as in `key_data`. `train.program` has others.
+    """
 
     start: Callable[..., TrainState]  # variables, QuantState or () -> with a fresh optimizer
     train: Callable[..., tuple[TrainState, Any, dict[str, jax.Array]]]
-    evaluate: Callable[..., dict[str, float]]
+    evaluate: Callable[..., Any]  # accuracy and loss by name
     recalibrate: Callable[..., Any]
     guides: Callable[..., dict[str, Any]]
     quantize: Callable[..., tuple[Any, jq.QuantState, jq.RoundInfo]]
@@ -85,12 +90,15 @@ def build(
     eval_batch = min(config.eval_batch_size, dataset.test.size)
     parts = Parts(
         start=functools.partial(_start, layout),
-        step=functools.partial(_train_step, config, task, layout, plan),
+        train=functools.partial(
+            _train_steps, functools.partial(_train_step, config, task, layout, plan), layout
+        ),
         count_correct=functools.partial(_count_correct, task, layout),
         batch_statistics=functools.partial(_batch_statistics, task, layout),
         squared_gradient=functools.partial(_squared_gradient, task, layout),
         input_moments=functools.partial(_input_moments, task, layout, inputs),
         quantize=functools.partial(_quantize, layout),
+        settle=functools.partial(_settle, layout, plan),
         eval_batch=eval_batch + -eval_batch % layout.size,  # the devices divide a batch
         layout=layout,
     )
@@ -105,7 +113,7 @@ def build(
     return Engine(
         start=jax.jit(parts.start, static_argnames="optimizer"),
         train=jax.jit(
-            functools.partial(_train_steps, parts.step, layout),
+            parts.train,
             static_argnames=("distill", "move_centroids", "optimizer"),
             donate_argnums=0,
         ),
@@ -120,7 +128,7 @@ def build(
             guides, config, averaged(parts.squared_gradient), averaged(parts.input_moments)
         ),
         quantize=jax.jit(parts.quantize, static_argnums=0),
-        settle=jax.jit(functools.partial(_settle, layout, plan)),
+        settle=jax.jit(parts.settle),
         steps_per_call=steps_per_call,
         parts=parts,
     )
@@ -225,6 +233,7 @@ def _sgd(
 def _teach(stage: Fit, task: Task, teacher: Any, inputs: jax.Array) -> Answers:
     """Return the float network's answers, maybe by the mean over inputs and mirror images."""
     if stage.mirrored_teacher:
+        assert task.answer_mirrored is not None
         return task.answer_mirrored(teacher, inputs)
     return task.answer(teacher, inputs, None)[0]
 
@@ -243,24 +252,27 @@ def _loss(
     ours, batch_stats = task.answer(variables, inputs, key)
     loss = task.losses(ours, labels).mean()
     if teacher is not None:
-        loss = _distill(config.retrain, loss, ours, teacher)
+        loss = _distill(config.retrain, loss, ours, teacher, task.imitate)
     return loss, (batch_stats, jnp.sum(task.correct(ours, labels)))
 
 
-def _distill(stage: Fit, label_loss: jax.Array, ours: Answers, teacher: Answers) -> jax.Array:
+def _distill(
+    stage: Fit,
+    label_loss: jax.Array,
+    ours: Answers,
+    teacher: Answers,
+    imitate: Callable[..., jax.Array] | None = soft_targets,
+) -> jax.Array:
     """Return the loss that also asks for the teacher's soft targets and features.
 
-    Soft targets as in Hinton et al. (2015): `(1 - w) label_loss + w T**2 KL(teacher || ours)` at
-    temperature T. Features as in Romero et al. (FitNets, ICLR 2015), of every block, and relative:
-    the squared distance over the teacher's squares, averaged over the blocks.
+    Soft targets: `(1 - w) label_loss + w imitate(ours, teacher, T)` at temperature T, the mean over
+    all that `imitate` gives. Features as in Romero et al. (FitNets, ICLR 2015), of every block, and
+    relative: the squared distance over the teacher's squares, averaged over the blocks.
     """
-    loss, temperature = label_loss, stage.temperature
-    if stage.distill_weight:
-        soft = optax.losses.kl_divergence(
-            jax.nn.log_softmax(ours.logits / temperature),
-            jax.nn.softmax(teacher.logits / temperature),
-        ).mean()
-        loss = (1 - stage.distill_weight) * loss + stage.distill_weight * temperature**2 * soft
+    loss, weight = label_loss, stage.distill_weight
+    if weight:
+        assert imitate is not None
+        loss = (1 - weight) * loss + weight * imitate(ours, teacher, stage.temperature).mean()
     if stage.feature_weight:
         errors = [
             jnp.mean(jnp.square(s - t)) / jnp.maximum(jnp.mean(jnp.square(t)), _TINY)
@@ -463,33 +475,33 @@ def _count_correct(
     layout: Layout,
     variables: Any,
     batch: Images,
+    known: jax.Array,
     *,
     mirrored: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return correct answers and summed cross-entropy of a batch; labels below 0 do not count.
+    """Return correct answers and summed losses of a batch, of those of its examples that are known.
 
     With `mirrored` by the mean over an image and its mirror image.
     """
 
     def answer(variables: Any, inputs: jax.Array) -> Answers:
         if mirrored:
+            assert task.answer_mirrored is not None
             return task.answer_mirrored(variables, inputs)
         return task.answer(variables, inputs, None)[0]
 
     # Kernels may be packed.
     answers: Any = jq.packed(answer)(variables, task.prepare(batch.images, None))
-    known, labels = batch.labels >= 0, jnp.maximum(batch.labels, 0)
-    losses, correct = task.losses(answers, labels), task.correct(answers, labels) & known
-    return layout.whole((jnp.sum(correct), jnp.sum(jnp.where(known, losses, 0.0))))
+    losses, correct = (of(answers, batch.labels) for of in (task.losses, task.correct))
+    sums = (jnp.sum(jnp.where(known, x, jnp.zeros_like(x))) for x in (correct, losses))
+    return layout.whole(tuple(sums))
 
 
-def fill_up(data: Images, batch_size: int) -> Images:
-    """Return a split with images that do not count, labelled -1, in its last batch."""
-    missing = -len(data.labels) % batch_size
-    return Images(
-        np.pad(data.images, ((0, missing), (0, 0), (0, 0), (0, 0))),
-        np.pad(data.labels, (0, missing), constant_values=-1),
-    )
+def fill_up(data: Images, batch_size: int) -> tuple[Images, np.ndarray]:
+    """Return a split with zeros in the rest of its last batch, and which examples are known."""
+    size, missing = data.size, -data.size % batch_size
+    filled = (np.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))) for x in data)
+    return Images(*filled), np.arange(size + missing) < size
 
 
 def _evaluate(
@@ -502,13 +514,17 @@ def _evaluate(
     *,
     mirrored: bool = False,
 ) -> dict[str, float]:
-    """Return accuracy (share) and mean cross-entropy on a split."""
+    """Return accuracy (share) and mean loss on a split."""
     variables, size = {"params": params, "batch_stats": batch_stats}, data.size
     rows = np.arange(size + -size % batch_size).reshape(-1, batch_size)
-    # On disk, rows past the end already are images that do not count.
-    filled = fill_up(data, batch_size) if isinstance(data, Images) else data
+    # On disk, rows past the end already are images.
+    filled = fill_up(data, batch_size)[0] if isinstance(data, Images) else data
     batches = feed(layout, filled, list(rows))
-    sums = [count_correct(variables, batch, mirrored=mirrored) for batch in batches]
+    known = (layout.feed(np.arange(rows.size) < size, own) for own in rows)
+    sums = [
+        count_correct(variables, *both, mirrored=mirrored)
+        for both in zip(batches, known, strict=True)
+    ]
     correct, loss = (sum(float(x) for x in column) for column in zip(*sums, strict=True))
     return {"accuracy": correct / size, "loss": loss / size}
 

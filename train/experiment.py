@@ -84,14 +84,27 @@ def check(config: Config, *, start: bool = True) -> Job:
         raise ValueError(
             f"one_program: expected images that are in memory, got those of {dataset.name}"
         )
+    if not config.task and not dataset.num_classes:
+        raise ValueError(
+            f"task: expected a function of your own for the inputs and targets of {dataset.name}, "
+            "got none; without one, data are images and labels"
+        )
     image = jax.ShapeDtypeStruct((1, *dataset.train.image_shape), jnp.float32)
-    network = networks.build(config.model, num_classes=dataset.num_classes, image=image)
-    task = tasks.classify(network, dataset)
+    network = networks.build(
+        config.model, num_classes=dataset.num_classes, image=image, classifies=not config.task
+    )
+    task = tasks.build(config.task, network, dataset)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
+    inputs_shape, rules = image, network.rules
+    if config.task:
+        inputs_shape = tasks.inputs(task, dataset)
+        if rules is None:
+            rules = networks.by_use(lambda key, _: task.init(key), task.answer, inputs_shape)
+        _check_teacher(config, task)
     for stage in ("fit", "retrain"):
         optimizer = getattr(config, stage).optimizer
         engine.check_optimizer(f"{stage}.optimizer", optimizer, shapes["params"])
-    if config.retrain.feature_weight and not _has_features(task, shapes, image):
+    if config.retrain.feature_weight and not _has_features(task, shapes, inputs_shape):
         raise ValueError(
             f"retrain.feature_weight: expected 0, {name_of(config.model)} gives no features"
         )
@@ -100,9 +113,9 @@ def check(config: Config, *, start: bool = True) -> Job:
         initial = pretrained.load(config.init, shapes, unused=network.unused)
     if start and initial is None and not config.fit.epochs[0]:
         raise ValueError("expected init=FILE or fit.epochs above 0, got neither")
-    plan = make_plan(config, shapes["params"], network.rules)
+    plan = make_plan(config, shapes["params"], rules)
     if config.quantize.method == "qcnn":
-        _check_products(config, network.module, shapes, image)
+        _check_products(config, network.module, shapes, inputs_shape)
     inputs = ()
     if config.quantize.moment_batches and plan is not None:
         inputs = tuple(layer.path for layer in plan.selection.selected)
@@ -122,10 +135,21 @@ def check(config: Config, *, start: bool = True) -> Job:
 def title(job: Job) -> str:
     """Return a line that says what learns what."""
     train, test = job.dataset.train.size, job.dataset.test.size
-    return (
-        f"{name_of(job.config.model)} on {job.dataset.name}, {job.dataset.num_classes} classes, "
-        f"{train:,} images to train on and {test:,} to test with"
-    )
+    classes, what = job.dataset.num_classes, name_of(job.config.model)
+    if job.config.task:
+        what += f" for {name_of(job.config.task)}"
+    kind = f"{classes} classes, {train:,} images" if classes else f"{train:,} examples"
+    return f"{what} on {job.dataset.name}, {kind} to train on and {test:,} to test with"
+
+
+def _check_teacher(config: Config, task: tasks.Task) -> None:
+    for field, function in (("distill_weight", "imitate"), ("mirrored_teacher", "answer_mirrored")):
+        value = getattr(config.retrain, field)
+        if value and getattr(task, function) is None:
+            none = "false" if value is True else "0"
+            raise ValueError(
+                f"retrain.{field}: expected {none}, {name_of(config.task)} gives no {function}"
+            )
 
 
 def _has_features(task: tasks.Task, shapes: Any, image: Any) -> bool:

@@ -22,6 +22,7 @@ from train import (
     products,
     program,
     signals,
+    stages,
     states,
     summary,
 )
@@ -156,9 +157,10 @@ class _Worker:
         if not unit.last:
             return state
         started = time.monotonic()
-        if unit.round >= 0 and self.job.config.retrain.straight_through:
-            state = states.settled(self.functions, state)
-        result = self._evaluate(state)
+        train, quant, result = stages.end(
+            self._stage(unit), self.functions, state.train, state.quant, self.job.dataset.test
+        )
+        state = state._replace(train=train, quant=quant)
         seconds = time.monotonic() - started
         if unit.round < 0:
             _check_loss("float", result["loss"])
@@ -173,9 +175,9 @@ class _Worker:
         return state
 
     def _begin_stage(self, number: int, unit: Unit, state: RunState) -> RunState:
-        if unit.round >= 0:
-            state = self._quantize(number, unit, state)
-        return self._restart(state, self._stage(unit))
+        if unit.round < 0:
+            return self._restart(state, self.job.config.fit)
+        return self._begin_round(number, unit, state)
 
     def _restart(self, state: RunState, stage: Fit) -> RunState:
         """Return the state with a fresh optimizer."""
@@ -187,26 +189,24 @@ class _Worker:
     def _stage(self, unit: Unit) -> Fit:
         return self.job.config.fit if unit.round < 0 else self.job.config.retrain
 
-    def _quantize(self, number: int, unit: Unit, state: RunState) -> RunState:
-        plan, started = self.job.plan, time.monotonic()
-        assert plan is not None
-        params, batch_stats = state.train.params, state.train.batch_stats
-        key = self._key(number, 1)
-        train_data = self.job.dataset.train
-        guides = self.functions.guides(params, batch_stats, train_data, key)
-        params, quant, info = self.functions.quantize(
-            plan, params, state.quant, guides, engine.key_data(self._key(number, 2))
+    def _begin_round(self, number: int, unit: Unit, state: RunState) -> RunState:
+        job, stage, started = self.job, self.job.config.retrain, time.monotonic()
+        assert job.plan is not None
+        train, quant, info, result = stages.begin_round(
+            stage,
+            self.functions,
+            job.plan,
+            state.train,
+            state.quant,
+            job.dataset.train,
+            job.dataset.test,
+            self._round_keys(number),
+            np.float32(stage.momentum),
+            np.float32(stage.weight_decay),
         )
         self._check_round(unit, info)
-        batch_stats = self.functions.recalibrate(
-            params, batch_stats, train_data, self._key(number, 3)
-        )
-        train = state.train._replace(params=params, batch_stats=batch_stats)
-        result = self._evaluate(state._replace(train=train))
         self._log_quantized(number, unit, info, result, time.monotonic() - started)
-        if self.job.config.retrain.straight_through:  # from the codebooks, and the weights before
-            quant, train = jq.release(quant), train._replace(params=state.train.params)
-        return state._replace(quant=quant, train=train)
+        return state._replace(train=train, quant=quant)
 
     def quantize_products(self, number: int, state: RunState) -> RunState:
         """Quantize the trained network by products: a stage without epochs, so not saved within."""
@@ -272,7 +272,9 @@ class _Worker:
             started = time.monotonic()
             batches = next(feed)
             for start in starts:
-                train, quant, metrics = self.functions.train(
+                train, quant, metrics = stages.train(
+                    self._stage(unit),
+                    self.functions,
                     state.train,
                     state.quant,
                     state.reference,
@@ -283,9 +285,6 @@ class _Worker:
                     None
                     if epoch.temperatures is None
                     else epoch.temperatures[start : start + size],
-                    distill=unit.round >= 0 and config.retrain.has_teacher,
-                    move_centroids=unit.round >= 0 and config.retrain.centroid_rate > 0,
-                    optimizer=self._stage(unit).optimizer,
                 )
                 if start + size < steps:  # while the devices are at work
                     batches = next(feed)
@@ -333,11 +332,7 @@ class _Worker:
         assert isinstance(train_data, data.Images) and isinstance(test_data, data.Images)
         numbered = list(enumerate(run_units, first))
         epochs = [self._epoch(*item) for item in numbered]
-        keys = [
-            [engine.key_data(self._key(number, purpose)) for purpose in (1, 2, 3)]
-            for number, unit in numbered
-            if unit.first
-        ]
+        keys = [self._round_keys(number) for number, unit in numbered if unit.first]
         state = self._restart(state, config.retrain)  # an optimizer as that of the rounds
         run_program = program.build(config, plan, self.functions.parts)
         say(f"rounds 1 to {plan.num_rounds} in one program")
@@ -363,7 +358,7 @@ class _Worker:
                 self._check_round(unit, info)
                 result = program.result(records.quantized, unit.round, size)
                 self._log_quantized(number, unit, info, result, 0.0)
-            loss, correct = float(records.epoch_loss[index]), int(records.epoch_correct[index])
+            loss, correct = (float(of[index]) for of in (records.epoch_loss, records.epoch_correct))
             done = Progress(loss=loss, correct=correct, seconds=seconds)
             self._log_epoch(number, unit, done, steps, ())
             if unit.last:
@@ -425,6 +420,9 @@ class _Worker:
     def _evaluate(self, state: RunState) -> dict[str, float]:
         params, batch_stats = state.train.params, state.train.batch_stats
         return self.functions.evaluate(params, batch_stats, self.job.dataset.test)
+
+    def _round_keys(self, number: int) -> np.ndarray:
+        return np.stack([engine.key_data(self._key(number, purpose)) for purpose in (1, 2, 3)])
 
     def _key(self, number: int, purpose: int) -> jax.Array:
         """Keys depend on the seed and the unit alone: a resumed run draws the same numbers."""

@@ -43,7 +43,11 @@ class Network(NamedTuple):
 
 
 def build(
-    model: str | Callable[..., Any], *, num_classes: int, image: jax.ShapeDtypeStruct
+    model: str | Callable[..., Any],
+    *,
+    num_classes: int,
+    image: jax.ShapeDtypeStruct,
+    classifies: bool = True,
 ) -> Network:
     """Return the network that a config's `model` names or gives; nothing is put on a device.
 
@@ -53,8 +57,10 @@ def build(
         channels) and `rngs` (`nnx.Rngs`) it is given those that it takes by name. The module is
         called with images [N, H, W, C] and, if it takes that by name, `train`; it returns logits
         [N, num_classes].
-      num_classes: of the dataset.
+      num_classes: of the dataset; 0, and not offered, where there are none.
       image: shape and dtype of inputs, [N, H, W, C].
+      classifies: whether logits of classes are wanted; where they are not, a task of your own says
+        what is, and checks it.
 
     Raises:
       ValueError: for a model that cannot be built, or does not map images to logits.
@@ -65,14 +71,29 @@ def build(
                 f"model: expected one of {', '.join(models.NAMES)}, or package.module:name of your "
                 f"own, got {model!r}"
             )
+        if not num_classes:
+            return _none_of(model)
         network = linen(models.build(model, num_classes=num_classes))
         return network._replace(
             rules=models.depth_rules(model), unused=models.unused_tensors(model)
         )
     network = _own(model, num_classes, image.shape[1:])
-    name = name_of(model)
-    _check(network, name, num_classes, image)
-    return network._replace(rules=_by_use(network, image))
+    if not classifies:
+        return network
+    _check(network, name_of(model), num_classes, image)
+    return network._replace(rules=by_use(network.init, network.apply, image))
+
+
+def _none_of(model: str) -> Network:
+    """Return a network that cannot be used, for tasks that do without."""
+
+    def refuse(*args: Any) -> Any:
+        raise ValueError(
+            f"expected model to be package.module:name of your own, {model} names classes, of "
+            "which these data have none"
+        )
+
+    return Network(refuse, refuse)
 
 
 def _own(model: str | Callable[..., Any], num_classes: int, image_shape: tuple) -> Network:
@@ -84,7 +105,9 @@ def _own(model: str | Callable[..., Any], num_classes: int, image_shape: tuple) 
     make = resolve("model", model)
 
     def made(key: jax.Array) -> Any:
-        offered = {"num_classes": num_classes, "image_shape": image_shape, "rngs": nnx.Rngs(key)}
+        offered = {"image_shape": image_shape, "rngs": nnx.Rngs(key)}
+        if num_classes:
+            offered = {"num_classes": num_classes, **offered}
         return call("model", make, **offered)
 
     kinds = []
@@ -179,15 +202,7 @@ def _check(network: Network, name: str, num_classes: int, image: jax.ShapeDtypeS
     images = jax.ShapeDtypeStruct((2, *image.shape[1:]), image.dtype)
     key = jax.random.key(0)
     variables = guarded("model", name, lambda: jax.eval_shape(network.init, key, images))
-    others = [collection for collection in variables if collection not in _COLLECTIONS]
-    if others or not jax.tree.leaves(variables.get("params", {})):
-        raise ValueError(
-            f"model: {name}: expected variables in {' and '.join(_COLLECTIONS)}, got "
-            f"{', '.join(variables) or 'none'}"
-        )
-    for path, leaf in leaves_with_paths(variables):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(f"model: {name}: {path}: expected floating point, got {leaf.dtype}")
+    check_variables("model", name, variables)
     for of_step in (None, key):
         answers, stats = guarded(
             "model", name, lambda k=of_step: jax.eval_shape(network.apply, variables, images, k)
@@ -203,15 +218,34 @@ def _check(network: Network, name: str, num_classes: int, image: jax.ShapeDtypeS
         raise ValueError(f"model: {name}: expected training to renew the batch_stats of its start")
 
 
-def _by_use(network: Network, image: jax.ShapeDtypeStruct) -> tuple[jq.LayerRule, ...]:
-    """Return rules for what is quantized by default, deeper the later a pass comes to it."""
-    variables = jax.eval_shape(network.init, jax.random.key(0), image)
+def check_variables(field: str, name: str, variables: Any) -> None:
+    """Raise a ValueError for variables, or their shapes, that the program could not train."""
+    there = variables if isinstance(variables, dict) else {}
+    others = [collection for collection in there if collection not in _COLLECTIONS]
+    if others or not jax.tree.leaves(there.get("params", {})):
+        raise ValueError(
+            f"{field}: {name}: expected variables in {' and '.join(_COLLECTIONS)}, got "
+            f"{', '.join(there) or 'none'}"
+        )
+    for path, leaf in leaves_with_paths(variables):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"{field}: {name}: {path}: expected floating point, got {leaf.dtype}")
+
+
+def by_use(
+    init: Callable[..., Any], apply: Callable[..., Any], inputs: jax.ShapeDtypeStruct
+) -> tuple[jq.LayerRule, ...]:
+    """Return rules for what is quantized by default, deeper the later a pass comes to it.
+
+    `init` and `apply` are as those of a Network.
+    """
+    variables = jax.eval_shape(init, jax.random.key(0), inputs)
     params = variables["params"]
 
     def logits(params: Any, rest: Any, inputs: Any) -> jax.Array:
-        return network.apply({**rest, "params": params}, inputs, None)[0].logits
+        return apply({**rest, "params": params}, inputs, None)[0].logits
 
-    jaxpr = jax.make_jaxpr(logits)(params, variables, image).jaxpr
+    jaxpr = jax.make_jaxpr(logits)(params, variables, inputs).jaxpr
     first: dict[Any, int] = {}
     for number, equation in enumerate(jaxpr.eqns):
         for variable in equation.invars:

@@ -11,14 +11,16 @@ import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgba
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, to_rgba
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 _DPI = 150
@@ -35,6 +37,8 @@ _COLORS = (_BLUE, _ORANGE, _GREEN, "#CC79A7", "#56B4E9", "#E69F00")
 _MARKERS = "osD^vX"
 _POINTS = 72  # of an inch
 _VALUE_WIDTH, _VALUE_HEIGHT = 16, 7  # points, of a number written below a panel's foot
+_SHADES = ("#fde3cf", _ORANGE, "#7a2f00")  # of errors, from small to large
+_NO_ERROR, _NOT_FINITE = "#e8e8e8", "?"
 _MOST_LOST = 15.0  # Points below the float network that a comparison shows to scale.
 
 _WEIGHT_LABELS = (
@@ -142,30 +146,34 @@ def plot_weights(
 
 
 def plot_errors(
-    path: str | os.PathLike[str], *, layers: Mapping[str, Sequence[float]], labels: Sequence[str]
+    path: str | os.PathLike[str],
+    *,
+    layers: Mapping[str, Sequence[float]],
+    rounds: Sequence[int],
 ) -> Figure:
-    """Draw the quantization error of each layer on a log scale, one series per label.
+    """Draw the quantization error of each layer at the start of each round, as a coloured table.
 
-    Layers are rows, the first one on top, so that names stay readable for any number of them. Up
-    to three series have colours of their own; more are taken to be ordered, dark to light. Values
-    that a log scale cannot show (zero, NaN) are left out and counted below the axis.
+    Layers are rows, the first one on top, and rounds are columns. The darker a cell, the larger the
+    error, on a log scale; where cells are wide enough, it is written into them in per cent. A grey
+    cell is a layer without an error: all of its weights are on their centroids. In place of what is
+    not finite stands a question mark. Nothing covers anything, however close the errors are.
 
     Args:
       path: .png, .pdf or .svg to write; its folder is made.
       layers: Relative squared error ||w - q||^2 / ||w||^2 of each layer by path, one value per
-        label; rows keep this order.
-      labels: Names of the series.
+        round; rows keep this order.
+      rounds: Numbers of the rounds.
 
     Returns:
-      The figure, one column wide, as high as the layers need.
+      The figure, one column wide, a page with more than eight rounds, as high as the layers need.
 
     Raises:
-      ValueError: A layer has more or fewer values than there are labels.
+      ValueError: A layer has more or fewer values than there are rounds.
     """
     for layer, values in layers.items():
-        if len(values) != len(labels):
-            raise ValueError(f"{layer}: expected {len(labels)} errors, got {len(values)}")
-    return _write(path, lambda: _draw_errors(layers, labels))
+        if len(values) != len(rounds):
+            raise ValueError(f"{layer}: expected {len(rounds)} errors, got {len(values)}")
+    return _write(path, lambda: _draw_errors(layers, rounds))
 
 
 def plot_comparison(
@@ -188,6 +196,30 @@ def plot_comparison(
       The figure, a page wide.
     """
     return _write(path, lambda: _draw_comparison(families, full))
+
+
+class Sized(NamedTuple):
+    """A network in `plot_sizes`, or several that differ in their seed."""
+
+    label: str
+    size: float  # bytes
+    accuracies: Sequence[float]  # in [0, 1], of each seed
+
+
+def plot_sizes(path: str | os.PathLike[str], *, networks: Mapping[str, Sequence[Sized]]) -> Figure:
+    """Draw accuracy against size, a curve for each network, with what every point is.
+
+    A point is the mean over its seeds, amid a bar from the lowest to the highest accuracy. A dashed
+    line goes on from the first point of each network, which is the one of floats.
+
+    Args:
+      path: .png, .pdf or .svg to write; its folder is made.
+      networks: points of each network by its name.
+
+    Returns:
+      The figure, a page wide.
+    """
+    return _write(path, lambda: _draw_sizes(networks))
 
 
 def plot_curves(
@@ -249,15 +281,58 @@ def _draw_comparison(
         sizes, accuracies = map(np.array, zip(*ordered, strict=True))
         fallen += _draw_down_to(axes, foot, sizes, accuracies, label, *style)
     axes.set_xscale("log")
-    # The decades alone may be none within the limits: label halves and fifths of them too.
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(lambda size, _: f"{size / 1000:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    _label_kilobytes(axes)
     axes.set_xlabel("kilobytes, entropy-coded")
     axes.set_ylabel("test accuracy (%)")
     _write_fallen(axes, foot, fallen)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def _draw_sizes(networks: Mapping[str, Sequence[Sized]]) -> Figure:
+    figure = Figure(figsize=(_PAGE, 1.2 + 1.1 * len(networks)), layout="constrained")
+    axes = figure.subplots()
+    for (name, points), style in zip(networks.items(), _styles(len(networks)), strict=True):
+        color, marker = style
+        axes.axhline(_percent(points[0].accuracies[0]), color=color, linewidth=0.8, dashes=(4, 2))
+        ordered = sorted(points, key=lambda point: point.size)
+        sizes = [point.size for point in ordered]
+        percent = [100 * np.asarray(point.accuracies) for point in ordered]
+        means = [float(np.mean(values)) for values in percent]
+        axes.plot(sizes, means, f"{marker}-", color=color, label=name, linewidth=0.9, markersize=5)
+        axes.vlines(sizes, [x.min() for x in percent], [x.max() for x in percent], color=color)
+        for point, mean in zip(ordered, means, strict=True):
+            last = point is ordered[-1]  # the others have the curve on their right
+            axes.annotate(
+                point.label,
+                (point.size, mean),
+                xytext=(0, 7) if last else (-6, 3),
+                textcoords="offset points",
+                ha="center" if last else "right",
+                va="bottom",
+                fontsize=7,
+                color=color,
+                bbox={"facecolor": "white", "linewidth": 0, "pad": 0.8},
+            )
+    axes.set_xscale("log")
+    axes.margins(y=0.15)
+    every = [point.size for points in networks.values() for point in points]
+    span = max(max(every) / min(every), 10)
+    axes.set_xlim(min(every) / span**0.35, max(every) * span**0.1)  # a label on the left
+    _label_kilobytes(axes)
+    axes.set_xlabel("kilobytes of the network in memory, packed")
+    axes.set_ylabel("test accuracy (%)")
+    handles, names = axes.get_legend_handles_labels()
+    handles.append(Line2D([], [], color=_GREY, linewidth=0.8, dashes=(4, 2)))
+    figure.legend(handles, [*names, "float"], loc="outside upper center", ncols=len(handles))
+    return figure
+
+
+def _label_kilobytes(axes: Axes) -> None:
+    # The decades alone may be none within the limits: label halves and fifths of them too.
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda size, _: f"{size / 1000:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _styles(count: int) -> list[tuple[str, str]]:
@@ -576,72 +651,104 @@ def _share_ticks(top: float, *, points: float) -> list[float]:
     return ticks
 
 
-def _draw_errors(layers: Mapping[str, Sequence[float]], labels: Sequence[str]) -> Figure:
-    count = max(len(layers), 1)
+def _draw_errors(layers: Mapping[str, Sequence[float]], rounds: Sequence[int]) -> Figure:
+    count, columns = max(len(layers), 1), max(len(rounds), 1)
     spacing = 0.2 if count <= 10 else 0.155 if count <= 30 else 0.125
-    longest = max(map(len, labels), default=1)
-    legend_rows = -(-len(labels) // (4 if longest <= 8 else 2 if longest <= 20 else 1)) or 1
-    legend_columns = -(-len(labels) // legend_rows) or 1
-    figure = Figure(
-        figsize=(_COLUMN, count * spacing + 0.75 + 0.15 * legend_rows), layout="constrained"
-    )
+    size = (_COLUMN if columns <= 8 else _PAGE, count * spacing + 1.1)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    values = np.array([np.asarray(v, np.float64) for v in layers.values()], np.float64)
-    values = values.reshape(len(layers), len(labels))
-    shown = np.isfinite(values) & (values > 0)
-    axes.set_xscale("log")
-    rows = np.arange(len(layers))
-    if shown.any():
-        low = np.where(shown, values, np.inf).min(axis=1)
-        high = np.where(shown, values, -np.inf).max(axis=1)
-        some = shown.any(axis=1)
-        axes.hlines(rows[some], low[some], high[some], color="#b0b0b0", linewidth=0.8, zorder=1)
-        _set_error_ticks(axes, low[some].min(), high[some].max())
-    else:
+    percent = np.array([[_percent(x) for x in values] for values in layers.values()])
+    percent = percent.reshape(len(layers), len(rounds))
+    shown = np.isfinite(percent) & (percent > 0)
+    if not shown.any():
         _note(axes, "no errors above zero")
         axes.set_xticks([])
-    series = []
-    for i, (color, marker) in enumerate(_series(len(labels))):
-        series += axes.plot(
-            values[shown[:, i], i],
-            rows[shown[:, i]],
-            marker,
-            color=color,
-            markersize=4,
-            markeredgewidth=0.3,
-            markeredgecolor="white",
-            label=labels[i],
-        )
-    axes.set_yticks(rows, _titles(layers, length=24), fontsize=7 if count <= 30 else 6)
-    axes.set_ylim(count - 0.4, -0.6)
-    axes.grid(False, axis="y")
-    axes.set_xlabel("relative squared error")
-    if hidden := int(np.count_nonzero(~shown)):
-        axes.set_xlabel(f"relative squared error\n(not shown: {hidden} zero or not finite)")
-    if labels:
-        # A legend fills its columns; read along the rows, the labels keep their order.
-        order = [i for c in range(legend_columns) for i in range(c, len(labels), legend_columns)]
-        figure.legend(
-            [series[i] for i in order],
-            [labels[i] for i in order],
-            loc="outside upper center",
-            ncols=legend_columns,
-            handletextpad=0.2,
-        )
+        axes.set_yticks([])
+        return figure
+    cells = axes.pcolormesh(
+        np.ma.masked_where(~shown, percent),
+        cmap=LinearSegmentedColormap.from_list("errors", _SHADES, N=48),
+        norm=LogNorm(*_error_limits(percent[shown].min(), percent[shown].max())),
+        edgecolors="white",
+        linewidth=0.8,
+    )
+    axes.set_facecolor(_NO_ERROR)
+    every = -(-columns // 24)
+    axes.set_xticks(0.5 + np.arange(columns)[::every], [str(x) for x in rounds[::every]])
+    axes.set_yticks(
+        0.5 + np.arange(count), _titles(layers, length=24), fontsize=7 if count <= 30 else 6
+    )
+    axes.set_ylim(count, 0)
+    axes.set_xlabel("at the start of round")
+    axes.grid(False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(cells, ax=axes, location="top", aspect=40, pad=0.01)
+    ticks, labels = _error_ticks(*cells.get_clim())
+    bar.set_ticks(ticks, labels=labels)
+    bar.ax.minorticks_off()
+    assert bar.solids is not None
+    bar.solids.set_edgecolor("face")  # no light shows between shades
+    bar.outline.set_visible(False)
+    bar.set_label("relative squared error (%)")
+    if (percent == 0).any():
+        patch = Patch(color=_NO_ERROR, label="0: all weights on their centroids")
+        figure.legend(handles=[patch], loc="outside lower center")
+    _write_errors(axes, percent, cells.norm)
     return figure
 
 
-def _set_error_ticks(axes: Axes, low: float, high: float) -> None:
-    """Cover at least a decade around [low, high]; label 1, 2, 5 over two decades, else decades."""
-    margin = max(1.25, math.sqrt(10 / (high / low)))
-    low, high = low / margin, high * margin
-    axes.set_xlim(low, high)
+def _write_errors(axes: Axes, percent: np.ndarray, norm: Callable[..., Any]) -> None:
+    """Write values into their cells; if one does not fit, question marks alone."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # which lays it out
+    box = axes.get_window_extent().transformed(figure.dpi_scale_trans.inverted())
+    rows, columns = percent.shape
+    width, height = _POINTS * box.width / columns, _POINTS * box.height / rows
+    fontsize = min(6.0, 0.7 * height)
+    texts = {at: _error_text(value) for at, value in np.ndenumerate(percent)}
+    fit = max(map(len, texts.values())) * 0.62 * fontsize < width
+    for (row, column), text in texts.items():
+        if fit or text == _NOT_FINITE:
+            value = percent[row, column]
+            dark = math.isfinite(value) and value > 0 and norm(value) > 0.5
+            axes.text(
+                column + 0.5,
+                row + 0.5,
+                text,
+                ha="center",
+                va="center_baseline",
+                fontsize=fontsize,
+                color="white" if dark else "#303030",
+            )
+
+
+def _error_text(percent: float) -> str:
+    """Return two digits of a value in per cent."""
+    if not math.isfinite(percent):
+        return _NOT_FINITE
+    if percent == 0:
+        return "0"
+    if percent < 0.0095:
+        return "<.01"
+    digits = 0 if percent >= 9.95 else 1 if percent >= 0.995 else 2 if percent >= 0.0995 else 3
+    return f"{percent:.{digits}f}"
+
+
+def _error_limits(low: float, high: float) -> tuple[float, float]:
+    """Return the ends of a scale that covers at least a decade around [low, high]."""
+    margin = max(1.0, math.sqrt(10 / (high / low)))
+    return low / margin, high * margin
+
+
+def _error_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
+    """Return values and labels of ticks: 1, 2, 5 over two decades, else decades."""
     steps = (1, 2, 5) if high < 100 * low else (1,)
     decades = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
     every = -(-len(decades) // 7)
     ticks = [(s, d) for d in decades[::every] for s in steps if low <= s * 10.0**d <= high]
-    axes.set_xticks([s * 10.0**d for s, d in ticks], [_error_label(*tick) for tick in ticks])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    return [s * 10.0**d for s, d in ticks], [_error_label(*tick) for tick in ticks]
 
 
 def _error_label(step: int, decade: int) -> str:
@@ -649,14 +756,6 @@ def _error_label(step: int, decade: int) -> str:
         return f"{step * 10.0**decade:g}"
     power = str(decade).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return f"10{power}" if step == 1 else f"{step}·10{power}"
-
-
-def _series(count: int) -> list[tuple]:
-    """Colour and marker of each of `count` series."""
-    if count <= 3:
-        return list(zip((_ORANGE, _BLUE, _GREEN), _MARKERS, strict=False))[:count]
-    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, count))
-    return [(color, _MARKERS[i % len(_MARKERS)]) for i, color in enumerate(colors)]
 
 
 def _titles(layers: Mapping[str, object], *, length: int) -> list[str]:

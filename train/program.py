@@ -1,8 +1,7 @@
 """All rounds of a plan, re-training included, as one XLA program: the host only waits.
 
-A scan over all training steps: what starts a round (cluster, freeze, recalibrate, measure) and what
-ends it (measure) are branches of the step. Data lie on the devices. The same steps on the same
-images as in the loop of `train.loop`.
+A scan over all training steps: what starts a round and what ends it are branches of the step. All
+three are those of `train.stages`, as in the loop of `train.loop`. Data lie on the devices.
 """
 
 import functools
@@ -14,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
-from train import engine
+from train import engine, stages
 from train.config import Config
-from train.engine import Images, Parts, TrainState
+from train.engine import Engine, Images, Parts, TrainState
 
 
 class Steps(NamedTuple):
@@ -39,7 +38,7 @@ class Steps(NamedTuple):
 class Measured(NamedTuple):
     """Sums over the test images; each field has a leading [rounds]."""
 
-    correct: jax.Array  # int32
+    correct: jax.Array  # int32; float32 of a task that tells shares
     loss: jax.Array  # float32
 
 
@@ -47,7 +46,7 @@ class Records(NamedTuple):
     """What the loop would have logged."""
 
     epoch_loss: jax.Array  # float32 [epochs], sums over steps
-    epoch_correct: jax.Array  # int32 [epochs]
+    epoch_correct: jax.Array  # [epochs], as Measured.correct
     quantized: Measured
     retrained: Measured
     info: jq.RoundInfo  # with a leading [rounds]
@@ -61,8 +60,8 @@ class Epoch(NamedTuple):
     last: bool
     order: np.ndarray  # int [steps, batch]
     rates: np.ndarray  # float32 [steps]
-    temperatures: np.ndarray | None  # float32 [steps] of a straight-through stage
     key: np.ndarray  # uint32 [2]
+    temperatures: np.ndarray | None = None  # float32 [steps] of a straight-through stage
 
 
 def make_steps(epochs: Sequence[Epoch]) -> Steps:
@@ -95,11 +94,33 @@ def build(config: Config, plan: jq.Plan, parts: Parts) -> Callable[..., Any]:
 
     `run(state, quant, teacher, train, test, keys, momentum, weight_decay, steps)` returns the
     TrainState and QuantState after the last round, and Records. `test` is filled up
-    (`engine.fill_up`) and cut into batches [batches, batch, ...]; `keys` are uint32 [rounds, 3, 2]:
+    (`engine.fill_up`, which also says what is known) and cut into batches [batches, batch, ...];
+    `keys` are uint32 [rounds, 3, 2]:
     for sensitivity and moments, the partition and the recalibration of each round. It may be mapped
     by `vmap`, over seeds and hyperparameters; see Steps.
     """
     return functools.partial(_run, config, plan, parts)
+
+
+def traced(config: Config, parts: Parts) -> Engine:
+    """Return the functions of rounds as parts of one program: data on the devices, loops scanned.
+
+    Splits are those of `put_data`; `evaluate` gives Measured.
+    """
+    averaged = functools.partial(functools.partial, _mean_over_batches, config, parts)
+    return Engine(
+        start=parts.start,
+        train=parts.train,
+        evaluate=functools.partial(_measure, parts),
+        recalibrate=functools.partial(engine.recalibrate, config, averaged(parts.batch_statistics)),
+        guides=functools.partial(
+            engine.guides, config, averaged(parts.squared_gradient), averaged(parts.input_moments)
+        ),
+        quantize=parts.quantize,
+        settle=parts.settle,
+        steps_per_call=1,
+        parts=parts,
+    )
 
 
 def _run(
@@ -110,37 +131,27 @@ def _run(
     quant: jq.QuantState,
     teacher: Any,
     train: Images,
-    test: Images,
+    test: tuple[Images, jax.Array],
     keys: jax.Array,
     momentum: jax.Array,
     weight_decay: jax.Array,
     steps: Steps,
 ) -> tuple[TrainState, jq.QuantState, Records]:
-    taught = teacher if config.retrain.has_teacher else None
-    optimizer = config.retrain.optimizer
-    measure = functools.partial(_measure, parts, test)
-    averaged = functools.partial(functools.partial, _mean_over_batches, config, parts)
+    stage, functions = config.retrain, traced(config, parts)
 
     def begin(
         state: TrainState, quant: jq.QuantState
-    ) -> tuple[TrainState, jq.QuantState, tuple[jq.RoundInfo, Measured]]:
+    ) -> tuple[TrainState, jq.QuantState, jq.RoundInfo, Measured]:
         own_keys = jnp.asarray(keys)[quant.round]
-        params, batch_stats = state.params, state.batch_stats
-        means = averaged(parts.squared_gradient), averaged(parts.input_moments)
-        guides = engine.guides(config, *means, params, batch_stats, train, own_keys[0])
-        params, quant, info = parts.quantize(plan, params, quant, guides, own_keys[1])
-        batch_stats = engine.recalibrate(
-            config, averaged(parts.batch_statistics), params, batch_stats, train, own_keys[2]
+        return stages.begin_round(
+            stage, functions, plan, state, quant, train, test, own_keys, momentum, weight_decay
         )
-        variables = {"params": params, "batch_stats": batch_stats}
-        started = parts.start(variables, quant, momentum, weight_decay, optimizer=optimizer)
-        return started, quant, (info, measure(params, batch_stats))
 
     def one(carry: Any, x: Steps) -> tuple[Any, None]:
         state, quant, records = carry
 
         def start_round(state: TrainState, quant: jq.QuantState, records: Records) -> Any:
-            state, quant, (info, measured) = begin(state, quant)
+            state, quant, info, measured = begin(state, quant)
             records = records._replace(
                 info=_put(records.info, x.round, info),
                 quantized=_put(records.quantized, x.round, measured),
@@ -148,20 +159,15 @@ def _run(
             return state, quant, records
 
         def end_round(state: TrainState, records: Records) -> Records:
-            measured = measure(state.params, state.batch_stats)
+            # No round is straight through here, so the states stay.
+            _, _, measured = stages.end(stage, functions, state, quant, test)
             return records._replace(retrained=_put(records.retrained, x.round, measured))
 
         carry = jax.lax.cond(x.first, start_round, lambda *same: same, state, quant, records)
         state, quant, records = carry
-        state, quant, metrics = parts.step(
-            state,
-            quant,
-            taught,
-            parts.layout.take(train, x.rows),
-            jax.random.fold_in(jax.random.wrap_key_data(x.key), x.number),
-            x.learning_rate,
-            move_centroids=config.retrain.centroid_rate > 0,
-            optimizer=optimizer,
+        batch = jax.tree.map(lambda array: array[None], parts.layout.take(train, x.rows))
+        state, quant, metrics = stages.train(
+            stage, functions, state, quant, teacher, batch, x.number, x.key, x.learning_rate[None]
         )
         records = records._replace(
             epoch_loss=records.epoch_loss.at[x.epoch].add(metrics["loss"]),
@@ -173,14 +179,14 @@ def _run(
     epochs = sum(config.retrain.epochs) * (
         plan.num_rounds if len(config.retrain.epochs) == 1 else 1
     )
-    info, measured = jax.eval_shape(begin, state, quant)[2]
-    rounds = [jax.tree.map(lambda x: _zeros(plan.num_rounds, x), y) for y in (measured, info)]
+    _, _, info, measured = jax.eval_shape(begin, state, quant)
+    info, measured = jax.tree.map(lambda x: _zeros(plan.num_rounds, x), (info, measured))
     records = Records(
         jnp.zeros(epochs, jnp.float32),
-        jnp.zeros(epochs, jnp.int32),
-        quantized=rounds[0],
-        retrained=rounds[0],
-        info=rounds[1],
+        jnp.zeros(epochs, measured.correct.dtype),
+        quantized=measured,
+        retrained=measured,
+        info=info,
     )
     return jax.lax.scan(one, (state, quant, records), steps)[0]
 
@@ -193,9 +199,9 @@ def _put(records: Any, round_: jax.Array, values: Any) -> Any:
     return jax.tree.map(lambda rows, row: rows.at[round_].set(row), records, values)
 
 
-def _measure(parts: Parts, test: Images, params: Any, batch_stats: Any) -> Measured:
+def _measure(parts: Parts, params: Any, batch_stats: Any, test: Any) -> Measured:
     variables = {"params": params, "batch_stats": batch_stats}
-    correct, losses = jax.lax.map(lambda batch: parts.count_correct(variables, batch), test)
+    correct, losses = jax.lax.map(lambda both: parts.count_correct(variables, *both), test)
     return Measured(jnp.sum(correct), jnp.sum(losses))
 
 
@@ -210,17 +216,18 @@ def _mean_over_batches(
     key: jax.Array,
 ) -> Any:
     """Return what the function of this name in `train.engine` does."""
-    size, typed = len(data.labels), jax.random.wrap_key_data(key)
+    size = len(data.labels)
     batch_size = min(config.batch_size, size)
-    order = engine.epoch_rows(typed, size, batch_size)
+    order = engine.epoch_rows(key, size, batch_size)
     variables = {"params": params, "batch_stats": batch_stats}
 
     def add(total: Any, i: jax.Array) -> tuple[Any, None]:
-        own_key = jax.random.key_data(jax.random.fold_in(typed, i))
+        own_key = jax.random.key_data(jax.random.fold_in(key, i))
         row = function(variables, parts.layout.take(data, order[i % len(order)]), own_key)
         return jax.tree.map(jnp.add, total, row), None
 
-    shapes = jax.eval_shape(function, variables, jax.tree.map(lambda x: x[:batch_size], data), key)
+    batch = jax.tree.map(lambda x: x[:batch_size], data)
+    shapes = jax.eval_shape(function, variables, batch, jax.random.key_data(key))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, jnp.arange(batches))
     return jax.tree.map(lambda x: x / batches, total)
@@ -229,12 +236,12 @@ def _mean_over_batches(
 def result(measured: Measured, round_: int, size: int) -> dict[str, float]:
     """Return what `Engine.evaluate` does, of a round."""
     return {
-        "accuracy": int(measured.correct[round_]) / size,
+        "accuracy": float(measured.correct[round_]) / size,
         "loss": float(measured.loss[round_]) / size,
     }
 
 
-def put_data(parts: Parts, train: Images, test: Images) -> tuple[Images, Images]:
+def put_data(parts: Parts, train: Images, test: Images) -> tuple[Images, tuple[Images, jax.Array]]:
     """Return the splits on the devices, all of them on each; `test` filled up and in batches."""
     filled = engine.fill_up(test, parts.eval_batch)
     batches = jax.tree.map(lambda x: x.reshape(-1, parts.eval_batch, *x.shape[1:]), filled)

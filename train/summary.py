@@ -1,6 +1,7 @@
 """What a run came to: report.json, report.md, plots; and a table over several runs."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ def _plot(job: Job, state: RunState, rounds: Sequence[Mapping[str, Any]], accura
     plots.plot_errors(
         folder / f"errors.{form}",
         layers={path: [row["layers"][path]["error_before"] for row in rounds] for path in paths},
-        labels=[f"round {row['round']}" for row in rounds],
+        rounds=[row["round"] for row in rounds],
     )
 
 
@@ -215,6 +216,42 @@ def plot_curves(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
     if not changes:
         raise ValueError(f"{path}: expected at least one quantized run to draw")
     plots.plot_curves(path, families=changes)
+
+
+def plot_sizes(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draw accuracy against the bytes of packed networks, a curve a float network.
+
+    Networks are told apart by their bytes and accuracy as floats; what the names of their runs
+    begin with alike is the name of the curve.
+
+    Raises:
+      ValueError: if no run is quantized.
+    """
+    from train import plots
+
+    networks: dict[tuple[int, float], dict[str, list[Mapping[str, Any]]]] = {}
+    for label, runs in _families({n: r for n, r in results.items() if "quantized" in r}).items():
+        key = (runs[0]["quantized"]["float_bytes"], runs[0]["float"]["accuracy"])
+        networks.setdefault(key, {})[label] = list(runs)
+    if not networks:
+        raise ValueError(f"{path}: expected at least one quantized run to draw")
+    curves = {}
+    for (size, accuracy), families in networks.items():
+        points = [plots.Sized("float", size, [accuracy])]
+        for runs in families.values():
+            q = runs[0]["quantized"]
+            label = f"{q['bits_per_weight']:.2f} bits, {q['compression']:.1f}x smaller"
+            accuracies = [run["quantized"]["accuracy"] for run in runs]
+            points.append(plots.Sized(label, q["bytes"], accuracies))
+        curves[_common(list(families))] = points
+    plots.plot_sizes(path, networks=curves)
+
+
+def _common(names: Sequence[str]) -> str:
+    """Return the words that names begin with alike, or else the first name."""
+    words = zip(*(name.split("_") for name in names), strict=False)
+    alike = itertools.takewhile(lambda column: len(set(column)) == 1, words)
+    return "_".join(column[0] for column in alike) or names[0]
 
 
 def _families(

@@ -14,6 +14,7 @@ from train.checkpoints import read
 from train.config import Config
 from train.course import Progress, RunState, units
 from train.experiment import Job, check, refuse_other
+from train.named import name_of
 
 
 def evaluate(config: Config, workdir: Path | None, *, mirrored: bool = False) -> dict[str, float]:
@@ -31,6 +32,10 @@ def evaluate(config: Config, workdir: Path | None, *, mirrored: bool = False) ->
         variables = jax.tree.map(jnp.asarray, dict(job.initial))  # a packed one runs as it is
     else:
         raise ValueError("expected --config.init=FILE or --workdir DIR, got neither")
+    if mirrored and job.task.answer_mirrored is None:
+        raise ValueError(
+            f"--mirrored: expected a task with answer_mirrored, got {name_of(config.task)}"
+        )
     if mirrored and not job.dataset.flip:
         raise ValueError(
             f"--mirrored: expected images that may be mirrored, got those of {job.dataset.name}"
