@@ -17,7 +17,10 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-_LONGEST = ("test_train", "test_docs", "test_loop", "test_kmeans", "test_quantize", "test_blocks")
+_LONGEST = (
+    *("test_allocate", "test_docs", "test_loop", "test_kmeans", "test_compensation"),
+    *("test_quantize", "test_train", "test_everywhere", "test_blocks", "test_engine"),
+)
 _LIBRARY = Path(__file__).resolve().parent.parent / "jaxquant"
 
 gc.set_threshold(50_000, 100)  # tracing makes many objects and few cycles
