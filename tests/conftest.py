@@ -61,6 +61,10 @@ def pytest_configure(config):
 _LEFT_OUT = pytest.StashKey[int]()
 
 
+def pytest_collection_finish():
+    gc.freeze()  # modules and tests stay: no collection need look at them
+
+
 @pytest.hookimpl(trylast=True)  # after -k and -m: a test that is asked for keeps a point
 def pytest_collection_modifyitems(config, items):
     """Leave points out, and begin with the files whose tests take longest.
@@ -143,6 +147,17 @@ def strict_promotion(request):
         yield
 
 
+_CROWDED = 2**30
+
+
+def _memory():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def _trim():
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def release_memory():
     """Let go of compiled programs before they fill the memory, and of what compiling took.
@@ -152,13 +167,20 @@ def release_memory():
     """
     yield
     with contextlib.suppress(OSError, AttributeError):  # another system, another C library
-        trim = ctypes.CDLL("libc.so.6").malloc_trim
-        trim(0)
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        _trim()
         maps = Path("/proc/self/maps").read_text().count("\n")
-        if maps > 10_000 or pages * resource.getpagesize() > 1.5 * 2**30:
+        if maps > 10_000 or _memory() > _CROWDED:
             jax.clear_caches()
-            trim(0)
+            _trim()
+
+
+@pytest.fixture(autouse=True)
+def release_what_compiling_took():
+    """Let go of it within a file too, where it is much."""
+    yield
+    with contextlib.suppress(OSError, AttributeError):
+        if _memory() > _CROWDED:
+            _trim()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from sklearn.cluster import KMeans
 
 from jaxquant.clustering.clusters import settle
 from jaxquant.clustering.codebooks import assign
@@ -286,6 +285,8 @@ def test_the_certificate_allows_for_weights_that_share_a_bin():
 
 @pytest.mark.parametrize("seed", mostly_further(range(2), 0))
 def test_never_worse_than_scikit_learn(seed):
+    from sklearn.cluster import KMeans  # which takes a second
+
     x = normal(20_000, seed)
     theirs = KMeans(17, n_init=2, random_state=seed).fit(x[:, None])
     assert loss_of(x, cluster(x, 17).centroids) <= loss_of(x, theirs.cluster_centers_[:, 0])
