@@ -147,7 +147,7 @@ def strict_promotion(request):
         yield
 
 
-_CROWDED = 2**30
+_CROWDED, _FULL = 2**30, 1.25 * 2**30  # bytes of a worker's memory
 
 
 def _memory():
@@ -176,10 +176,13 @@ def release_memory():
 
 @pytest.fixture(autouse=True)
 def release_what_compiling_took():
-    """Let go of it within a file too, where it is much."""
+    """Let go of it within a file too, where it is much, and of programs where they are too many."""
     yield
     with contextlib.suppress(OSError, AttributeError):
         if _memory() > _CROWDED:
+            _trim()
+        if _memory() > _FULL:
+            jax.clear_caches()
             _trim()
 
 
