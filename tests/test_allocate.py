@@ -132,7 +132,7 @@ def lost(params, batches):
 def test_with_the_function_one_loss_of_each_weight_is_what_its_answers_lose():
     batches = [texts(5), texts(7)[:32]]
     seen = jq.calibrate(tokens_and_their_mean, PAIR, batches, guided=True)
-    choices = [jq.LayerRule(".*", k=k) for k in (2, 4)]
+    choices = [jq.LayerRule(".*", k=k) for k in (2, 4, 16)]
     plain = jq.allocate(PAIR, bits=30, choices=choices, calibration=seen)
     told = jq.allocate(
         PAIR,
