@@ -1,4 +1,4 @@
-"""Which cases every run takes and which only `--run-slow`; tables without the spaces of columns."""
+"""Which cases every run takes, which `--all` adds and which `--run-slow`; comparable tables."""
 
 import re
 from collections.abc import Iterable
@@ -9,15 +9,28 @@ import pytest
 
 def mostly_slow(cases: Iterable[Any], *kept: Any) -> list[Any]:
     """Mark all cases slow but those that are kept: a law that holds alike in many modes."""
-    kept_cases = list(kept)
+    return _mostly(pytest.mark.slow, cases, kept)
+
+
+def mostly_further(cases: Iterable[Any], *kept: Any) -> list[Any]:
+    """Leave all cases but those that are kept to `--all`: further points of a law."""
+    return _mostly(pytest.mark.further, cases, kept)
+
+
+def _mostly(mark: pytest.MarkDecorator, cases: Iterable[Any], kept: tuple[Any, ...]) -> list[Any]:
+    kept_values = list(map(_values, kept))
     return [
-        case if case in kept_cases else _marked(case if isinstance(case, tuple) else (case,))
+        case
+        if _values(case) in kept_values
+        else pytest.param(*_values(case), marks=[mark, *getattr(case, "marks", ())])
         for case in cases
     ]
 
 
-def _marked(values: tuple[Any, ...]) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
+def _values(case: Any) -> tuple[Any, ...]:
+    if hasattr(case, "marks"):  # of pytest.param
+        return case.values
+    return case if isinstance(case, tuple) else (case,)
 
 
 def unpadded(table: str) -> str:

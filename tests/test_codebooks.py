@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -58,6 +58,7 @@ def neighbours(values):
 
 
 @given(hnp.arrays(np.float32, 5, elements=NORMAL), st.booleans())
+@example(np.float32([0, -1, -1, -1, -1]) * np.finfo(np.float32).tiny, False)
 def test_codes_are_exact_to_the_last_bit_at_any_scale(centroids, close):
     if close:
         centroids = np.resize(neighbours(centroids[:2]), 5)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -16,7 +16,7 @@ import jaxquant as jq
 from jaxquant import meshes
 from jaxquant.rounds import compensation
 from jaxquant.rounds.compensation import compensate
-from tests.cases import mostly_slow
+from tests.cases import mostly_further, mostly_slow
 
 quick = jax.jit(compensate)
 one_round = jax.jit(jq.quantize_round, static_argnums=0)
@@ -76,7 +76,7 @@ def port_of_gptq(weights, centroids, moments):
     return result
 
 
-@pytest.mark.parametrize("rows", [5, 64, 150])  # one block, exactly one, several
+@pytest.mark.parametrize("rows", mostly_further([5, 64, 150], 150))  # one block, exactly, several
 def test_one_pass_is_gptq(rows, monkeypatch):
     monkeypatch.setattr(compensation, "_PASSES", 1)
     monkeypatch.setattr(compensation, "_SWEEPS", 0)
@@ -153,7 +153,6 @@ def test_after_enough_sweeps_no_single_weight_could_do_better(monkeypatch):
     assert (np.min(others, axis=0) >= now * (1 - 1e-4)).all()
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     share=st.sampled_from([0.0, 0.3, 1.0]),
@@ -236,7 +235,6 @@ def least_squares(weights, frozen, found, numbers, movable, moments):
     return np.sum(np.square(rest.reshape(-1) - answers @ best))
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     numbers=st.sampled_from(NUMBERS),
@@ -398,7 +396,6 @@ def make_scales(numbers, seed=0):
     return np.array([[[-0.12, -0.03, 0.0, 0.05, 0.1]]], np.float32), scale
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     numbers=st.sampled_from(NUMBERS),
@@ -477,12 +474,15 @@ def test_moved_scales_are_rounded_to_their_dtype():
 
 @pytest.mark.parametrize(
     ("shape", "block", "dtype"),
-    [
-        ((20, 6), (-1, 1), None),
+    mostly_further(
+        [
+            ((20, 6), (-1, 1), None),
+            ((20, 6), (5, 1), "bfloat16"),
+            ((3, 20, 6), (1, 10, 2), None),
+            ((20, 6), (5, 2), "int8"),  # whose codebook stays
+        ],
         ((20, 6), (5, 1), "bfloat16"),
-        ((3, 20, 6), (1, 10, 2), None),
-        ((20, 6), (5, 2), "int8"),  # whose codebook stays
-    ],
+    ),
 )
 def test_rounds_keep_scaled_weights_on_their_codebook_and_gain(shape, block, dtype):
     weights, moments = make_layer(20, shape[-1])

@@ -17,7 +17,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.trees import pure
-from tests.cases import mostly_slow, unpadded
+from tests.cases import mostly_further, mostly_slow, unpadded
 from train import __main__ as cli
 from train import summary
 
@@ -28,7 +28,8 @@ README = ROOT / "README.md"
 def stand_ins():
     """Return what examples take for granted: parameters, a loss, batches, a network."""
     rng = np.random.default_rng(0)
-    shapes = {"embed": (40, 8), "dense": (32, 24), "top/head": (24, 40), "blocks/a": (3, 20, 20)}
+    shape = 32, 24  # layers that are alike are clustered by one program
+    shapes = {"embed": shape, "dense": shape, "top/head": shape, "blocks/a": (3, 20, 20)}
     params: dict = {}
     for path, shape in shapes.items():
         node = params
@@ -118,7 +119,11 @@ def test_there_is_an_example_for_each_make_of_tree(trees):
 
 @pytest.mark.default_promotion
 @pytest.mark.parametrize(
-    "title", mostly_slow(SELECTED, *(title for title in SELECTED if "transformer" not in title))
+    "title",
+    mostly_further(
+        mostly_slow(SELECTED, *(title for title in SELECTED if "transformer" not in title)),
+        *("Equinox", "Stacked layers"),
+    ),
 )
 def test_trees_of_every_make_are_trained_and_quantized(title, trees, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -140,6 +145,7 @@ def test_trees_of_every_make_are_trained_and_quantized(title, trees, tmp_path, m
             assert len(values) > 3, layer.path  # left alone, and trained
 
 
+@pytest.mark.further
 @pytest.mark.default_promotion
 def test_a_training_job_changes_three_lines_and_moves_to_another_mesh():
     text = (ROOT / "docs" / "scale.md").read_text()
@@ -220,6 +226,7 @@ def test_the_examples_of_the_first_pages_run(page, capsys):
         np.testing.assert_allclose(names["y"], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.further
 @pytest.mark.default_promotion
 @pytest.mark.parametrize("name", mostly_slow(["cnn", "language_model"], "cnn"))
 def test_the_notebooks_run(name, tmp_path, monkeypatch):
@@ -290,6 +297,7 @@ def test_versions_agree():
     assert f"\n## [{jq.__version__}] - 20" in (ROOT / "CHANGELOG.md").read_text()
 
 
+@pytest.mark.further
 def test_the_example_of_your_own_model_runs(tmp_path, monkeypatch, capsys):
     text = (ROOT / "docs" / "your_own_model.md").read_text().split("\n## A task of your own")[0]
     *files, after = _blocks(text)

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import jaxquant as jq
 from jaxquant.clustering.options import STARTS
-from tests.cases import mostly_slow
+from tests.cases import mostly_further, mostly_slow
 
 pytestmark = pytest.mark.default_promotion  # optax's own arithmetic
 
@@ -210,6 +210,11 @@ RUN += (
 )
 
 
+def some(place):
+    """Leave three names of four to `--all`, in each place others."""
+    return mostly_further(MOST, *NAMES[place::4])
+
+
 def test_every_public_function_is_in_the_table():
     def is_function(value):  # one that is jitted is none to `inspect`
         return callable(value) and not inspect.isclass(value)
@@ -262,7 +267,7 @@ def compiles():
     jax.monitoring.unregister_event_duration_listener(counter)
 
 
-@pytest.mark.parametrize("name", MOST)
+@pytest.mark.parametrize("name", some(0))
 def test_outside_of_jit_the_second_call_compiles_nothing(name, compiles):
     first, before = expected(name), compiles.count
     assert_same(CALLS[name](given()), first)
@@ -275,7 +280,7 @@ def test_programs_are_counted(compiles):
     assert compiles.count == before + 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", mostly_further(NAMES, *NAMES[0::4]))
 def test_arrays_that_are_closed_over_may_stand_in_any_trace(name):
     arrays = given()
     shapes = jax.eval_shape(lambda: CALLS[name](arrays))
@@ -292,7 +297,7 @@ def test_arrays_that_are_closed_over_give_what_arguments_do():
     assert_same(got, expected("kmeans weighed"), **CLOSE)
 
 
-@pytest.mark.parametrize("name", MOST)
+@pytest.mark.parametrize("name", some(1))
 def test_under_vmap_each_gets_its_own(name):
     keys = jax.random.split(jax.random.key(1), 2)
     arrays = given()
@@ -307,7 +312,7 @@ def test_under_vmap_each_gets_its_own(name):
     assert_same(got, one, **CLOSE)
 
 
-@pytest.mark.parametrize("name", MOST)
+@pytest.mark.parametrize("name", some(2))
 def test_inside_shard_map_each_device_gets_its_own(name):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     arrays = given()
@@ -336,7 +341,7 @@ def dtypes(tree):
     return jax.tree.structure(tree), [x.dtype for x in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("name", MOST)
+@pytest.mark.parametrize("name", some(1))
 def test_under_x64_float32_stays_float32(name):
     arrays, want = given(), expected(name)
     with jax.enable_x64(True):
@@ -346,7 +351,9 @@ def test_under_x64_float32_stays_float32(name):
             assert dtypes(jax.eval_shape(CALLS[name], arrays)) == dtypes(want)
 
 
-@pytest.mark.parametrize("start", mostly_slow(STARTS, "quantile", "inq"))
+@pytest.mark.parametrize(
+    "start", mostly_further(mostly_slow(STARTS, "quantile", "inq"), "quantile")
+)
 def test_under_x64_every_start_clusters_float32_as_ever(start):
     plan = jq.slq(TREE, bits=2, rounds=(1, 3), init=start)
     weights = given().weights
@@ -362,7 +369,7 @@ def test_under_x64_every_start_clusters_float32_as_ever(start):
     "dtype",
     mostly_slow(["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"], "bfloat16"),
 )
-@pytest.mark.parametrize("name", MOST)
+@pytest.mark.parametrize("name", some(3))
 def test_narrow_weights_are_taken(name, dtype):
     if dtype in ("float16", "float8_e5m2") or (name in LONG and dtype != "bfloat16"):
         jax.jit(CALLS[name]).lower(given(dtype))
@@ -450,7 +457,7 @@ EXPORTED = {
 }
 
 
-@pytest.mark.parametrize("name", list(EXPORTED))
+@pytest.mark.parametrize("name", mostly_further(EXPORTED, "assign", "packed", "conv"))
 def test_a_batch_of_any_size_is_exported(name):
     arrays = given()
     (size,) = jax.export.symbolic_shape("b")

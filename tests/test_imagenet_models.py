@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from tests.cases import mostly_further
 from train import engine, experiment, layers, layout, models, pretrained
 from train.config import Config, Quantize
 from train.data import Dataset
@@ -96,7 +97,10 @@ def test_rules_put_all_kernels_in_the_order_in_which_they_are_called(name):
     assert [layer.path for layer in by_default.by_depth()] != order  # so rules are needed
 
 
-@pytest.mark.parametrize("name", [name for name in models.NAMES if name not in NAMES])
+@pytest.mark.parametrize(
+    "name",
+    mostly_further([name for name in models.NAMES if name not in NAMES], "resnet20", "lenet5"),
+)
 def test_other_networks_need_no_rules(name):
     order = [path(module) for module in calls(name, nn.Conv, nn.Dense)]
     assert models.depth_rules(name) is None

@@ -24,7 +24,7 @@ def function(params, x):
 
 
 def plan_of(params=PARAMS, rules=RULES):
-    return jq.slq(params, rounds=(1,), rules=rules)
+    return jq.slq(params, rounds=(1,), rules=rules, init="quantile")
 
 
 def test_each_part_is_calibrated_behind_those_that_come_before():

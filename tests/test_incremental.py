@@ -14,13 +14,14 @@ from optax import contrib
 import jaxquant as jq
 from tests.cases import mostly_slow
 
-SHAPES = {"a": {"kernel": (12, 8), "bias": (8,)}, "b": {"kernel": (8, 6)}}
+SHAPES = {"a": {"kernel": (12, 8), "bias": (8,)}, "b": {"kernel": (12, 8)}}  # one program for both
+QUICK = {"init": "quantile"}  # to compile
 ABSTRACT = jax.tree.map(
     lambda shape: jax.ShapeDtypeStruct(shape, "float32"),
     SHAPES,
     is_leaf=lambda x: isinstance(x, tuple),
 )
-PLAN = jq.mlq(ABSTRACT, groups=2)  # four rounds of ternary
+PLAN = jq.mlq(ABSTRACT, groups=2, **QUICK)  # four rounds of ternary
 STEPS = (3, 1, 4, 10)
 TOTAL = sum(STEPS)
 STARTS = [0, 3, 4, 8]
@@ -172,7 +173,7 @@ def test_global_norm_clipping_does_not_count_what_is_frozen(frozen):
     params = {"w": jnp.linspace(-1.0, 1.0, 60).reshape(6, 10)}
     tx = jq.incremental(
         optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)),
-        jq.slq(params, bits=2, rounds=(1, 3)),
+        jq.slq(params, bits=2, rounds=(1, 3), **QUICK),
         9,
     )
     update = jax.jit(tx.update)
@@ -190,7 +191,7 @@ def test_a_restart_begins_from_free_weights():
     params = {"w": jnp.linspace(-1.0, 1.0, 60).reshape(6, 10)}
     tx = jq.incremental(
         contrib.dog(1.0, ("distance", 0.001)),
-        jq.slq(params, bits=2, rounds=(1, 3)),
+        jq.slq(params, bits=2, rounds=(1, 3), **QUICK),
         9,
         restart=True,
     )
@@ -230,7 +231,7 @@ def test_the_state_tells_which_layers_a_round_skipped():
 @pytest.mark.default_promotion
 def test_a_stack_tells_it_of_each_layer_and_keeps_it_after_the_last_round():
     params = {"w": jnp.linspace(-1.0, 1.0, 120).reshape(2, 6, 10)}
-    plan = jq.mlq(params, groups=1, rules=[jq.LayerRule("w", axis=0)])
+    plan = jq.mlq(params, groups=1, rules=[jq.LayerRule("w", axis=0)], **QUICK)
     tx = jq.incremental(optax.apply_if_finite(optax.sgd(0.1), 3), plan, 1)
     params["w"] = params["w"].at[1, 0, 0].set(jnp.nan)
     state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
@@ -314,7 +315,7 @@ def test_a_run_goes_on_from_its_state_bit_for_bit():
         chex.assert_trees_all_equal((params, state), history[-1])
 
 
-SHORTER = jq.mlq(ABSTRACT, groups=2, order="boundaries_together")  # three rounds
+SHORTER = jq.mlq(ABSTRACT, groups=2, order="boundaries_together", **QUICK)  # three rounds
 SHARES = {
     "long": jq.inq(ABSTRACT, bits=2, shares=(0.2, 0.4, 1.0)),
     "short": jq.inq(ABSTRACT, bits=2, shares=(1.0,)),
@@ -383,7 +384,7 @@ def test_sensitivity_weighs_the_rounds():
 
 
 def test_random_partitions_differ_from_key_to_key():
-    plan = jq.mlq(ABSTRACT, groups=1, partition="random")
+    plan = jq.mlq(ABSTRACT, groups=1, partition="random", **QUICK)
 
     @jax.jit
     def freeze(key, updates, params):

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests import own
-from tests.cases import mostly_slow, timeless
+from tests.cases import mostly_further, mostly_slow, timeless
 from tests.conftest import _settings as settings
 from tests.test_checkpoints import snapshot
 from tests.test_main import refused
@@ -124,15 +124,21 @@ def stages(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.mark.parametrize("method", quick(METHODS))
-def test_a_run_goes_on_and_is_read_from_every_stage(method, toy, stages, tmp_path, capsys):
+@pytest.fixture
+def some_of(request):
+    """Of many stages, one in the middle of a re-training, or by `--all` each."""
+    return lambda wanted: wanted if request.config.option.all else wanted[len(wanted) // 2 :][:1]
+
+
+@pytest.mark.parametrize("method", mostly_further(quick(METHODS), "slq", "softly"))
+def test_a_run_goes_on_and_is_read_from_every_stage(method, toy, stages, some_of, tmp_path, capsys):
     runs, rounds = tmp_path / "runs", 0 if method in ("qcnn", "none") else 2
     # In the float training, at its end, in the first re-training, after it, at the end.
     wanted = ["0.1", "1.0", "1.2", "2.0", "3.0"][: 5 if rounds else 2]
-    goes_on([*toy, method], runs, runs / method, stages, wanted, capsys)
+    goes_on([*toy, method], runs, runs / method, stages, wanted, some_of, capsys)
 
 
-def goes_on(command, runs, run, stages, wanted, capsys):
+def goes_on(command, runs, run, stages, wanted, some_of, capsys):
     """Check that a run is read, and ends alike, from what it is after some of its saves."""
     assert cli.main(command) == 0
     runs.with_name("copying").unlink()
@@ -140,7 +146,7 @@ def goes_on(command, runs, run, stages, wanted, capsys):
     whole = {name: timeless(run / name) for name in names if (run / name).is_file()}
     count = int(wanted[-1].partition(".")[0])
     assert set(wanted) <= {path.name for path in stages.iterdir()}
-    for stage in wanted:
+    for stage in some_of(wanted):
         shutil.rmtree(runs)
         shutil.copytree(stages / stage, runs)
         (run / "checkpoints" / "99.orbax-checkpoint-tmp").mkdir()  # being written
@@ -177,9 +183,9 @@ def test_an_epoch_is_a_line_and_what_took_time_is_reported(toy, tmp_path, capsys
         assert len(of_round) == 3 and row["seconds"] == pytest.approx(sum(of_round))
 
 
-@pytest.mark.parametrize("model", ["Linen", "Nnx"])
+@pytest.mark.parametrize("model", mostly_further(["Linen", "Nnx"], "Linen"))
 def test_a_run_of_your_own_goes_on_and_is_read_from_every_stage(
-    model, stages, traced_once, tmp_path, capsys
+    model, stages, some_of, traced_once, tmp_path, capsys
 ):
     """Its stages have optimizers of different state."""
     np.savez(tmp_path / "own.npz", **own.arrays())
@@ -195,7 +201,7 @@ def test_a_run_of_your_own_goes_on_and_is_read_from_every_stage(
     runs = tmp_path / "runs"
     command = ["--config", str(config), f"--config.model=tests.own:{model}"]
     command += [f"--config.data.name={data}", "--workdir", str(runs)]
-    goes_on(command, runs, runs, stages, ["0.1", "1.0", "1.2", "2.0", "3.0"], capsys)
+    goes_on(command, runs, runs, stages, ["0.1", "1.0", "1.2", "2.0", "3.0"], some_of, capsys)
     saved = json.loads((runs / "config.json").read_text())
     assert (saved["model"], saved["data"]["name"]) == (f"tests.own:{model}", data)
     assert "got retrain.optimizer: 'tests.own:clipped' -> 'optax:lion'" in refused(
@@ -228,7 +234,7 @@ def test_a_finished_run_of_products_is_read_with_them(toy, tmp_path, capsys):
     assert "expected a finished run to pack, got one under way" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("form", ["pytorch", "packed"])
+@pytest.mark.parametrize("form", mostly_further(["pytorch", "packed"], "packed"))
 def test_a_run_is_read_whatever_it_started_from(form, toy, tmp_path, capsys):
     start = tmp_path / "start.safetensors"
     assert cli.main([*toy, "none"]) == 0
@@ -296,7 +302,7 @@ def a_state(name, monkeypatch):
     return shapes, state, {"progress": Progress(units=1)._asdict(), "events": []}
 
 
-@pytest.mark.parametrize("name", quick(models.NAMES))
+@pytest.mark.parametrize("name", mostly_further(quick(models.NAMES), "small_cnn", "vgg16"))
 def test_a_checkpoint_of_every_network_is_restored(name, tmp_path, monkeypatch, narrow):
     shapes, state, record = a_state(name, monkeypatch)
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
@@ -306,7 +312,9 @@ def test_a_checkpoint_of_every_network_is_restored(name, tmp_path, monkeypatch, 
     chex.assert_trees_all_equal(restored[0], state)
 
 
-@pytest.mark.parametrize("name", ["small_cnn", "lenet5", "alexnet", "vgg16"])
+@pytest.mark.parametrize(
+    "name", mostly_further(["small_cnn", "lenet5", "alexnet", "vgg16"], "small_cnn", "lenet5")
+)
 def test_a_checkpoint_of_an_earlier_version_is_restored(name, tmp_path, monkeypatch, narrow):
     shapes, state, record = a_state(name, monkeypatch)
     save_as_before(tmp_path, state, record)
@@ -316,7 +324,7 @@ def test_a_checkpoint_of_an_earlier_version_is_restored(name, tmp_path, monkeypa
     chex.assert_trees_all_equal(restored[0], state)
 
 
-@pytest.mark.parametrize("name", ["lenet5", "small_cnn"])
+@pytest.mark.parametrize("name", mostly_further(["lenet5", "small_cnn"], "small_cnn"))
 def test_all_states_of_a_run_have_the_shapes_that_are_restored(name, monkeypatch):
     monkeypatch.setattr(experiment, "_load_data", lambda _: make_dataset(16, 1))
     job = experiment.check(Config(model=name, quantize=Quantize(rounds=(17,)), batch_size=8))

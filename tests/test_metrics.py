@@ -77,7 +77,7 @@ def test_zeros_of_a_pruned_layer_that_are_lost_are_noted(share):
 @pytest.mark.parametrize(("shape", "axis"), [((30, 7), None), ((3, 3, 4, 5), -1), ((4, 9, 8), 0)])
 def test_bytes_are_those_of_the_packed_tree(shape, axis):
     params = {"w": normal(*shape)}
-    plan = jq.slq(params, rounds=(3,), rules=[jq.LayerRule("w", k=3, axis=axis)])
+    plan = jq.slq(params, rounds=(3,), rules=[jq.LayerRule("w", k=3, axis=axis)], init="quantile")
     new, state = quantized(params, plan)
     report = jq.report(new, state)
     assert report.bytes == jq.pack(new, state)["w"].nbytes
@@ -85,7 +85,7 @@ def test_bytes_are_those_of_the_packed_tree(shape, axis):
 
 def test_slices_count_their_own_codebooks():
     params = {"w": normal(4, 8, 8)}
-    plan = jq.slq(params, bits=3, rounds=(5,), rules=[jq.LayerRule("w", axis=0)])
+    plan = jq.slq(params, bits=3, rounds=(5,), rules=[jq.LayerRule("w", axis=0)], init="quantile")
     layer = jq.report(*quantized(params, plan)).layers[0]
     assert (layer.k, layer.bits, layer.distinct, layer.frozen) == (5, 7, 5, 1)
     assert layer.bytes == 4 * 8 * 7 + 4 * 5 * 4  # 8 symbols of 7 bits a column, few of them used
@@ -135,7 +135,7 @@ def test_bytes_are_those_of_the_dtype(dtype):
 def test_reasons_are_those_of_the_plan_if_given():
     params = {"a": normal(8, 8), "b": normal(8, 8), "n": jnp.arange(9).reshape(3, 3)}
     rules = [jq.LayerRule("b", quantize=False), jq.LayerRule(".*", bits=2)]
-    plan = jq.slq(params, bits=2, rounds=(3,), rules=rules)
+    plan = jq.slq(params, bits=2, rounds=(3,), rules=rules, init="quantile")
     new, state = quantized(params, plan)
     reasons = [layer.reason for layer in jq.report(new, state, plan=plan).layers]
     assert reasons == [None, "left alone by rule 'b'", "dtype int32 is not floating point"]

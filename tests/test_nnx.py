@@ -12,6 +12,7 @@ from flax import nnx
 
 import jaxquant as jq
 from jaxquant.trees import leaves_with_paths, pure, replaced
+from tests.cases import mostly_further
 
 STEPS = 4  # a round: frozen weights have landed
 RULES = [jq.LayerRule("(hidden|layers/1)/kernel")]
@@ -51,11 +52,13 @@ FORMS = {
     "pure state": lambda model: nnx.as_pure(params_of(model)),
     "pure dictionary": lambda model: nnx.to_pure_dict(params_of(model)),
 }
-with_any_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+with_any_form = pytest.mark.parametrize(
+    "form", mostly_further(FORMS.values(), FORMS["module"], FORMS["pure dictionary"]), ids=FORMS
+)
 
 
 def plan_of(params):
-    return jq.mlq(params, groups=1, rules=RULES)  # two rounds of ternary
+    return jq.mlq(params, groups=1, rules=RULES, init="quantile")  # two rounds of ternary
 
 
 @nnx.jit

@@ -20,7 +20,7 @@ from benchmarks.common import collective_sizes
 from jaxquant.clustering.codebooks import bounds
 from jaxquant.clustering.kmeans import kmeans
 from jaxquant.rounds.sharing import Codebook, join_clusters, share_centroids, with_equals
-from tests.cases import mostly_slow
+from tests.cases import mostly_further, mostly_slow
 
 one_round = jax.jit(jq.quantize_round, static_argnums=0)
 RELEASED = {"init": "power_of_two", "iterations": 10, "zero": True, "partition": "index"}
@@ -101,7 +101,10 @@ def test_centroids_of_free_clusters_follow_their_weights_and_frozen_ones_stay():
     np.testing.assert_allclose(state.codebooks["w"], [-0.5, 2.0, 4.5])
 
 
-@pytest.mark.parametrize(("partition", "first"), [("loss", 2), ("magnitude", 0), ("index", 0)])
+@pytest.mark.parametrize(
+    ("partition", "first"),
+    mostly_further([("loss", 2), ("magnitude", 0), ("index", 0)], ("magnitude", 0)),
+)
 def test_the_partition_says_which_cluster_goes_first(partition, first):
     params = {"w": jnp.array([[-9.0, -9.0, 0.1, 0.2], [4.0, 5.0, 4.0, 5.0]])}
     plan = jq.slq(params, bits=2, rounds=(1, 3), partition=partition)
@@ -184,7 +187,7 @@ def test_normalized_error_of_17_centroids_on_normal_weights(options, error):
 
 # Freezing -----------------------------------------------------------------------------------------
 
-LAYERS = {"a": (9, 8), "b": {"kernel": (3, 3, 2, 8), "bias": (8,)}}
+LAYERS = {"a": (3, 3, 2, 8), "b": {"kernel": (3, 3, 2, 8), "bias": (8,)}}  # one program for both
 
 
 def layers(seed=0, dtype=jnp.float32):
@@ -238,7 +241,7 @@ def test_laws_of_freezing(partition, dtype, zero):
 def test_is_on_codebook_sees_one_bit():
     params = layers()
     ((new, state, _),) = run(jq.slq(params, rounds=(17,), **FAST), params)
-    off = {**new, "a": new["a"].at[3, 3].set(jnp.nextafter(new["a"][3, 3], 1.0))}
+    off = {**new, "a": new["a"].at[2, 1, 0, 3].set(jnp.nextafter(new["a"][2, 1, 0, 3], 1.0))}
     on = jq.is_on_codebook(off, state)
     assert not on["a"] and on["b"]["kernel"] and on["b"]["bias"]
     minus = jax.tree.map(lambda w: jnp.where(w == 0, -0.0, w), new)
@@ -261,7 +264,7 @@ def test_zero_stays_zero_though_its_cluster_is_constant():
 
 def test_random_partitions_depend_on_the_key_alone():
     params = layers()
-    plan = jq.slq(params, rounds=(5, 17), partition="random")
+    plan = jq.slq(params, rounds=(5, 17), partition="random", **FAST)
     one, same, other = (
         run(plan, params, rounds=1, key=jax.random.key(s))[0][1].frozen_centroids for s in (0, 0, 1)
     )
@@ -272,7 +275,7 @@ def test_random_partitions_depend_on_the_key_alone():
 @settings(max_examples=10)
 @given(st.integers(0, 10**6), st.floats(0, 0.05))
 def test_any_drift_ends_on_the_codebook(seed, scale):
-    plan = jq.slq(layers(), rounds=(5, 17))
+    plan = jq.slq(layers(), rounds=(5, 17), **FAST)
     params, state = layers(seed), jq.init(plan, layers(seed))
     for r in range(2):
         params = drift(params, state, seed + r, scale)
@@ -299,7 +302,10 @@ DEPTH = ["layer_0", "layer_1", "layer_2", "layer_10"]
 
 @pytest.mark.parametrize(
     ("order", "reverse"),
-    [("boundaries_first", False), ("boundaries_first", True), ("layer_by_layer", False)],
+    mostly_further(
+        [("boundaries_first", False), ("boundaries_first", True), ("layer_by_layer", False)],
+        *(("boundaries_first", True), ("layer_by_layer", False)),
+    ),
 )
 def test_only_the_layers_whose_share_grows_change(order, reverse):
     plan = jq.mlq(DEEP, groups=2, order=order, reverse=reverse, **FAST)
@@ -336,7 +342,7 @@ def test_groups_of_the_rules_decide():
 def test_the_network_order_ranks_the_clusters_of_all_layers(partition):
     params = {f"w{i}": normal((8, 8), seed=i) * (1 + i) for i in range(4)}
     rounds = (0.25, 0.5, 1.0)
-    plan = jq.mlq(params, order="network", rounds=rounds, partition=partition)
+    plan = jq.mlq(params, order="network", rounds=rounds, partition=partition, **FAST)
     seen = np.zeros(12, bool)
     for (_, state, info), share in zip(run(plan, params, seed=3), rounds, strict=True):
         rank = {
@@ -386,7 +392,7 @@ def test_slices_are_quantized_like_leaves_of_their_own(axis):
 
 def test_slices_of_stacked_layers_lie_in_groups_of_their_own():
     params = {"w": normal((4, 6, 6))}
-    plan = jq.mlq(params, groups=2, rules=[jq.LayerRule("w", axis=0)])
+    plan = jq.mlq(params, groups=2, rules=[jq.LayerRule("w", axis=0)], **FAST)
     results = run(plan, params)
     changed = [(p["w"] != params["w"]).any((1, 2)).tolist() for p, _, _ in results]
     assert changed == [[True, True, False, False]] + [[True] * 4] * 3
@@ -523,7 +529,7 @@ def test_shapes_and_dtypes_are_a_fixed_point():
 def test_sharded_parameters_give_the_same_result():
     spec = P("x", "y")
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-    params = {"w": normal((16, 8)), "v": normal((8, 24), seed=1)}
+    params = {"w": normal((16, 8)), "v": normal((16, 8), seed=1)}
     plan = jq.slq(params, bits=3, rounds=(2, 5), **FAST)
     sharded = jax.device_put(params, NamedSharding(mesh, spec))
     for one, many in zip(run(plan, params), run(plan, sharded), strict=True):
@@ -653,7 +659,7 @@ def test_leaves_that_are_no_weights_pass_through():
         "rate": 0.5,
         "numpy": np.ones(4, np.float32),
     }
-    plan = jq.slq(params, bits=2, rounds=(3,))
+    plan = jq.slq(params, bits=2, rounds=(3,), **FAST)
     ((new, state, _),) = run(plan, params)
     for name in ("step", "rate", "numpy"):
         np.testing.assert_array_equal(new[name], params[name])
@@ -697,7 +703,7 @@ def test_a_state_that_lost_its_type_is_refused(restored):
             call()
 
 
-@pytest.mark.parametrize("bad", [-1.0, np.inf, np.nan])
+@pytest.mark.parametrize("bad", mostly_further([-1.0, np.inf, np.nan], np.inf))
 def test_sensitivities_that_cannot_weigh_are_refused_by_name_or_the_layer_is_left(bad):
     ones = jax.tree.map(jnp.ones_like, SMALL)
     sensitivity = {**ones, "v": ones["v"].at[0, 0].set(bad)}
@@ -731,7 +737,7 @@ def test_neighbouring_floats_stay_apart():
 # NaN ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", mostly_further([np.nan, np.inf, -np.inf], np.nan))
 def test_a_layer_with_nan_or_infinity_is_refused_by_name_or_left_as_it_was(bad):
     broken = {**SMALL, "w": SMALL["w"].at[1, 2].set(bad)}
     with pytest.raises(
@@ -754,7 +760,7 @@ def test_a_layer_with_nan_or_infinity_is_refused_by_name_or_left_as_it_was(bad):
 
 def test_a_layer_with_nan_takes_no_places_in_the_ranking_of_the_network():
     params = {f"w{i}": normal((8, 8), seed=i) for i in range(3)}
-    plan = jq.mlq(params, order="network", rounds=(1 / 3, 1.0))
+    plan = jq.mlq(params, order="network", rounds=(1 / 3, 1.0), **FAST)
     broken = {**params, "w1": params["w1"].at[0, 0].set(jnp.nan)}
     _, state, info = one_round(plan, broken, jq.init(plan, params))
     assert not info.finite["w1"] and not state.frozen_centroids["w1"].any()

@@ -26,6 +26,8 @@ from train.config import Config, Fit, Quantize
 from train.course import units
 
 SHORT = [
+    "--config.data.train_limit=352",
+    "--config.batch_size=32",
     "--config.fit.epochs=2",
     "--config.retrain.epochs=1",
     "--config.quantize.rounds=9,17",
@@ -229,6 +231,7 @@ def test_a_signal_between_asking_and_agreeing_is_not_lost(monkeypatch):
     assert keeper.due() and keeper.stopping == signal.SIGTERM
 
 
+@pytest.mark.further  # as test_loop.py does after each save
 def test_a_run_killed_in_an_epoch_goes_on_from_its_last_save(finished, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
@@ -420,7 +423,7 @@ def no_device(*_, **__):
             [*SLQ, "--workdir", "w", "--config.retrain.epochs=1,2,3"],
             "retrain.epochs: expected 1 or",
         ),
-        ([*SLQ, "--workdir", "w", "--config.batch_size=5000"], "batch_size: expected at most 1442"),
+        ([*SLQ, "--workdir", "w", "--config.batch_size=5000"], "batch_size: expected at most 352"),
         ([*SLQ, "--workdir", "w", "--config.fit.epochs=0"], "expected init=FILE or fit.epochs"),
         (
             [

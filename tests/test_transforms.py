@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from optax import contrib
 
 from jaxquant.rounds.transforms import freeze_quantized
-from tests.cases import mostly_slow
+from tests.cases import mostly_further, mostly_slow
 
 WARM_STEPS = 2  # with nothing frozen, so that every optimizer has momentum to spend
 FROZEN_STEPS = 3
@@ -104,6 +104,13 @@ def public_optimizers():
 
 
 OPTIMIZERS = public_optimizers()
+SOME = (
+    "adafactor",
+    "adamw",
+    "lion",
+    "muon",
+    "sgd",
+)  # where one test runs all of them, others these
 
 
 def weight_decay_argument(name):
@@ -223,7 +230,9 @@ def test_frozen_entries_survive(name, dtype):
 
 
 @runs_optax
-@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if weight_decay_argument(n)])
+@pytest.mark.parametrize(
+    "name", mostly_further([n for n in OPTIMIZERS if weight_decay_argument(n)], *SOME)
+)
 @with_any_dtype
 def test_frozen_entries_survive_weight_decay(name, dtype):
     tx = optax.chain(make(name, **{weight_decay_argument(name): 0.1}), freeze_quantized())
@@ -233,10 +242,14 @@ def test_frozen_entries_survive_weight_decay(name, dtype):
 @runs_optax
 @pytest.mark.parametrize(
     ("name", "place", "dtype"),
-    mostly_slow(
-        itertools.product(OPTIMIZERS, PLACES, (jnp.float32, jnp.bfloat16)),
-        *((name, "around", jnp.bfloat16) for name in OPTIMIZERS),
-        *itertools.product(("adafactor", "adamw", "lion", "sgd"), PLACES, (jnp.float32,)),
+    mostly_further(
+        mostly_slow(
+            itertools.product(OPTIMIZERS, PLACES, (jnp.float32, jnp.bfloat16)),
+            *((name, "around", jnp.bfloat16) for name in OPTIMIZERS),
+            *itertools.product(("adafactor", "adamw", "lion", "sgd"), PLACES, (jnp.float32,)),
+        ),
+        *((name, "around", jnp.bfloat16) for name in SOME),
+        *(("adamw", place, jnp.float32) for place in PLACES),
     ),
 )
 def test_frozen_entries_survive_in_any_place(name, place, dtype):
@@ -244,7 +257,9 @@ def test_frozen_entries_survive_in_any_place(name, place, dtype):
 
 
 @runs_optax
-@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if "learning_rate" in arguments(n)])
+@pytest.mark.parametrize(
+    "name", mostly_further([n for n in OPTIMIZERS if "learning_rate" in arguments(n)], *SOME)
+)
 def test_frozen_entries_survive_injected_hyperparameters(name):
     static = [n for n in inspect.signature(OPTIMIZERS[name]).parameters if n != "learning_rate"]
     tx = optax.inject_hyperparams(OPTIMIZERS[name], static_args=static)(**arguments(name))

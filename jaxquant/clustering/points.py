@@ -320,9 +320,12 @@ def last_below_middles(ascending: jax.Array) -> jax.Array:
 
 
 def _float_below(x: jax.Array) -> jax.Array:
-    """Return the next float below each; of float32 in few operations."""
+    """Return the next float below each; of float32 in few operations.
+
+    Below zero that is the next normal one: devices take those between for zero.
+    """
     if x.dtype != jnp.float32:
         return jnp.nextafter(x, -jnp.inf)
     key = to_key(x)
     below = key - (x > -jnp.inf).astype(jnp.int32)
-    return from_key(jnp.where(x == 0, -2, below))  # -1 is the key of -0.0
+    return from_key(jnp.where(x == 0, -1 - 2**23, below))  # -1 is the key of -0.0
