@@ -415,6 +415,7 @@ class Attention(nnx.Module):
         return self.dense(self.dropout(self.norm(self.attention(x))))
 
 
+@pytest.mark.further
 @pytest.mark.default_promotion
 def test_models_of_nnx_are_taken_as_they_are():
     model, x = Attention(nnx.Rngs(0)), normal((2, 5, WIDTH))

@@ -331,6 +331,7 @@ def test_the_example_of_your_own_model_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "my_network")
 
 
+@pytest.mark.further
 def test_the_example_of_a_task_of_your_own_runs(tmp_path, monkeypatch, capsys):
     text = (ROOT / "docs" / "your_own_model.md").read_text().split("\n## A task of your own")[1]
     (content,), (command,) = _blocks(text), re.findall(r"```bash\n(.*?)\n```", text, re.DOTALL)
