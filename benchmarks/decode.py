@@ -154,11 +154,7 @@ def trace_times(made: dict[str, Program]) -> list[str]:
 
 def medians(functions: dict[str, Program], turns: int) -> dict[str, float]:
     """Time functions in turns; return the median seconds of each by name."""
-    times = {name: [] for name in functions}
-    for turn in range(turns + 1):
-        for name, function in functions.items():
-            spent = common.seconds(function, 1)
-            times[name] += spent if turn else []  # the first warms up
+    times = common.in_turns(functions, turns)
     return {name: statistics.median(spent) for name, spent in times.items()}
 
 

@@ -148,7 +148,7 @@ CALLS = {
     ),
     "calibrate": lambda g: calibrated(g).moments,
     "calibrate guided": lambda g: calibrated(g, guided=2, outputs="categorical"),
-    "quantize_round calibrated": lambda g: round_of(g, SEEN, calibration=calibrated(g)),
+    "quantize_round calibrated": lambda g: round_of(g, SEEN, calibration=calibrated(g, guided=2)),
     "straight_through": lambda g: jq.straight_through(
         SEEN, {"w": g.weights}, jq.release(state_of(g)[1])
     ),

@@ -103,7 +103,7 @@ def test_centroids_of_free_clusters_follow_their_weights_and_frozen_ones_stay():
 
 @pytest.mark.parametrize(
     ("partition", "first"),
-    mostly_further([("loss", 2), ("magnitude", 0), ("index", 0)], ("magnitude", 0)),
+    mostly_further([("loss", 2), ("magnitude", 0), ("index", 0)], ("loss", 2)),
 )
 def test_the_partition_says_which_cluster_goes_first(partition, first):
     params = {"w": jnp.array([[-9.0, -9.0, 0.1, 0.2], [4.0, 5.0, 4.0, 5.0]])}

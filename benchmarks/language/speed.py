@@ -25,8 +25,6 @@ from benchmarks.decode import medians
 from benchmarks.language import models, rivals, settings, smollm2
 from benchmarks.matmul import Program
 
-_WINDOW = 512  # tokens
-
 
 def runs(task: models.Task) -> dict[str, Callable[[], tuple[Any, Any, int]]]:
     """Return by name what makes a function of weights and tokens, its weights, and their bytes."""
@@ -57,7 +55,7 @@ def main() -> None:
     options = parser.parse_args()
     task = smollm2.task(held_out=1, calibrating=2)
     print(common.machine(), flush=True)
-    window = task.batches[0][:, :_WINDOW]
+    window = task.batches[0]
     single, whole, sizes = {}, {}, {}
     for name, make in runs(task).items():
         if re.fullmatch(options.only, name):

@@ -109,7 +109,7 @@ def observed(weight: jax.Array, probes: Probes, role: Role, groups: int) -> View
       weight: of any shape.
       probes: from `probes_of`.
       role: of the weight in the function.
-      groups: of outputs at most that vectors count by; 0 if all count alike. See `groups_of`.
+      groups: of outputs at most that vectors count by; 0 if all count alike. See `_groups_of`.
     """
     layers, rows, columns = _parts(weight.shape, role)
     outputs, counts = math.prod(columns if role.inputs > 0 else rows), groups and role.inputs
@@ -120,7 +120,7 @@ def observed(weight: jax.Array, probes: Probes, role: Role, groups: int) -> View
         rows=rows,
         columns=columns,
         part=None if not role.inputs else ROWS if role.inputs > 0 else COLUMNS,
-        members=_members(layers, outputs, groups_of(outputs, groups)) if counts else None,
+        members=_members(layers, outputs, _groups_of(outputs, groups)) if counts else None,
     )
     return View(packed=cast(Any, own), axes=whole(layers, rows, columns), dtype=weight.dtype)
 
@@ -130,7 +130,7 @@ def _observed_by(view: View) -> Observed:
     return cast(Any, view.packed)
 
 
-def groups_of(outputs: int, most: int) -> int:
+def _groups_of(outputs: int, most: int) -> int:
     """Return in how many groups, at most so many, some outputs can be cut evenly; 1 at least."""
     return next((n for n in range(min(most, outputs), 1, -1) if outputs % n == 0), 1)
 
@@ -159,7 +159,7 @@ def probes_of(
     size = (math.prod(rows), math.prod(columns)) if sensitivity else (0, 0)
     return Probes(
         squares=jnp.zeros((*layers, *size), jnp.float32),
-        moments=jnp.zeros((*layers, groups_of(outputs, groups), inputs, inputs), jnp.float32),
+        moments=jnp.zeros((*layers, _groups_of(outputs, groups), inputs, inputs), jnp.float32),
         count=jnp.zeros(layers, jnp.float32),
     )
 
@@ -488,7 +488,8 @@ def _window_products(
     )
     out_batch, out_feature, *out_space = outputs_spec
     gradient = gradient.transpose((out_batch, *out_space, out_feature))
-    gradient = gradient[..., _as_stored(view, (features,))]
+    if members is not None:
+        members = members[np.argsort(_as_stored(view, (features,)))]  # as the gradient has outputs
     moments = sum_of_products(x, options, _energies(gradient, members))
     order = _as_stored(view, (*spatial, channel))
     moments = moments[..., order[:, None], order]
@@ -508,8 +509,8 @@ def _energies(gradient: jax.Array, members: jax.Array | None) -> jax.Array | Non
     """Return how much each vector counts for each group of outputs, [..., G]; None for all alike.
 
     Args:
-      gradient: [..., outputs], in the order in which they are stored.
-      members: [outputs, G].
+      gradient: [..., outputs].
+      members: [outputs, G], in the same order.
     """
     if members is None:
         return None
