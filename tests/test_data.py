@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import data, prepare
+from tests import own
+from train import data, experiment, prepare
+from train.config import Config, Data
 
 CIFAR10 = "cifar-10-binary.tar.gz"
 DATA = os.environ.get("JAXQUANT_DATA")
@@ -487,3 +490,22 @@ def test_real_data(name, shape):
     if name == "cifar10":
         assert np.bincount(loaded.train.labels).tolist() == [5000] * 10
         assert np.bincount(loaded.test.labels).tolist() == [1000] * 10
+
+
+@pytest.mark.parametrize("limit", [0, 20, 45])
+def test_what_is_held_out_is_measured_on_and_does_not_train(limit):
+    whole = data.load(own.arrays, data_dir="unused").train
+    settings = Data(own.arrays, holdout=whole.size - 40, train_limit=limit)
+    job = experiment.check(Config(data=settings, batch_size=20))
+    trained = job.dataset.train.images
+    np.testing.assert_array_equal(trained, whole.images[: min(limit, 40) or 40])
+    np.testing.assert_array_equal(job.dataset.test.images, whole.images[40:])
+    np.testing.assert_array_equal(job.dataset.test.labels, whole.labels[40:])
+    held_out = "8 held out to measure with"
+    assert experiment.title(job).endswith(f"{len(trained)} images to train on and {held_out}")
+
+
+def test_nothing_left_to_train_on_is_named():
+    message = "data.holdout: expected fewer than 48 images, got 48"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        experiment.check(Config(data=Data(own.arrays, holdout=48)))

@@ -573,6 +573,16 @@ def test_without_a_key_batches_are_centres_and_rows_past_the_end_do_not_count(pr
         np.testing.assert_array_equal(image, np.asarray(imagenet.resized_center(picture, 32)))
 
 
+def test_a_part_begins_where_it_says(prepared):
+    split = load(prepared).train
+    part = split.part(2, 8).part(1, 9)
+    assert part.size == 5
+    (images,), (labels,) = read(part, [np.arange(6)], [np.zeros(6, int)], key=None)
+    (whole,), (all_labels,) = read(split, [np.arange(9)], [np.zeros(9, int)], key=None)
+    np.testing.assert_array_equal(images[:5], whole[3:8])
+    assert labels.tolist() == [*all_labels[3:8].tolist(), -1]
+
+
 def test_crops_follow_from_key_and_position_alone(prepared):
     split, rows = load(prepared).train, np.array([5, 5, 1, 5])
     (images,), _ = read(split, [rows], [np.array([0, 1, 2, 0])])
@@ -650,6 +660,9 @@ def test_a_job_knows_its_data_without_decoding_them(prepared, monkeypatch):
     limited = configs.vary(small_config(prepared), data={"train_limit": 5})
     assert experiment.check(limited).dataset.train.size == 5
     assert experiment.check(limited).dataset.test.size == 4
+    held_out = configs.vary(small_config(prepared), data={"holdout": 3, "train_limit": 5})
+    train, test, _ = experiment.check(held_out).dataset[1:4]
+    assert (train.start, train.size, test.start, test.size, test.split) == (0, 5, 6, 3, "train")
     with pytest.raises(ValueError, match="batch_size: expected at most 9, got 10"):
         experiment.check(small_config(prepared, batch_size=10))
 

@@ -59,6 +59,12 @@ class Data:
         Field(ge=0),
         "use the first so many training images only, to rank ideas; 0: all",
     ] = 0
+    holdout: Annotated[
+        int,
+        Field(ge=0),
+        "keep the last so many training images out of training, and measure on them in place of "
+        "the test images, which no choice then goes by; 0: measure on the test images",
+    ] = 0
     image_size: Annotated[
         _Positive, "side of the crops of images that stay on disk (imagenet2012)"
     ] = 224

@@ -45,9 +45,9 @@ class Images(NamedTuple):
         """Shape of an image of a split, (H, W, C)."""
         return self.images.shape[1:]
 
-    def first(self, count: int) -> "Images":
-        """Return the split of the first so many images."""
-        return Images(self.images[:count], self.labels[:count])
+    def part(self, start: int, stop: int) -> "Images":
+        """Return the split of the images from one place to before another."""
+        return Images(self.images[start:stop], self.labels[start:stop])
 
 
 class Dataset(NamedTuple):

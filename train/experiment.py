@@ -68,9 +68,7 @@ def check(config: Config, *, start: bool = True) -> Job:
       ValueError, OSError: with one line that says what is wrong and where.
     """
     config = configs.validate(config)
-    dataset = _load_data(dataclasses.replace(config.data, train_limit=0))
-    if config.data.train_limit:
-        dataset = dataset._replace(train=dataset.train.first(config.data.train_limit))
+    dataset = _parted(config.data)
     if config.batch_size > dataset.train.size:
         raise ValueError(
             f"batch_size: expected at most {dataset.train.size}, got {config.batch_size}"
@@ -139,7 +137,8 @@ def title(job: Job) -> str:
     if job.config.task:
         what += f" for {name_of(job.config.task)}"
     kind = f"{classes} classes, {train:,} images" if classes else f"{train:,} examples"
-    return f"{what} on {job.dataset.name}, {kind} to train on and {test:,} to test with"
+    use = "held out to measure with" if job.config.data.holdout else "to test with"
+    return f"{what} on {job.dataset.name}, {kind} to train on and {test:,} {use}"
 
 
 def _check_teacher(config: Config, task: tasks.Task) -> None:
@@ -162,6 +161,18 @@ def _check_products(config: Config, model: Any, shapes: Any, image: Any) -> None
     if config.mesh.devices != 1 or jax.process_count() > 1:
         raise ValueError("mesh.devices: expected 1, product quantization runs on one device")
     products.check(model, shapes, image, config.quantize)
+
+
+def _parted(settings: Data) -> data.Dataset:
+    """Return the dataset with what is trained on and what is measured on."""
+    dataset = _load_data(dataclasses.replace(settings, train_limit=0, holdout=0))
+    size, holdout = dataset.train.size, settings.holdout
+    if holdout >= size:
+        raise ValueError(f"data.holdout: expected fewer than {size} images, got {holdout}")
+    if holdout:
+        dataset = dataset._replace(test=dataset.train.part(size - holdout, size))
+    kept = min(size - holdout, settings.train_limit or size)
+    return dataset._replace(train=dataset.train.part(0, kept))
 
 
 @functools.lru_cache(maxsize=1)  # the experiments of a study share it

@@ -101,9 +101,10 @@ class Encoded(NamedTuple):
     Attributes:
       data_dir: Folder of tensorflow-datasets.
       split: Its name there.
-      size: Number of images, from the first one in tensorflow-datasets' order.
+      size: Number of images, one after the other in tensorflow-datasets' order.
       image_size: Side of the crops.
       workers: Processes that decode; 0 for threads of this process.
+      start: Place of the first image in the split.
     """
 
     data_dir: str
@@ -111,15 +112,16 @@ class Encoded(NamedTuple):
     size: int
     image_size: int
     workers: int
+    start: int = 0
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Shape of a crop, (H, W, C)."""
         return self.image_size, self.image_size, 3
 
-    def first(self, count: int) -> "Encoded":
-        """Return the split of the first so many images."""
-        return self._replace(size=min(self.size, count))
+    def part(self, start: int, stop: int) -> "Encoded":
+        """Return the split of the images from one place to before another."""
+        return self._replace(start=self.start + start, size=min(self.size, stop) - start)
 
     def read(
         self, batches: Sequence[tuple[np.ndarray, np.ndarray]], key: np.ndarray | None
@@ -201,7 +203,8 @@ def _open(data_dir: str, split: str) -> Any:
 
 def _read_examples(split: Encoded, rows: list[int]) -> Sequence[dict[str, Any]]:
     with _readable(split.data_dir):
-        examples = _open(split.data_dir, split.split).__getitems__(rows)
+        own = [split.start + row for row in rows]
+        examples = _open(split.data_dir, split.split).__getitems__(own)
     for example in examples:
         if not 0 <= example["label"] < len(source().label_names):
             raise ValueError(f"{_name(example)}: expected labels 0 to 999, got {example['label']}")
