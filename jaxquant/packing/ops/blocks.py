@@ -17,7 +17,8 @@ from jaxquant.packing.codes import byte_planes, unpack_planes
 from jaxquant.packing.ops import planes, reference
 from jaxquant.packing.parts import columns_of_a_block, decoded_rows, run_of_columns
 
-_WEIGHTS = 2**18  # unpacked at a time, 1 MB: the cache of one core holds them
+_WEIGHTS = 2**18, 2**20  # unpacked at a time, 1 MB: the cache of one core holds them
+_OF_A_VECTOR = 2**11  # more at a time for many vectors, whose own entries take as much
 
 
 def supports(x: jax.Array, packed: PackedArray | ProductArray) -> bool:
@@ -29,7 +30,7 @@ def supports(x: jax.Array, packed: PackedArray | ProductArray) -> bool:
 def matmul(x: jax.Array, packed: PackedArray | ProductArray) -> jax.Array:
     """Return [vectors, columns] from x [vectors, prod(rows)], in float32 or wider."""
     (columns,) = packed.columns
-    width = _width(math.prod(packed.rows), columns, columns_of_a_block(packed))
+    width = _width(len(x), math.prod(packed.rows), columns, columns_of_a_block(packed))
     last = columns - width  # where the last block starts, over columns that were there before
 
     def block(number: jax.Array | int) -> PackedArray | ProductArray:
@@ -45,13 +46,19 @@ def matmul(x: jax.Array, packed: PackedArray | ProductArray) -> jax.Array:
     return loops.fori_loop(0, -(-columns // max(width, 1)), add, (y, block(0)))[0]
 
 
-def _width(rows: int, columns: int, own: int) -> int:
+def _weights(vectors: int) -> int:
+    """Return how many weights are unpacked at a time; for a symbolic number of vectors, few."""
+    least, most = _WEIGHTS
+    return max(least, min(most, _OF_A_VECTOR * vectors)) if isinstance(vectors, int) else least
+
+
+def _width(vectors: int, rows: int, columns: int, own: int) -> int:
     """Return how many columns are unpacked at a time, where `own` columns make a block of a weight.
 
     Blocks of a weight are taken whole, or in pieces of a size that divides theirs.
     """
     # Two at least: a loop of one would not be left a loop.
-    count = min(columns, max(2, -(-rows * columns // _WEIGHTS)))
+    count = min(columns, max(2, -(-rows * columns // _weights(vectors))))
     width = -(-columns // max(count, 1))
     if own == columns:
         return width
@@ -71,7 +78,7 @@ def matmul_transposed(x: jax.Array, packed: PackedArray) -> jax.Array:
     length, columns = codes.shape[-2:]
     rows, dtype = math.prod(packed.rows), reference.accumulator(x, packed)
     # Two steps at least: a loop of one would not be left a loop.
-    height = -(-length // min(length, max(2, -(-count * length * columns // _WEIGHTS))))
+    height = -(-length // min(length, max(2, -(-count * length * columns // _weights(len(x))))))
     last = length - height
 
     def first(number: jax.Array | int) -> jax.Array:

@@ -21,7 +21,7 @@ _PARTIAL = {
 IMPLEMENTATIONS = ("unpack", *_PARTIAL)
 _OF_PLATFORM = {"cpu": ("native", "words", "blocks"), "gpu": ("triton",), "tpu": ("mosaic",)}
 _FEW_FOR_WORDS = 16  # vectors; tables are read for each, a kernel is unpacked once for all
-_FEW_FOR_PLAIN = 8
+_FEW_FOR_NATIVE = {"plain": 8, "avx2": 128, "avx512": 128}  # more reach XLA's speed of arithmetic
 _FEW_VECTORS = 64  # more are bound by arithmetic, for which XLA's own product is the best on GPUs
 _FEW_WEIGHTS = 2**14  # which are unpacked before a loop would start
 
@@ -47,8 +47,8 @@ def fastest(
 
 def _most_vectors(name: str) -> int | None:
     """Return for how many vectors an implementation is the best; None: for any number."""
-    if name == "native":  # without vectors of the processor, XLA's own product is faster for many
-        return _FEW_FOR_PLAIN if cpp.level() == "plain" else None
+    if name == "native":
+        return _FEW_FOR_NATIVE[cpp.level()]
     return {"words": _FEW_FOR_WORDS, "blocks": None}.get(name, _FEW_VECTORS)
 
 
