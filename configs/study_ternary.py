@@ -76,6 +76,7 @@ def get_configs() -> dict[str, Config]:
         "linear_first_moments": vary(zero, quantize=dict(moment_batches=8, **linear_first)),
         "straight_through": straight,
         "softly": softly,
+        "softly_channels": vary(softly, quantize=channels),
         "softly_then_hard": vary(softly, retrain=dict(coolest=0.02, cooling=0.7)),
         "softly_to_the_end": vary(softly, retrain=dict(coolest=0.0005, cooling=1.0)),
         "decay_0": vary(base, retrain=dict(weight_decay=0.0)),

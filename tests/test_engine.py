@@ -47,7 +47,7 @@ def make_dataset(size=40, pad=0, flip=False):
     images = rng.integers(0, 256, (size, 4, 4, 2), dtype=np.uint8)
     labels = rng.integers(0, 3, size).astype(np.int32)
     train = Images(images, labels)
-    return Dataset("x", train, train.first(7), 3, (0.5, 0.25), (0.5, 2.0), pad, flip)
+    return Dataset("x", train, train.part(0, 7), 3, (0.5, 0.25), (0.5, 2.0), pad, flip)
 
 
 def task_of(module, dataset):

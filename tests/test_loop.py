@@ -61,7 +61,7 @@ def make_dataset(side, channels):
     noise = rng.integers(0, 60, (24, side, side, channels))
     train = Images((noise + 60 * labels[:, None, None, None]).astype(np.uint8), labels)
     return Dataset(
-        "toy", train, train.first(12), 3, (0.5,) * channels, (0.25,) * channels, 0, False
+        "toy", train, train.part(0, 12), 3, (0.5,) * channels, (0.25,) * channels, 0, False
     )
 
 

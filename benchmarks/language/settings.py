@@ -123,11 +123,13 @@ def ours() -> dict[str, Quantize]:
         for groups, by in ((1, ""), (4, " by 4 groups of outputs"))
         for name, row in rows.items()
     }
+    few_tried = [(k, (64, 1)) for k in (4, 8, 16, 32)]
     tried = [(k, (size, 1)) for k in (4, 6, 8, 12, 16, 24, 32) for size in (WHOLE, 64)]
     mixed = {
-        f"allocated, bytes of k = {k}": functools.partial(
-            allocated, like=(k, (64, 1)), choices=tried
+        f"{name}, bytes of k = {k}": functools.partial(
+            allocated, like=(k, (64, 1)), choices=choices
         )
+        for name, choices in (("allocated", tried), ("allocated in groups of 64", few_tried))
         for k in (16, 8)
     }
     few = {
