@@ -127,13 +127,13 @@ def compensate(
     dtypes = codebook.dtype, jnp.float32 if scale is None else scale.dtype
     found = _Found(rows(start), by_blocks(codebook).astype(jnp.float32), scales)
 
-    def again(_: int, best: _Found) -> _Found:
-        best = _better(layer, _by_input(layer, best), best)
+    passes = jnp.where(jnp.any(movable), _PASSES, 1)  # under the same centroids all are the same
+
+    def turn(number: jax.Array, best: _Found) -> _Found:
+        best = _better(layer, _moved(layer, best, descends=number >= passes), best)
         return _refit(layer, best, *dtypes)
 
-    passes = jnp.where(jnp.any(movable), _PASSES, 1)  # under the same centroids all are the same
-    found = loops.fori_loop(0, passes, again, found)
-    found = _refit(layer, _better(layer, _descend(layer, found), found), *dtypes)
+    found = loops.fori_loop(0, passes + 1, turn, found)
     new = found.weights[:inputs][jnp.argsort(order)].reshape(shape)
     codes = assigned(
         new, found.tables.reshape(*numbers, k) if tables.ndim > 1 else found.tables[0, 0]
@@ -298,18 +298,43 @@ def _look_up(row: jax.Array, group: jax.Array, bounds: jax.Array, results: jax.A
     return found.reshape(outputs)
 
 
-def _by_input(layer: _Layer, found: _Found) -> _Found:
-    """Freeze one input's weights after the other; those that come later make up for them."""
-    tables = _tables(found.tables)
+def _moved(layer: _Layer, found: _Found, *, descends: jax.Array) -> _Found:
+    """Return weights on other centroids, in one of two ways, which are one program.
 
-    def step(weights: jax.Array, frozen: jax.Array, group: jax.Array) -> tuple[jax.Array, ...]:
-        near = _look_up(weights, group, tables.bounds, tables.values)
-        new = jnp.where(frozen, weights, near)
-        return weights - new, new
+    Args:
+      layer: what does not change.
+      found: where coordinate descent begins; the centroids of both.
+      descends: whether each weight that was free goes to the best centroid given all others, a few
+        times. Else one input's weights freeze after the other, from those of the layer, and those
+        that come later make up for them.
+    """
+    energies, tables = _energies(layer.moments), _tables(found.tables)
+    coupling = jnp.where(descends, layer.moments, layer.spreading)
+    reached = descends | ~layer.frozen
 
-    rows = (layer.frozen, layer.groups)
-    weights = _by_rows(step, layer.spreading, layer.weights, ~layer.frozen, rows)[0]
-    return found._replace(weights=weights)
+    def step(
+        state: jax.Array, weights: jax.Array, frozen: jax.Array, own: jax.Array, group: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Take the weights of an input, or their slope, to centroids."""
+        own = of_outputs(own, len(weights))
+        before = jnp.where(descends, weights, state)
+        target = jnp.where(descends, weights - state / jnp.where(own > 0, own, 1.0), state)
+        best = _look_up(target, group, tables.bounds, tables.values)
+        new = jnp.where(frozen | (descends & (own <= 0)), before, best)
+        return before - new, new
+
+    def sweep(_: int, weights: jax.Array) -> jax.Array:
+        state = loops.cond(
+            descends,
+            lambda weights: answers(layer.moments, weights - layer.weights),
+            lambda _: layer.weights,
+            weights,
+        )
+        rows = (weights, layer.frozen, energies, layer.groups)
+        return _by_rows(step, coupling, state, reached, rows)[0]
+
+    sweeps = jnp.where(descends, _SWEEPS, 1)
+    return found._replace(weights=loops.fori_loop(0, sweeps, sweep, found.weights))
 
 
 def _error(layer: _Layer, found: _Found) -> jax.Array:
@@ -444,24 +469,3 @@ def _sums(shape: tuple[int, ...], slots: jax.Array, x: jax.Array) -> jax.Array:
     zeros = jnp.zeros(size * parts, jnp.float32)
     sums = zeros.at[slots * parts + part].add(x, mode="drop")
     return jnp.sum(sums.reshape(*shape, parts), axis=-1)
-
-
-def _descend(layer: _Layer, found: _Found) -> _Found:
-    """Move each weight that was free to the best centroid given all others."""
-    energies, tables = _energies(layer.moments), _tables(found.tables)
-
-    def step(
-        slope: jax.Array, weights: jax.Array, frozen: jax.Array, own: jax.Array, group: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        own = of_outputs(own, len(weights))
-        target = weights - slope / jnp.where(own > 0, own, 1.0)
-        best = _look_up(target, group, tables.bounds, tables.values)
-        new = jnp.where(frozen | (own <= 0), weights, best)
-        return weights - new, new
-
-    def sweep(_: int, weights: jax.Array) -> jax.Array:
-        slope = answers(layer.moments, weights - layer.weights)
-        rows = (weights, layer.frozen, energies, layer.groups)
-        return _by_rows(step, layer.moments, slope, jnp.ones_like(layer.frozen), rows)[0]
-
-    return found._replace(weights=loops.fori_loop(0, _SWEEPS, sweep, found.weights))
