@@ -24,9 +24,9 @@ def normal(shape, seed=0, scale=1.0):
 PARAMS = {
     "first": {"kernel": normal((48, 40), scale=3.0), "bias": jnp.zeros(40)},
     "second": {"kernel": normal((48, 40), seed=1)},  # by the programs of the first
-    "third": {"kernel": normal((3, 3, 16, 28), seed=2, scale=0.1)},
+    "third": {"kernel": normal((48, 40), seed=2, scale=0.1)},
 }
-CHOICES = [jq.LayerRule(".*kernel", k=k) for k in (2, 3, 4, 8, 16)]
+CHOICES = [jq.LayerRule(".*kernel", k=k) for k in (2, 4, 8, 16)]
 CHOICE_OF_ALL = [jq.LayerRule(".*", k=k) for k in (2, 3, 4, 8, 16)]
 
 
@@ -52,8 +52,8 @@ def test_files_keep_the_budget_and_nearly_fill_it(budget, tmp_path):
 
 
 def test_bits_are_of_the_weights_that_are_quantized():
-    rules = jq.allocate(PARAMS, bits=2.3, choices=CHOICES)
-    assert 2.2 < rules.bits <= 2.3
+    rules = jq.allocate(PARAMS, bits=2.45, choices=CHOICES)
+    assert 2.4 < rules.bits <= 2.45
     assert rules.size == sum(PARAMS[name]["kernel"].size for name in PARAMS)
     assert [rule.pattern for rule in rules] == [rf"{name}/kernel" for name in PARAMS]
 
@@ -83,9 +83,9 @@ def test_what_matters_more_gets_more():
 @pytest.mark.further
 def test_what_matters_more_by_guided_moments_gets_more_too():
     found = jq.allocate(PARAMS, **EXTREMES, sensitivity=HEAVY)
-    moments = {f"{name}/kernel": jnp.eye(n) for name, n in (("first", 48), ("second", 48))}
+    moments = {f"{name}/kernel": jnp.eye(48) for name in ("first", "second")}
     guided = jq.Calibration(
-        sensitivity=None, moments=moments | {"third/kernel": 1e6 * jnp.eye(144)}, guided=True
+        sensitivity=None, moments=moments | {"third/kernel": 1e6 * jnp.eye(48)}, guided=True
     )
     assert list(jq.allocate(PARAMS, **EXTREMES, calibration=guided)) == list(found)
 
@@ -132,7 +132,7 @@ def lost(params, batches):
 def test_with_the_function_one_loss_of_each_weight_is_what_its_answers_lose():
     batches = [texts(5), texts(7)[:32]]
     seen = jq.calibrate(tokens_and_their_mean, PAIR, batches, guided=True)
-    choices = [jq.LayerRule(".*", k=k) for k in (2, 4, 16)]
+    choices = [jq.LayerRule(".*", k=k) for k in (2, 4, 8)]
     plain = jq.allocate(PAIR, bits=30, choices=choices, calibration=seen)
     told = jq.allocate(
         PAIR,
@@ -194,7 +194,7 @@ def test_the_function_may_take_a_module_of_nnx():
 
 
 def test_other_budgets_come_from_the_same_table():
-    found = jq.allocate(PARAMS, bits=2.5, choices=CHOICES)
+    found = jq.allocate(PARAMS, bits=2.1, choices=CHOICES)
     for budget in ({"bits": 3.5}, {"bytes": 3_000}):
         same = jq.allocate(PARAMS, choices=CHOICES, **budget)
         other = found.within(**budget)
@@ -221,16 +221,16 @@ def test_a_choice_is_for_the_weights_that_it_matches():
 
 
 def test_without_choices_what_is_selected_by_default_is_tried(monkeypatch):
-    monkeypatch.setattr(module, "_KS", (2, 8))
+    monkeypatch.setattr(module, "_KS", (8,))
     params = {name: PARAMS[name] for name in ("first", "second")}
     rules = jq.allocate(params, bits=3.3)
-    assert [choice.path for choice in rules.table].count("first/kernel") == 4
+    assert [choice.path for choice in rules.table].count("first/kernel") == 2
     assert any(rule.scaled for rule in rules)
     assert not any("bias" in rule.pattern for rule in rules)
 
 
 def test_it_prints_as_a_table():
-    choices = [jq.LayerRule("first/kernel", bits=3), *CHOICES[:2]]
+    choices = [*CHOICES[:2], jq.LayerRule("first/kernel", bits=3)]
     lines = unpadded(str(jq.allocate(PARAMS, bits=3, choices=choices))).splitlines()
     assert lines[2].startswith("| first/kernel | 5 | ")
     assert "bits a weight" in lines[-1]
