@@ -25,6 +25,7 @@ class Task:
       notes: what a reader has to know.
       training: tokens [texts, positions] to train on, batch by batch.
       distance: of a student's parameters from a teacher's on a batch, which training lowers.
+      alone: batches that tell what each kernel loses alone, before bits are allocated.
     """
 
     model: Any
@@ -35,6 +36,7 @@ class Task:
     notes: str
     training: list[jax.Array]
     distance: Callable[[Params, Params, jax.Array], jax.Array]
+    alone: int = 4
 
     @property
     def function(self) -> Callable[[Params, jax.Array], jax.Array]:

@@ -12,7 +12,6 @@ from benchmarks.bits import WHOLE, fitting
 from benchmarks.language import models
 from benchmarks.language.training import distilled
 
-_MEASURED = 4  # batches that tell what each weight loses alone
 _Choice = tuple[int, tuple[int, int]]  # k and the block
 _TRAINING: dict[str, Any] = {"steps": 400, "warm": 0.0, "begun": 0.5}
 _RATE = 0.024  # over k: as centroids lie closer, weights need not go as far
@@ -76,7 +75,7 @@ def _measured(task: models.Task, choices: tuple[_Choice, ...]) -> jq.Allocation:
         choices=[rule for choice in choices for rule in rules_of(task, *choice, scaled=True)],
         calibration=calibration(task, 1),
         function=task.function,
-        batches=task.batches[:_MEASURED],
+        batches=task.batches[: task.alone],
         outputs=task.outputs,
     )
 
