@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxquant as jq
-from tests.cases import mostly_slow
+from tests.cases import mostly_further, mostly_slow
 
 WIDTH, BATCH = 6, 10
 
@@ -451,6 +451,30 @@ def test_sharded_batches_tell_what_whole_ones_do(kind):
     on_mesh = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     found = jq.calibrate(chain, on_mesh, [sharded])
     jax.tree.map(close, found, expected)
+
+
+@pytest.mark.parametrize("kind", mostly_further([AxisType.Auto, AxisType.Explicit], AxisType.Auto))
+def test_groups_of_outputs_of_sharded_weights_are_those_of_whole_ones(kind):
+    mesh = jax.make_mesh((2, 2), ("data", "outputs"), axis_types=(kind,) * 2)
+    params, x = {"w": normal((WIDTH, 8))}, normal((8, WIDTH), seed=2)
+    rules = [jq.LayerRule("w", k=3)]
+    plan = jq.slq(params, rounds=(3,), rules=rules)
+
+    def quantized(params, x):
+        seen = jq.calibrate(squares, params, [x], rules=rules, guided=4)
+        return seen, jq.quantize_round(plan, params, jq.init(plan, params), calibration=seen)[0]
+
+    def on_mesh(x, *axes):
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    with jax.set_mesh(mesh):
+        found = quantized({"w": on_mesh(params["w"], None, "outputs")}, on_mesh(x, "data"))
+    assert found[0].moments["w"].shape == (4, WIDTH, WIDTH)
+    jax.tree.map(close, found, quantized(params, x))
+
+
+def squares(params, x):
+    return jnp.square(x @ params["w"])
 
 
 def test_arguments_that_are_no_arrays_are_constants():
