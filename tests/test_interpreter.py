@@ -769,7 +769,7 @@ def test_leading_axes_are_indexed(tmp_path):
 @pytest.mark.parametrize("k", [2, 3, 5, 7, 16, 17, 33, 256])
 @pytest.mark.parametrize("numbers", [None, (20, 1), (4, 3), (1, 6), (20, 6)])
 def test_the_transposed_product_is_that_of_the_transposed_weight(k, numbers, monkeypatch):
-    monkeypatch.setattr("jaxquant.packing.ops.blocks._WEIGHTS", 60)
+    monkeypatch.setattr("jaxquant.packing.ops.blocks._WEIGHTS", (60, 60))
     packed, x = weight(20, 6, k=k, numbers=numbers), normal(3, 6)
     want = x @ jq.unpack(packed).T
     for implementation in ("unpack", "blocks"):

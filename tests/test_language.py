@@ -197,6 +197,7 @@ def test_bits_and_losses_of_settings(pair):
     assert 0 < int(fine[2].replace(",", "")) < 20_000
 
 
+@pytest.mark.further
 def test_calibrated_kernels_answer_better_and_allocated_ones_keep_their_bytes(pair):
     def error(kernels):
         new = {path: jq.unpack(kernel) for path, kernel in kernels.items()}
