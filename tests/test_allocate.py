@@ -281,6 +281,8 @@ def test_budgets_of_many_units_are_kept_and_nearly_as_good():
     [
         ({}, "expected a budget of bytes or bits"),
         ({"bits": 3, "bytes": 3}, "expected a budget of bytes or bits"),
+        ({"bits": float("nan")}, "expected a budget that is a finite number, got nan"),
+        ({"bytes": float("inf")}, "expected a budget that is a finite number, got inf"),
         (
             {"bits": 0.5},
             r"expected a budget that the smallest choices keep, of bits 1\.\d+, got 0\.5",

@@ -560,6 +560,19 @@ def test_layers_that_were_not_looked_at_are_clustered_as_without():
     assert not is_on_nearest(new["out"], params["out"], state.codebooks["out"])
 
 
+def test_a_weight_that_nothing_uses_is_clustered_as_without():
+    params = {"unused": normal((8, 5), seed=3), "used": normal((8, 5))}
+    rule = {"k": 4, "block": (-1, 1), "scaled": True}
+    found = jq.calibrate(lambda params, x: x @ params["used"], params, [normal((BATCH, 8))])
+    plan = jq.slq(params, rounds=(1,), rules=[jq.LayerRule("unused", **rule)])
+    start = jq.init(plan, params)
+    expected, *_ = jq.quantize_round(
+        plan, params, start, sensitivity=jax.tree.map(jnp.ones_like, params)
+    )
+    new, *_ = jq.quantize_round(plan, params, start, calibration=found)
+    np.testing.assert_array_equal(new["unused"], expected["unused"])
+
+
 def test_optimizers_take_it_too():
     params, x = chain_params(), normal((BATCH, WIDTH), seed=2)
     rules = [jq.LayerRule("out", k=3)]
@@ -598,6 +611,19 @@ def calibrated(function=chain, params=None, batches=None, **options):
             {"function": lambda params, x: jnp.sum(chain(params, x)), "outputs": "categorical"},
             "scalar",
         ),
+        ({"function": lambda params, x: jnp.mean(chain(params, x))}, "each example, got a scalar"),
+        (
+            {"function": lambda params, x: (jnp.sum(chain(params, x)), chain(params, x))},
+            "each example, got a scalar",
+        ),
+        (
+            {"function": lambda params, x: (chain(params, x), chain(params, x)[1:])},
+            r"the same number of examples, at least one, got \[9, 10\]",
+        ),
+        (
+            {"function": lambda params, x: x @ params["out"], "batches": [jnp.zeros((0, 8))]},
+            r"at least one, got \[0\]",
+        ),
     ],
 )
 def test_bad_input_is_named(arguments, message):
@@ -611,5 +637,8 @@ def test_rounds_refuse_what_is_no_calibration_and_what_is_told_twice():
     state, found = jq.init(plan, params), calibrated()
     with pytest.raises(ValueError, match="got both"):
         jq.quantize_round(plan, params, state, calibration=found, moments=found.moments)
+    other = jq.slq(params, rounds=(4,), rules=[jq.LayerRule("out", k=4, inputs=-1)])
+    with pytest.raises(ValueError, match=r"out: its rule says inputs=-1.*expected inputs=1"):
+        jq.quantize_round(other, params, state, calibration=found)
     with pytest.raises(ValueError, match=r"expected a Calibration.*got a dict"):
         jq.quantize_round(plan, params, state, calibration={"moments": {}})

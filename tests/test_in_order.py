@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import jaxquant as jq
+from jaxquant.calibration.in_order import _parts
 
 
 def normal(shape, seed=0):
@@ -51,6 +52,16 @@ def test_one_part_is_a_round():
     seen = jq.calibrate(function, PARAMS, BATCHES, rules=RULES)
     expected = jq.quantize_round(plan, PARAMS, jq.init(plan, PARAMS), calibration=seen)
     jax.tree.map(np.testing.assert_array_equal, (new, state), expected[:2])
+
+
+def test_weights_that_no_product_uses_are_in_the_last_part():
+    params = PARAMS | {"c": normal((16, 12), seed=4)}
+    rules = [*RULES, jq.LayerRule("c", k=4, block=(-1, 1), scaled=True)]
+    plan = plan_of(params, rules)
+    parts = _parts(plan, function, params, BATCHES[0], 3)
+    assert [[layer.path for layer in part] for part in parts] == [["b"], ["a", "c"]]
+    new, state = jq.quantize_in_order(plan, function, params, BATCHES, parts=3)
+    assert all(jax.tree.leaves(jq.is_on_codebook(new, state)))
 
 
 def test_bad_input_is_named():

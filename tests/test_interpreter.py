@@ -839,7 +839,7 @@ def test_rules_and_functions_tell_pack_what_rows_are():
         jq.pack(params, state, inputs={"query/kernel": 3})
 
 
-def test_packed_functions_and_arrays_are_exported():
+def test_packed_functions_and_arrays_are_exported(implementation):
     packed, x = weight(8, 6), normal(3, 8)
     apply = jax.jit(jq.packed(lambda w, x: x @ w + (x @ w) @ w.T @ w))
     (batch,) = jax.export.symbolic_shape("b")

@@ -145,6 +145,24 @@ def test_a_temperature_that_falls_to_zero_compiles_once_and_ends_straight_throug
     assert jnp.all(jnp.isfinite(gradient(1e-9)))
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-9, 1e-11, 1e-20])
+def test_next_to_zero_a_temperature_is_zero(temperature):
+    rng = np.random.default_rng(0)
+    start = {"w": jnp.asarray(rng.normal(size=(16, 16)), jnp.float32)}
+    plan = jq.slq(start, rounds=(1,), rules=[jq.LayerRule("w", k=4)])
+    state = jq.release(jq.quantize_round(plan, start, jq.init(plan, start))[1])
+    params = {"w": start["w"].at[0, 0].set(1e3)}  # far from all centroids
+
+    @jax.jit
+    def seen(params, temperature):
+        return jq.straight_through(plan, params, state, temperature=temperature)["w"]
+
+    cold = seen(params, jnp.float32(temperature))
+    np.testing.assert_allclose(cold, seen(params, 0.0), rtol=1e-6)
+    slope = jax.grad(lambda params: jnp.sum(seen(params, jnp.float32(temperature))))(params)["w"]
+    assert jnp.all(jnp.isfinite(slope))
+
+
 def test_frozen_weights_are_what_they_are_at_any_temperature():
     plan, params, state = quantized(RULES["leaf"], rounds=(2, 4))
     frozen = np.asarray(state.frozen["w"])

@@ -201,6 +201,9 @@ def allocate(
 def _check_budget(bytes: int | None, bits: float | None) -> None:
     if (bytes is None) == (bits is None):
         raise ValueError(f"expected a budget of bytes or bits, got bytes={bytes} and bits={bits}")
+    budget = bytes if bits is None else bits
+    if not math.isfinite(budget):
+        raise ValueError(f"expected a budget that is a finite number, got {budget}")
 
 
 def _default_choices(params: Any, calibration: Calibration | None) -> list[LayerRule]:

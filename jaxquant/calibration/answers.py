@@ -16,7 +16,11 @@ OUTPUTS = ("normal", "categorical")
 
 
 def answers_of(results: Any, outputs: str) -> tuple[list[jax.Array], int]:
-    """Return the floating point arrays of what a function returned, and of how many examples."""
+    """Return the floating point arrays of what a function returned, and of how many examples.
+
+    Raises:
+      ValueError: for none, for scalars, and for arrays of no or of different numbers of examples.
+    """
     leaves = [
         x for x in jax.tree.leaves(results) if jnp.issubdtype(jnp.result_type(x), jnp.floating)
     ]
@@ -24,9 +28,15 @@ def answers_of(results: Any, outputs: str) -> tuple[list[jax.Array], int]:
         raise ValueError("expected a function that returns floating point numbers, got none")
     if outputs == "categorical" and not all(map(jnp.ndim, leaves)):
         raise ValueError("expected logits [..., classes] of a categorical, got a scalar")
-    shape = jnp.shape(leaves[0])
-    number = math.prod(shape[:-1] if outputs == "categorical" else shape[:1])
-    return [jnp.asarray(x, jnp.float32) for x in leaves], number
+    if not all(map(jnp.ndim, leaves)):
+        raise ValueError("expected outputs with an entry for each example, got a scalar")
+    ends = -1 if outputs == "categorical" else 1
+    numbers = {math.prod(jnp.shape(x)[:ends]) for x in leaves}
+    if len(numbers) > 1 or not min(numbers):
+        raise ValueError(
+            f"expected outputs of the same number of examples, at least one, got {sorted(numbers)}"
+        )
+    return [jnp.asarray(x, jnp.float32) for x in leaves], min(numbers)
 
 
 def lost_alone(

@@ -40,6 +40,7 @@ def quantize_in_order(
       params: tree of weights; of NNX the state of a model that is split, which the function merges.
       batches: see `calibrate`; all of them are kept.
       parts: how many; at most as many as weights that are quantized, and then each is alone.
+        Weights that the function uses in no product are in the last part.
       **options: of `calibrate`: outputs, sensitivity, guided, key.
 
     Returns:
@@ -79,14 +80,22 @@ def quantize_in_order(
 def _parts(
     plan: Plan, function: Callable[..., Any], params: Any, batch: Any, parts: int
 ) -> list[list[Layer]]:
-    """Return the layers in the order of their use, in parts of about equal number."""
+    """Return the layers in the order of their use, in parts of about equal number.
+
+    Those that no product uses go with the last: alone they may have nothing to observe.
+    """
     selected = plan.selection.by_depth()
     stacks = [layer.path for layer in selected if layer.stacks]
     used = list(PackedFunction(function).roles(params, batch, stacks=stacks))
     places = {path: place for place, path in enumerate(used)}
-    order = sorted(selected, key=lambda layer: places.get(layer.path, len(places)))
-    bounds = [len(order) * part // parts for part in range(parts + 1)]
-    return [order[start:end] for start, end in itertools.pairwise(bounds)]
+    seen = sorted(
+        (layer for layer in selected if layer.path in places), key=lambda own: places[own.path]
+    )
+    parts = max(1, min(parts, len(seen)))
+    bounds = [len(seen) * part // parts for part in range(parts + 1)]
+    found = [seen[start:end] for start, end in itertools.pairwise(bounds)]
+    found[-1].extend(layer for layer in selected if layer.path not in places)
+    return found
 
 
 def _rule(layer: Layer) -> LayerRule:

@@ -57,7 +57,8 @@ def guided_by(
     still do together, and clusters that go by a few weights of large sensitivity lose the others.
 
     Raises:
-      ValueError: if calibration and one of the others are given.
+      ValueError: if calibration and one of the others are given, and for a layer whose rule tells
+        other inputs than those that calibration has moments of; names it.
     """
     if calibration is None:
         return plan, sensitivity, dict(moments or {})
@@ -70,8 +71,16 @@ def guided_by(
     inputs = calibration.inputs
 
     def told(layer: Layer) -> Layer:
-        own = layer.inputs if layer.inputs is not None else inputs.get(layer.path)
-        return dataclasses.replace(layer, inputs=own)
+        found = inputs.get(layer.path)
+        if layer.inputs is None:
+            return dataclasses.replace(layer, inputs=found)
+        is_known = layer.reason is None and found is not None
+        if is_known and dataclasses.replace(layer, inputs=found).input_axes != layer.input_axes:
+            raise ValueError(
+                f"{layer.path}: its rule says inputs={layer.inputs}, and calibration has moments "
+                f"of others: expected inputs={found}"
+            )
+        return layer
 
     selection = dataclasses.replace(plan.selection, layers=tuple(map(told, plan.selection.layers)))
     selected = {layer.path for layer in selection.selected}
@@ -87,8 +96,12 @@ def guided_by(
 
 
 def _damped(leaves: list[jax.Array], *, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
-    """Return sensitivities; weights of a layer that calibration did not look at count alike."""
-    return [
-        jnp.ones(shape, jnp.float32) if not own.ndim else own + _DAMPING * jnp.mean(own)
-        for own, shape in zip(leaves, shapes, strict=True)
-    ]
+    """Return sensitivities; weights of a layer that calibration has not seen count alike."""
+
+    def damped(own: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        if not own.ndim:
+            return jnp.ones(shape, jnp.float32)
+        mean = jnp.mean(own)
+        return jnp.where(mean > 0, own + _DAMPING * mean, 1.0)
+
+    return list(map(damped, leaves, shapes))

@@ -14,6 +14,8 @@ from jaxquant.rounds.schedules import Plan
 from jaxquant.rounds.state import QuantState, block_codebooks, check_state
 from jaxquant.trees import check_leaves, pure, replaced
 
+_COLDEST = 1e-12  # temperature; below it counts as 0
+
 
 def straight_through(plan: Plan, params: Any, state: QuantState, *, temperature: Any = 0.0) -> Any:
     """Return the parameters as the network has them once all is quantized; gradients go through.
@@ -46,7 +48,8 @@ def straight_through(plan: Plan, params: Any, state: QuantState, *, temperature:
       plan: of the state.
       params: tree of weights.
       state: with codebooks, from `quantize_round` or `release`.
-      temperature: scalar, not negative; may be traced: one compile for a whole schedule.
+      temperature: scalar, not negative; may be traced: one compile for a whole schedule. Below
+        1e-12 it counts as 0.
 
     Returns:
       Tree like `params`. Pure, under jit and grad; costs a pass over the weights, and another one
@@ -116,7 +119,7 @@ def _seen_warm(
 ) -> jax.Array:
     arrays = weights, frozen, centroids
     return loops.cond(
-        temperature > 0, _mixed, lambda *arrays: _seen(*arrays[:3]), *arrays, temperature
+        temperature >= _COLDEST, _mixed, lambda *arrays: _seen(*arrays[:3]), *arrays, temperature
     )
 
 
@@ -129,7 +132,7 @@ def _mixed(
     ends = jax.lax.stop_gradient((jnp.min(table, axis=-1), jnp.max(table, axis=-1)))
     apart = (ends[1] - ends[0]) / max(table.shape[-1] - 1, 1)
     sharpness = jnp.where(apart > 0, 1.0 / jnp.where(apart > 0, apart, 1.0), 0.0)
-    sharpness = sharpness / jnp.sqrt(jnp.where(temperature > 0, temperature, 1.0))
+    sharpness = sharpness / jnp.sqrt(jnp.where(temperature >= _COLDEST, temperature, 1.0))
     has_some = jnp.any(centroids != 0)
     mean = elementwise(_mean, (weights,), (table, sharpness.astype(wide)))
     mean = jnp.where(has_some, mean.astype(weights.dtype), weights)
@@ -137,9 +140,21 @@ def _mixed(
 
 
 def _mean(weights: jax.Array, centroids: jax.Array, sharpness: jax.Array) -> jax.Array:
-    """Return the mean of centroids [k, ...] in shares that fall with their distance."""
-    scores = jax.vmap(lambda centroid: -jnp.square(sharpness * (weights - centroid)))(centroids)
-    shares = jax.nn.softmax(scores, axis=0)
+    """Return the mean of centroids [k, ...] in shares that fall with their distance.
+
+    Scores are squared distances less that of the nearest, whose own is 0 however XLA rounds: where
+    it computes them anew for the largest, others may come out above all of them.
+    """
+    away = jax.lax.stop_gradient(jax.vmap(lambda centroid: jnp.abs(weights - centroid))(centroids))
+    tables = jax.vmap(lambda centroid: jnp.broadcast_to(centroid, weights.shape))(centroids)
+    is_nearest = away == jnp.min(away, axis=0, keepdims=True)
+    near = jax.lax.stop_gradient(jnp.max(jnp.where(is_nearest, tables, -jnp.inf), axis=0))
+
+    def score(centroid: jax.Array) -> jax.Array:
+        beyond = (weights - centroid) + (weights - near)
+        return -(sharpness * (near - centroid)) * (sharpness * beyond)
+
+    shares = jax.nn.softmax(jax.vmap(score)(centroids), axis=0)
     return jnp.sum(jax.vmap(jnp.multiply)(shares, centroids), axis=0)
 
 

@@ -30,7 +30,7 @@ def supports(x: jax.Array, packed: PackedArray | ProductArray) -> bool:
 def matmul(x: jax.Array, packed: PackedArray | ProductArray) -> jax.Array:
     """Return [vectors, columns] from x [vectors, prod(rows)], in float32 or wider."""
     (columns,) = packed.columns
-    width = _width(len(x), math.prod(packed.rows), columns, columns_of_a_block(packed))
+    width = _width(x.shape[0], math.prod(packed.rows), columns, columns_of_a_block(packed))
     last = columns - width  # where the last block starts, over columns that were there before
 
     def block(number: jax.Array | int) -> PackedArray | ProductArray:
@@ -78,7 +78,7 @@ def matmul_transposed(x: jax.Array, packed: PackedArray) -> jax.Array:
     length, columns = codes.shape[-2:]
     rows, dtype = math.prod(packed.rows), reference.accumulator(x, packed)
     # Two steps at least: a loop of one would not be left a loop.
-    height = -(-length // min(length, max(2, -(-count * length * columns // _weights(len(x))))))
+    height = -(-length // min(length, max(2, -(-count * length * columns // _weights(x.shape[0])))))
     last = length - height
 
     def first(number: jax.Array | int) -> jax.Array:
