@@ -199,11 +199,11 @@ def allocate(
 
 
 def _check_budget(bytes: int | None, bits: float | None) -> None:
-    if (bytes is None) == (bits is None):
+    given = [budget for budget in (bytes, bits) if budget is not None]
+    if len(given) != 1:
         raise ValueError(f"expected a budget of bytes or bits, got bytes={bytes} and bits={bits}")
-    budget = bytes if bits is None else bits
-    if not math.isfinite(budget):
-        raise ValueError(f"expected a budget that is a finite number, got {budget}")
+    if not math.isfinite(given[0]):
+        raise ValueError(f"expected a budget that is a finite number, got {given[0]}")
 
 
 def _default_choices(params: Any, calibration: Calibration | None) -> list[LayerRule]:
