@@ -171,6 +171,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read():
 def test_without_them_it_is_said_what_is_missing_and_all_else_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(cpp, "__file__", str(tmp_path / "__init__.py"))
     monkeypatch.setattr(cpp, "_library", functools.cache(cpp._library.__wrapped__))
+    monkeypatch.setattr(cpp, "level", cpp.level.__wrapped__)
     monkeypatch.setattr(platform, "is_one_device", lambda: True)
     monkeypatch.setattr(choice, "_FEW_WEIGHTS", 0)
     packed, x = packed_array(3, 40, 8), jnp.ones((2, 40))

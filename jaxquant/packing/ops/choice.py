@@ -48,7 +48,7 @@ def fastest(
 def _most_vectors(name: str) -> int | None:
     """Return for how many vectors an implementation is the best; None: for any number."""
     if name == "native":
-        return _FEW_FOR_NATIVE[cpp.level()]
+        return _FEW_FOR_NATIVE.get(cpp.level(), 0)  # none where it was not compiled
     return {"words": _FEW_FOR_WORDS, "blocks": None}.get(name, _FEW_VECTORS)
 
 
