@@ -119,9 +119,8 @@ BLOCKS = {  # which implementations there are beside "unpack", "native" and "blo
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_matmul_takes_blocks_of_all_kinds(name, monkeypatch):
-    monkeypatch.setattr(
-        blocks, "_WEIGHTS", (160, 160)
-    )  # so there are several, also in a block of columns
+    # So few that there are several, also in a block of columns.
+    monkeypatch.setattr(blocks, "_WEIGHTS", (160, 160))
     case, others = BLOCKS[name]
     packed, weights = packed_blocks(case)
     x = normal(3, case.shape[0])

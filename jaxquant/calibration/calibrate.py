@@ -75,7 +75,7 @@ def calibrate(
     Raises:
       ValueError: for what is no array, for no batches, for a weight whose rule tells other inputs
         than those that its products sum over, if nothing is observed, and for results that are not
-        finite; names the leaf.
+        finite; names the leaf. For outputs that do not have an entry for each example.
 
     >>> def function(params, x):
     ...     return x @ params["kernel"]
@@ -137,17 +137,13 @@ def _roles(
         if (
             role.inputs
             and layer.inputs is not None
-            and _axes(layer, role.inputs) != _axes(layer, layer.inputs)
+            and layer.axes_of(role.inputs) != layer.input_axes
         ):
             raise ValueError(
                 f"{layer.path}: its rule says inputs={layer.inputs}, and the function's products "
-                f"sum over {_axes(layer, role.inputs)} of its axes: expected inputs={role.inputs}"
+                f"sum over {layer.axes_of(role.inputs)} of its axes: expected inputs={role.inputs}"
             )
     return roles
-
-
-def _axes(layer: Layer, inputs: int) -> tuple[int, ...]:
-    return dataclasses.replace(layer, inputs=inputs).input_axes
 
 
 def _probes(setting: _Setting, layer: Layer, role: Role) -> Probes:

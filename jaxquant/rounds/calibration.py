@@ -75,7 +75,7 @@ def guided_by(
         if layer.inputs is None:
             return dataclasses.replace(layer, inputs=found)
         is_known = layer.reason is None and found is not None
-        if is_known and dataclasses.replace(layer, inputs=found).input_axes != layer.input_axes:
+        if is_known and layer.axes_of(found) != layer.input_axes:
             raise ValueError(
                 f"{layer.path}: its rule says inputs={layer.inputs}, and calibration has moments "
                 f"of others: expected inputs={found}"

@@ -164,8 +164,12 @@ class Layer:
     @property
     def input_axes(self) -> tuple[int, ...]:
         """The axes that products with one layer of it sum over, counted behind that of layers."""
+        return self.axes_of(self.inputs)
+
+    def axes_of(self, inputs: int | None) -> tuple[int, ...]:
+        """Return what `input_axes` would be if its rule said so of the inputs."""
         ndim = len(self.shape) - self.stacks
-        inputs = ndim - 1 if self.inputs is None else self.inputs
+        inputs = ndim - 1 if inputs is None else inputs
         return tuple(range(ndim)[:inputs] if inputs > 0 else range(ndim)[inputs:])
 
     @property

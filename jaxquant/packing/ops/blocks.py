@@ -17,8 +17,8 @@ from jaxquant.packing.codes import byte_planes, unpack_planes
 from jaxquant.packing.ops import planes, reference
 from jaxquant.packing.parts import columns_of_a_block, decoded_rows, run_of_columns
 
-_WEIGHTS = 2**18, 2**20  # unpacked at a time, 1 MB: the cache of one core holds them
-_OF_A_VECTOR = 2**11  # more at a time for many vectors, whose own entries take as much
+_WEIGHTS = 2**18, 2**20  # unpacked at a time, at least and at most: 1 MB, which a cache holds, to 4
+_OF_A_VECTOR = 2**11  # so many for each vector: what many take themselves, their weights may too
 
 
 def supports(x: jax.Array, packed: PackedArray | ProductArray) -> bool:

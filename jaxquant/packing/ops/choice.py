@@ -21,7 +21,7 @@ _PARTIAL = {
 IMPLEMENTATIONS = ("unpack", *_PARTIAL)
 _OF_PLATFORM = {"cpu": ("native", "words", "blocks"), "gpu": ("triton",), "tpu": ("mosaic",)}
 _FEW_FOR_WORDS = 16  # vectors; tables are read for each, a kernel is unpacked once for all
-_FEW_FOR_NATIVE = {"plain": 8, "avx2": 128, "avx512": 128}  # more reach XLA's speed of arithmetic
+_FEW_FOR_NATIVE = {"plain": 8, "avx2": 128, "avx512": 128}  # of more, XLA's is faster
 _FEW_VECTORS = 64  # more are bound by arithmetic, for which XLA's own product is the best on GPUs
 _FEW_WEIGHTS = 2**14  # which are unpacked before a loop would start
 
