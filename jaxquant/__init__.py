@@ -13,7 +13,8 @@ from jaxquant.packing.function import packed
 from jaxquant.packing.lut_b import from_lut_b, to_lut_b
 from jaxquant.packing.ops import conv, matmul
 from jaxquant.packing.report import LayerReport, Report, report
-from jaxquant.packing.storage import Limits, load, read_metadata, save
+from jaxquant.packing.storage.api import load, read_metadata, save
+from jaxquant.packing.storage.entries import Limits
 from jaxquant.packing.trees import pack, unpack
 from jaxquant.rounds.calibration import Calibration
 from jaxquant.rounds.centroids import centroid_gradients, set_centroids

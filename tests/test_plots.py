@@ -19,6 +19,7 @@ from matplotlib.patches import StepPatch
 
 from tests.cases import mostly_slow
 from train import plots
+from train.plots import drawing, errors, weights
 
 # Where set, the figures of the tests stay there to be looked at.
 KEEP = os.environ.get("JAXQUANT_PLOTS")
@@ -303,7 +304,7 @@ FLOATS = st.floats(-1e6, 1e6, allow_subnormal=False)
 @given(FLOATS, st.floats(1e-3, 1e6), FLOATS, FLOATS)
 def test_bins_hold_every_weight(low, span, a, b):
     high = low + span
-    edges = plots._edges(low, high, min(a, b), max(a, b))
+    edges = weights._edges(low, high, min(a, b), max(a, b))
     assert np.all(np.diff(edges) > 0)
     assert np.histogram([a, b], edges)[0].sum() == 2
     assert edges[0] <= min(low, a, b) and edges[-1] >= max(high, a, b)
@@ -495,7 +496,7 @@ def test_in_place_of_what_is_not_finite_stands_a_question_mark(folder):
     [(0, "0"), (1e-9, "<.01"), (0.0096, "0.010"), (0.1, "0.10"), (0.996, "1.0"), (9.96, "10")],
 )
 def test_errors_are_written_with_two_digits(percent, text):
-    assert plots._error_text(percent) == text
+    assert errors._error_text(percent) == text
 
 
 def test_errors_need_one_value_per_round(tmp_path):
@@ -515,10 +516,10 @@ def test_errors_are_drawn_for_papers_too(form, tmp_path):
 
 def test_titles_are_short():
     paths = ["params/encoder_0/kernel", "params/encoder_1/attention/query/kernel", "params/head"]
-    titles = plots._titles(dict.fromkeys(paths), length=20)
+    titles = drawing.titles(dict.fromkeys(paths), length=20)
     assert titles == ["encoder_0", "encoder_1…tion/query", "head"]
     assert max(map(len, titles)) <= 20
-    assert plots._titles({"kernel": 0}, length=20) == ["kernel"]
+    assert drawing.titles({"kernel": 0}, length=20) == ["kernel"]
 
 
 def test_markup_in_names_is_plain_text(tmp_path):

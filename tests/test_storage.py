@@ -31,9 +31,10 @@ from safetensors import deserialize
 from safetensors.numpy import save as serialize
 
 import jaxquant as jq
-from jaxquant.packing import storage
 from jaxquant.packing.arrays import is_quantized
 from jaxquant.packing.codes import pack_codes
+from jaxquant.packing.storage.entries import DTYPE_NAMES, DTYPES, path_text
+from jaxquant.packing.storage.reading import as_jax
 
 FORMAT = Path(__file__).parent.parent / "docs" / "format.md"
 
@@ -289,7 +290,7 @@ def product_arrays(draw):
 def plain_arrays(draw):
     shape, dtype = (
         tuple(draw(st.lists(SIZES, max_size=4))),
-        draw(st.sampled_from([*storage._DTYPES])),
+        draw(st.sampled_from([*DTYPES])),
     )
     numbers = np.random.default_rng(draw(st.integers(0, 99))).bytes(
         math.prod(shape) * jnp.dtype(dtype).itemsize
@@ -300,7 +301,7 @@ def plain_arrays(draw):
     if how == "big-endian":
         return array.astype(array.dtype.newbyteorder(">"))
     if how == "JAX":
-        return storage._as_jax(array)
+        return as_jax(array)
     return {
         "C": array,
         "Fortran": np.asfortranarray(array),
@@ -362,7 +363,7 @@ def test_what_is_saved_loads(tmp_path_factory, tree, metadata):
         jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)[0],
     )
     for key_path, leaf in like:
-        found = functools.reduce(lambda node, key: node[key], storage._path_text(key_path), nested)
+        found = functools.reduce(lambda node, key: node[key], path_text(key_path), nested)
         assert_equal_bits(found, leaf)
     read = jq.read_metadata(path)["metadata"]
     assert json.dumps(read) == json.dumps(metadata)  # the order of keys too
@@ -564,7 +565,7 @@ def unwrapped(data):
     """Return the tensors, the manifest's entries and the fields of the header of a file."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     tensors = {
-        name: np.frombuffer(tensor["data"], jnp.dtype(storage._NAMES[tensor["dtype"]]))
+        name: np.frombuffer(tensor["data"], jnp.dtype(DTYPE_NAMES[tensor["dtype"]]))
         for name, tensor in deserialize(data)
     }
     return tensors, json.loads(zlib.decompress(tensors.pop("manifest"))), header

@@ -15,7 +15,7 @@ from jaxquant.calibration.answers import OUTPUTS, lost_alone
 from jaxquant.clustering.codebooks import num_centroids
 from jaxquant.meshes import compiled
 from jaxquant.packing.arrays import PackedArray, is_packed
-from jaxquant.packing.storage import stored_bytes
+from jaxquant.packing.storage.writing import stored_bytes
 from jaxquant.packing.trees import pack
 from jaxquant.rounds.calibration import Calibration
 from jaxquant.rounds.least_squares import answers
