@@ -290,6 +290,7 @@ def test_frozen_weights_stay_in_a_loop_of_rounds(around):
     assert 0 < jnp.sum(frozen) < frozen.size
 
 
-def test_the_library_does_not_import_flax():
-    code = "import sys, jaxquant; sys.exit('flax' in sys.modules)"
+@pytest.mark.parametrize("module", ["flax", "jax.experimental.pallas"])
+def test_the_library_does_not_import_what_few_need(module):
+    code = f"import sys, jaxquant; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

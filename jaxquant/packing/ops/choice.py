@@ -1,5 +1,7 @@
 """Which implementation does a product: by platform and shape."""
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -7,18 +9,10 @@ import jax
 
 from jaxquant import cpp, platform
 from jaxquant.packing.arrays import PackedArray, ProductArray
-from jaxquant.packing.ops import blocks, mosaic, native, triton, words
 
 Product = Callable[[jax.Array, Any], jax.Array]
 
-_PARTIAL = {
-    "native": native,
-    "blocks": blocks,
-    "triton": triton,
-    "mosaic": mosaic,
-    "words": words,
-}
-IMPLEMENTATIONS = ("unpack", *_PARTIAL)
+IMPLEMENTATIONS = ("unpack", "native", "blocks", "triton", "mosaic", "words")
 _OF_PLATFORM = {"cpu": ("native", "words", "blocks"), "gpu": ("triton",), "tpu": ("mosaic",)}
 _FEW_FOR_WORDS = 16  # vectors; tables are read for each, a kernel is unpacked once for all
 _FEW_FOR_NATIVE = {"plain": 8, "avx2": 128, "avx512": 128}  # of more, XLA's is faster
@@ -28,7 +22,8 @@ _FEW_WEIGHTS = 2**14  # which are unpacked before a loop would start
 
 def product_of(name: str, transposed: bool) -> Product:
     """Return the product of an implementation other than "unpack", of one layer's weight."""
-    return _PARTIAL[name].matmul_transposed if transposed else _PARTIAL[name].matmul
+    module = _module(name)
+    return module.matmul_transposed if transposed else module.matmul
 
 
 def fastest(
@@ -68,4 +63,10 @@ def supports(
         return False
     if transposed and (isinstance(packed, ProductArray) or packed.k == 1):
         return False
-    return _PARTIAL[name].supports(x, packed)
+    return _module(name).supports(x, packed)
+
+
+@functools.cache
+def _module(name: str) -> Any:
+    """Return the module of an implementation, imported now: Pallas takes a third of a second."""
+    return importlib.import_module(f"jaxquant.packing.ops.{name}")
