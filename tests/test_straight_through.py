@@ -199,6 +199,70 @@ def test_a_layer_that_has_no_codebook_stays_float():
     np.testing.assert_array_equal(warm["w"], PARAMS["w"])
 
 
+STACK = {"w": normal((3, 8, 8), seed=5)}
+
+
+def stack_after(rounds, scaled):
+    """Return a stack of which each round quantizes one slice more."""
+    rule = jq.LayerRule("w", k=3, axis=0)
+    if scaled:
+        rule = jq.LayerRule("w", k=3, block=(1, -1, 1), scaled=True)
+    plan = jq.mlq(STACK, groups=3, rules=[rule], init="quantile")
+    params, state = STACK, jq.init(plan, STACK)
+    for _ in range(rounds):
+        params, state, _ = jq.quantize_round(plan, params, state)
+    return plan, params, state
+
+
+@pytest.mark.parametrize(
+    ("temperature", "scaled"), [(0.0, False), (0.1, False), pytest.param(0.1, True)]
+)
+def test_a_slice_that_has_no_codebook_stays_float(temperature, scaled):
+    plan, params, state = stack_after(1, scaled)
+    seen = jq.straight_through(plan, params, state, temperature=temperature)["w"]
+    begun = np.abs(np.asarray(state.codebooks["w"])).max(axis=(1, 2, 3)) > 0
+    assert begun.tolist() == [True, False, False] or scaled
+    np.testing.assert_array_equal(seen[~begun], STACK["w"][~begun])
+    assert bool(jnp.any(seen[0] != STACK["w"][0]))
+    for own in (state, jq.release(state)):
+        if not begun.all():
+            with pytest.raises(ValueError, match="w: expected a codebook for all weights, got no"):
+                jq.settle(plan, params, own)
+
+
+def test_what_settles_without_a_codebook_under_jit_stays_free_and_the_next_round_freezes_it():
+    plan, params, state = stack_after(1, scaled=False)
+    settled, done = jax.jit(jq.settle, static_argnums=0)(plan, params, state)
+    assert np.asarray(done.frozen["w"]).all(axis=(1, 2)).tolist() == [True, False, False]
+    np.testing.assert_array_equal(settled["w"][1:], STACK["w"][1:])
+    last, whole, _ = jq.quantize_round(plan, settled, done)
+    assert bool(jnp.all(whole.frozen["w"]))
+    np.testing.assert_array_equal(last["w"][0], settled["w"][0])
+    np.testing.assert_array_equal(jq.unpack(jq.pack(last, whole))["w"], last["w"])
+
+
+def test_weights_that_began_as_zeros_are_settled_as_zeros_or_refused():
+    zeros = {"w": jnp.zeros((8, 8))}
+    plan, params, state = quantized(jq.LayerRule("w", k=3), params=zeros)
+    settled, done = jq.settle(plan, params, jq.release(state))
+    assert bool(jnp.all(done.frozen["w"])) and not jnp.any(settled["w"])
+    moved = {"w": params["w"].at[0, 0].set(0.01)}
+    with pytest.raises(ValueError, match="w: expected a codebook for all weights, got none for 64"):
+        jq.settle(plan, moved, jq.release(state))
+    with pytest.raises(ValueError, match="w: expected a codebook for all weights"):
+        jq.settle(plan, moved, jq.init(plan, moved))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.1])
+def test_a_weight_that_is_no_number_is_seen(temperature):
+    plan, params, state = quantized(RULES["leaf"])
+    broken = params | {"w": params["w"].at[1, 2].set(jnp.nan)}
+    seen = jq.straight_through(plan, broken, jq.release(state), temperature=temperature)["w"]
+    assert np.argwhere(np.isnan(seen)).tolist() == [[1, 2]]
+    with pytest.raises(ValueError, match="expected finite values in w"):
+        jq.settle(plan, broken, jq.release(state))
+
+
 def test_zeros_that_are_pinned_get_no_gradient():
     params = {"w": jnp.concatenate([jnp.zeros((8, 8)), jnp.ones((8, 8)), -jnp.ones((8, 8))])}
     plan, _, state = quantized(jq.LayerRule("w", k=3), params=params)

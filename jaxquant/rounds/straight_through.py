@@ -6,8 +6,8 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from jaxquant import loops
-from jaxquant.clustering.blocks import elementwise, nearest
+from jaxquant import checks, loops
+from jaxquant.clustering.blocks import elementwise, nearest, numbers_of, reduced
 from jaxquant.meshes import compiled
 from jaxquant.rounds.centroids import sums_of_blocks
 from jaxquant.rounds.schedules import Plan
@@ -23,7 +23,8 @@ def straight_through(plan: Plan, params: Any, state: QuantState, *, temperature:
     A free weight takes the centroid that is nearest, and hands the gradient on as if it had not
     (Bengio et al., arXiv 1308.3432; with codebooks that train, "LSQ", Esser et al., ICLR 2020). So
     weights that are still free train for what they will be, and their codes may change. Frozen
-    weights are what they are, and get no gradient. A layer that has no codebook yet stays float.
+    weights are what they are, and get no gradient. What has no codebook yet stays float: layers,
+    and slices of stacked ones. So does a weight that is NaN or infinite.
 
     The centroids of free weights get their gradients too, by `state.codebooks` and `state.scales`:
     sums over the weights that share them, so they want a smaller learning rate, or a division by
@@ -85,8 +86,17 @@ def straight_through(plan: Plan, params: Any, state: QuantState, *, temperature:
 
 @jax.custom_vjp
 def _seen(weights: jax.Array, frozen: jax.Array, centroids: jax.Array) -> jax.Array:
-    has_some = jnp.any(centroids != 0)  # before its first round a codebook is all zeros
-    return jnp.where(frozen | ~has_some, weights, nearest(weights, centroids))
+    return jnp.where(frozen | _is_float(weights, centroids), weights, nearest(weights, centroids))
+
+
+def _is_float(weights: jax.Array, centroids: jax.Array) -> jax.Array:
+    """Return which weights stay as they are: those without a codebook, and what is no number."""
+    has_codebook = jnp.any(centroids != 0, axis=-1, keepdims=True)  # zeros before its first round
+    return elementwise(_without, (weights,), (has_codebook,))
+
+
+def _without(weights: jax.Array, has_codebook: jax.Array) -> jax.Array:
+    return ~(has_codebook[0] & jnp.isfinite(weights))
 
 
 def _forward(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -133,9 +143,8 @@ def _mixed(
     apart = (ends[1] - ends[0]) / max(table.shape[-1] - 1, 1)
     sharpness = jnp.where(apart > 0, 1.0 / jnp.where(apart > 0, apart, 1.0), 0.0)
     sharpness = sharpness / jnp.sqrt(jnp.where(temperature >= _COLDEST, temperature, 1.0))
-    has_some = jnp.any(centroids != 0)
     mean = elementwise(_mean, (weights,), (table, sharpness.astype(wide)))
-    mean = jnp.where(has_some, mean.astype(weights.dtype), weights)
+    mean = jnp.where(_is_float(weights, centroids), weights, mean.astype(weights.dtype))
     return jnp.where(frozen, jax.lax.stop_gradient(weights), mean)
 
 
@@ -185,7 +194,9 @@ def release(state: QuantState) -> QuantState:
 def settle(plan: Plan, params: Any, state: QuantState) -> tuple[Any, QuantState]:
     """Put every free weight on the centroid that is nearest, and freeze it: the end of a plan.
 
-    Codebooks stay as they are, where a round would find others.
+    Codebooks stay as they are, where a round would find others. What has none, as no round has
+    reached it yet or all of its weights were zero then, cannot be settled: an error outside of jit;
+    inside it stays free, and the next `quantize_round` freezes it.
 
     Args:
       plan: of the state.
@@ -196,7 +207,8 @@ def settle(plan: Plan, params: Any, state: QuantState) -> tuple[Any, QuantState]
       Params and state, as after the last round: for `pack`, `report` and others.
 
     Raises:
-      ValueError: if the trees do not fit the plan; names the leaf.
+      ValueError: if the trees do not fit the plan, for weights that are not finite and for those
+        without a codebook; names the leaf.
 
     >>> import jaxquant as jq
     >>> params = {"kernel": jnp.array([[0.1, 0.9], [2.2, 1.8]])}
@@ -207,13 +219,48 @@ def settle(plan: Plan, params: Any, state: QuantState) -> tuple[Any, QuantState]
     True
     """
     state = pure(state)
-    settled = straight_through(plan, params, state)
-    frozen, centroids = (
-        jax.tree.map(lambda mask: mask | (mask.ndim > 0), masks)
-        for masks in (state.frozen, state.frozen_centroids)
-    )
+    given, params = params, pure(params, only_parameters=True)
+    _check(plan, params, state)
+    selected = [layer.reason is None for layer in plan.selection.layers]
+    structure = jax.tree.structure(params)
+    trees = params, state.frozen, state.frozen_centroids, block_codebooks(state, params)
+    rows = list(zip(*map(jax.tree.leaves, trees), strict=True))
+    named = zip(plan.selection.layers, rows, strict=True)
+    checks.values({layer.path: row[0] for layer, row in named if layer.reason is None})
+    settled = [
+        compiled(_settled, *row, like=(row[0], row[1], row[2])) if own else row[:3]
+        for own, row in zip(selected, rows, strict=True)
+    ]
+    for layer, (_, frozen, _) in zip(plan.selection.layers, settled, strict=True):
+        left = jnp.sum(~frozen) if layer.reason is None else 0
+        if not isinstance(left, jax.core.Tracer) and left:
+            raise ValueError(
+                f"{layer.path}: expected a codebook for all weights, got none for {left} of "
+                f"{frozen.size}: quantize a round that reaches them first"
+            )
+    params, frozen, centroids = (structure.unflatten(x) for x in zip(*settled, strict=True))
     round_ = jnp.full_like(state.round, plan.num_rounds)
-    return settled, state._replace(frozen=frozen, frozen_centroids=centroids, round=round_)
+    state = state._replace(frozen=frozen, frozen_centroids=centroids, round=round_)
+    return replaced(given, params, only_parameters=True), state
+
+
+def _settled(
+    weights: jax.Array, frozen: jax.Array, frozen_centroids: jax.Array, centroids: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return a leaf on its centroids, and the masks: blocks that are not on them stay free."""
+    weights = _seen(weights, frozen, centroids)
+    numbers = numbers_of(centroids.shape, weights.shape)
+    done = reduced(jnp.all, nearest(weights, centroids) == weights, numbers)
+    frozen = elementwise(_joined, (frozen,), (done[..., None],))
+    several = zip(numbers_of(frozen_centroids.shape, weights.shape), numbers, strict=True)
+    shared = tuple(axis for axis, (own, blocks) in enumerate(several) if own != blocks)
+    done = jnp.all(done, axis=shared, keepdims=True)
+    done = done.reshape(*frozen_centroids.shape[:-1], 1)
+    return weights, frozen, frozen_centroids | done
+
+
+def _joined(frozen: jax.Array, done: jax.Array) -> jax.Array:
+    return frozen | done[0]
 
 
 def _check(plan: Plan, params: Any, state: QuantState) -> None:
