@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 
 def compiled(function: Callable[..., Any], /, *args: Any, like: Any = None, **options: Any) -> Any:
@@ -27,7 +27,8 @@ def compiled(function: Callable[..., Any], /, *args: Any, like: Any = None, **op
         devices hold.
       options: more arguments, hashable.
     """
-    sharded = next((leaf for leaf in jax.tree.leaves(args) if is_explicit(leaf)), None)
+    leaves = jax.tree.leaves(args)
+    sharded = next((leaf for leaf in leaves if is_explicit(jax.typeof(leaf))), None)
     placing = None
     if sharded is not None:
         specs = jax.tree.map(
@@ -55,6 +56,6 @@ def _spec(like: jax.Array | PartitionSpec | None) -> PartitionSpec:
     return like if isinstance(like, PartitionSpec) else jax.typeof(like).sharding.spec
 
 
-def is_explicit(x: Any) -> bool:
-    """Return whether an array is spread over explicit axes: its type says so."""
-    return any(axes is not None for axes in jax.typeof(x).sharding.spec)
+def is_explicit(kind: Any) -> bool:
+    """Return whether arrays of a type are on a mesh of explicit axes, by all devices or spread."""
+    return AxisType.Explicit in kind.sharding.mesh.axis_types

@@ -600,6 +600,48 @@ def test_rules_of_ones_own_pass_on_derivatives_by_codebooks():
         np.testing.assert_allclose(tangent, jax.nn.relu(jq.unpack(packed)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [2.0, 3, jnp.asarray(2.0), jnp.float32(2)], ids=repr)
+def test_rules_of_ones_own_may_keep_constants(scale):
+    packed, x = weight(8, 6), normal(5, 8)
+
+    @jax.custom_vjp
+    def scaled(x, w, s):
+        return x @ w * s
+
+    scaled.defvjp(
+        lambda x, w, s: (scaled(x, w, s), (w, s)),
+        lambda kept, g: (g @ kept[0].T * kept[1], jnp.zeros_like(kept[0]), None),
+    )
+    for wrap in (lambda f: f, jax.jit, jax.checkpoint):
+        function = wrap(lambda w, x: scaled(x, w, scale))
+        got = jax.grad(lambda x, f=function: jnp.sum(jq.packed(f)(packed, x)))(x)
+        want = jax.grad(lambda x, f=function: jnp.sum(f(jq.unpack(packed), x)))(x)
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_constants_differ_by_their_bits():
+    divide = jq.packed(lambda w, c: jnp.sum(w) / jnp.float32(c))
+    packed = jq.pack_array(jnp.ones((4, 4)), jnp.array([0.0, 1.0]))
+    assert [float(divide(packed, c)) for c in (0.0, -0.0, 2, 2.0)] == [np.inf, -np.inf, 8, 8]
+    traces = []
+    count = jq.packed(lambda w, c: (traces.append(c), jnp.sum(w) * c)[1])
+    for value in (float("nan"), -float("nan"), 1.0, 1, True, 1.0, float("nan")):
+        count(packed, value)
+    assert len(traces) == 4
+
+
+def test_attributes_of_a_callable_hide_nothing():
+    class Model:
+        def __init__(self):
+            self.report, self.inputs = "mine", 3
+
+        def __call__(self, w, x):
+            return x @ w
+
+    packed = jq.packed(Model())
+    assert [use.how for use in packed.report(weight(8, 6), normal(5, 8))] == ["product"]
+
+
 def test_rules_of_ones_own_are_told_what_is_differentiated():
     packed, x, bias, seen = weight(8, 6), normal(5, 8), jnp.ones(6), []
 

@@ -128,6 +128,39 @@ def forward(params, x):
     return x @ params["columns"].T, params["columns"][jnp.array([3, 1])]
 
 
+def spread(function, spec):
+    return lambda w, x: jax.sharding.auto_axes(function, out_sharding=spec)(w, x)
+
+
+ASKING = {
+    "product": lambda w, x: jnp.einsum("bi,io->bo", x, w, out_sharding=P("x", None)),
+    "whole product": lambda w, x: jnp.einsum("bi,io->bo", x, w, out_sharding=P(None, None)),
+    "reshape": lambda w, x: jnp.reshape(w, (16, 4, 2), out_sharding=P(None, "x", None)) * 2,
+    "broadcast": lambda w, x: jnp.broadcast_to(w, (2, 16, 8), out_sharding=P("x", None, None)) * 2,
+    "reshard": lambda w, x: jax.sharding.reshard(w, P(None, "x")) * 2,
+    "automatic axes": spread(lambda w, x: x @ w, P("x", None)),
+    "rows": lambda w, x: w.at[jnp.array([1, 2, 3, 4])].get(out_sharding=P("x", None)),
+}
+
+
+@pytest.mark.parametrize("name", ASKING)
+@pytest.mark.parametrize("spec", [P(), P(None, "x")], ids=str)
+def test_shardings_that_a_function_asks_for_on_explicit_axes_are_those_of_floats(name, spec):
+    if (name, spec) == ("broadcast", P(None, "x")):
+        pytest.skip("JAX itself refuses one axis twice")
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        weights = jnp.asarray(RNG.normal(size=(16, 8)), jnp.float32)
+        weights = jax.device_put(weights, NamedSharding(mesh, spec))
+        packed = jq.pack_array(weights, jnp.linspace(-2.0, 2.0, 5))
+        x = jax.device_put(jnp.ones((4, 16)), NamedSharding(mesh, P()))
+        got, want = (f(w, x) for f, w in (
+            (jq.packed(ASKING[name]), packed), (ASKING[name], jq.unpack(packed)),
+        ))  # fmt: skip
+    assert jax.typeof(got) == jax.typeof(want)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_packed_functions_run_from_columns_and_layers_on_several_devices(axis_type):
     levels = jnp.linspace(-0.5, 0.5, 5)

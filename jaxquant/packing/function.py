@@ -33,7 +33,7 @@ class PackedFunction:
                 "expected a function of packed weights, got a model that holds them: "
                 "jq.packed(lambda model, *args: model(*args))(model, ...)"
             )
-        functools.update_wrapper(self, function)
+        functools.update_wrapper(self, function, updated=())  # its attributes could hide ours
         self._function, self._rules = function, rules
         self._jitted = jax.jit(self._run, static_argnums=0)
 
@@ -160,24 +160,39 @@ class Role(NamedTuple):
     is_stack: bool  # whether axis 0, before these, is that of stacked layers
 
 
+@dataclasses.dataclass(frozen=True)
+class _Constant:
+    """What is compared by type and bits: 1, 1.0 and True differ, 0.0 and -0.0; NaN equals NaN."""
+
+    kind: type
+    bits: Any
+    value: Any = dataclasses.field(compare=False)
+
+    @classmethod
+    def of(cls, value: Any) -> "_Constant":
+        bits = value
+        if isinstance(value, float | complex):
+            bits = value.real.hex(), value.imag.hex()
+        return cls(type(value), bits, value)
+
+
 class Call(NamedTuple):
     """What a call has beside arrays; hashable if its constants are."""
 
     structure: Any
-    # What is no array, with its type, by which 1, 1.0 and True differ; None stands for an array.
-    constants: tuple[tuple[type, Any] | None, ...]
+    constants: tuple["_Constant | None", ...]  # what is no array; None stands for one
 
     def arguments(self, arrays: Sequence[Any]) -> Any:
         """Return the tree of arguments with such arrays."""
         rest = iter(arrays)
-        leaves = [next(rest) if own is None else own[1] for own in self.constants]
+        leaves = [next(rest) if own is None else own.value for own in self.constants]
         return jax.tree.unflatten(self.structure, leaves)
 
 
 def call_of(arguments: Any) -> tuple[Call, list[Any]]:
     """Return what a tree of arguments has beside arrays, and the arrays; packed ones are whole."""
     leaves, structure = jax.tree.flatten(arguments, is_leaf=is_quantized)
-    constants = tuple(None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
+    constants = tuple(None if _is_array(leaf) else _Constant.of(leaf) for leaf in leaves)
     return Call(structure, constants), [leaf for leaf in leaves if _is_array(leaf)]
 
 
@@ -278,6 +293,8 @@ def _as_view(value: Any) -> View:
 
 def _unpacked_type(value: Any) -> Any:
     """Return the type of an unpacked weight; on a mesh it says how it is spread."""
-    if jax.sharding.get_abstract_mesh().empty and not any(map(is_explicit, jax.tree.leaves(value))):
+    if jax.sharding.get_abstract_mesh().empty and not any(
+        is_explicit(jax.typeof(leaf)) for leaf in jax.tree.leaves(value)
+    ):
         return jax.ShapeDtypeStruct(value.shape, value.dtype)
     return jax.eval_shape(unpack_node, value)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
+from jaxquant.meshes import is_explicit
 from jaxquant.packing.arrays import View, unpack_view
 from jaxquant.packing.axes import stored_axes
 
@@ -117,6 +118,12 @@ class Interpreter:
         if made is None:
             made = bound(equation, [self.unpacked(value, name) for value in operands])
         return made
+
+
+def asks_for_sharding(equation: JaxprEqn) -> bool:
+    """Return whether a result is to be sharded otherwise than operands say, on explicit axes."""
+    wishes = (equation.params.get(name) for name in ("out_sharding", "sharding"))
+    return any(wish is not None for wish in wishes) and is_explicit(result_type(equation))
 
 
 def opened(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:

@@ -6,7 +6,13 @@ from jax.extend.core import JaxprEqn
 
 from jaxquant.packing.arrays import View, unpack_view
 from jaxquant.packing.axes import COLUMNS, ROWS
-from jaxquant.packing.interpreter import Interpreter, Value, is_view, result_type
+from jaxquant.packing.interpreter import (
+    Interpreter,
+    Value,
+    asks_for_sharding,
+    is_view,
+    result_type,
+)
 from jaxquant.packing.ops import general
 
 _HOW = {ROWS: "product", COLUMNS: "transposed product", None: "unpacked in product"}
@@ -24,7 +30,7 @@ def dot_general(interpreter: Interpreter, equation: JaxprEqn, operands: list[Val
     (x_contracted, x_batch), (view_contracted, view_batch) = own if weight_first else own[::-1]
     dtype = result_type(equation).dtype
     part = None
-    if jnp.issubdtype(x.dtype, jnp.floating):
+    if jnp.issubdtype(x.dtype, jnp.floating) and not asks_for_sharding(equation):
         part = general.product_part(view, view_contracted, view_batch)
     interpreter.note(view, name, _HOW[part], 0, view_contracted, view_batch)
     if part is not None:

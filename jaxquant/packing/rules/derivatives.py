@@ -84,6 +84,11 @@ def custom_vjp(interpreter: Interpreter, equation: JaxprEqn, operands: list[Valu
 
     def give_back(kept: Any, cotangents: list[Any]) -> tuple[list[Any], list[Any]]:
         residuals, views = kept
+        # What JAX makes of scalar constants are numbers with a dtype, without a shape.
+        residuals = [
+            r if isinstance(r, _Known) or hasattr(r, "shape") else jnp.asarray(r, r.dtype)
+            for r in residuals
+        ]
         known = [r.value if isinstance(r, _Known) else None for r in residuals]
         zeros = [c if _is_zero(c) else None for c in cotangents]
 

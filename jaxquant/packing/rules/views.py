@@ -9,7 +9,13 @@ from jax.extend.core import JaxprEqn
 
 from jaxquant.packing.arrays import View
 from jaxquant.packing.axes import repeated, reshaped, transposed
-from jaxquant.packing.interpreter import Interpreter, Value, is_view, result_type
+from jaxquant.packing.interpreter import (
+    Interpreter,
+    Value,
+    asks_for_sharding,
+    is_view,
+    result_type,
+)
 from jaxquant.packing.ops import general
 
 
@@ -21,7 +27,7 @@ def reorder(_: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list[V
 
 def reshape(_: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list[Value] | None:
     """Apply reshape, squeeze, expand_dims."""
-    if not is_view(operands[0]):
+    if not is_view(operands[0]) or asks_for_sharding(equation):
         return None
     axes, order = operands[0].axes, equation.params.get("dimensions")
     if equation.primitive.name == "reshape" and order is not None:
@@ -32,7 +38,7 @@ def reshape(_: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list[V
 
 def broadcast(_: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list[Value] | None:
     """Apply `broadcast_in_dim`."""
-    if not is_view(operands[0]):
+    if not is_view(operands[0]) or asks_for_sharding(equation):
         return None
     places = equation.params["broadcast_dimensions"]
     axes = repeated(operands[0].axes, result_type(equation).shape, places)
@@ -41,12 +47,16 @@ def broadcast(_: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list
 
 def cast(_: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list[Value] | None:
     """Apply a cast to a dtype of floating point."""
+    if asks_for_sharding(equation):
+        return None
     view = general.cast(operands[0], equation.params["new_dtype"])
     return None if view is None else [view]
 
 
-def keep(_: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list[Value]:
+def keep(_: Interpreter, equation: JaxprEqn, operands: list[Value]) -> list[Value] | None:
     """Apply what changes no value: copies, barriers, wishes for a sharding."""
+    if asks_for_sharding(equation):
+        return None
     arrays = [value for value in operands if not is_view(value)]
     if arrays and equation.primitive.multiple_results:
         kept = iter(equation.primitive.bind(*arrays, **equation.params))
