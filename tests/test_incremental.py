@@ -275,6 +275,13 @@ def test_a_part_of_the_parameters_fits_if_what_it_lacks_is_left_alone(name):
     for name in ("a", "b"):
         assert len(np.unique(params[name]["kernel"])) == 3
     assert int(jq.quant_state(state).round) == PLAN.num_rounds
+    whole = jq.quant_state(state, params)
+    assert jax.tree.structure(whole.frozen) == jax.tree.structure(params)
+    packed = jq.pack(params, whole)
+    chex.assert_trees_all_equal(jq.unpack(packed), params)
+    assert {layer.path for layer in jq.report(params, whole).quantized} == {"a/kernel", "b/kernel"}
+    with pytest.raises(ValueError, match="params: expected a leaf b/kernel, got none"):
+        jq.quant_state(state, {"a": params["a"]})
     assert bool(jnp.any(history[-2][0]["a"]["bias"] != params["a"]["bias"]))
     with pytest.raises(ValueError, match="params: expected the leaf a/kernel, got b/kernel"):
         incremental(optax.sgd(0.1)).init({"b": tree(0)["b"]})

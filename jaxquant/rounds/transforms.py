@@ -21,7 +21,7 @@ from jaxquant.rounds.quantize import init as init_quantization
 from jaxquant.rounds.schedules import Plan
 from jaxquant.rounds.selection import Layer, by_slice, fitted
 from jaxquant.rounds.state import QuantState, block_codebooks
-from jaxquant.trees import check_structure, pure, replaced
+from jaxquant.trees import check_structure, leaves_with_paths, pure, replaced
 
 # Steps after a round in which frozen weights are still moved onto their centroids: p + (c - p) may
 # miss c by a rounding. Once p is near c the difference is exact (Sterbenz), so that the second or
@@ -209,8 +209,9 @@ def incremental(
     Pure, under jit, vmap and scan; one compile for all rounds, a `lax.cond` chooses. It must be
     outermost but for wrappers that call it or do not (`MultiSteps`, `apply_if_finite`,
     `inject_hyperparams`, `masked`, `partition`, `nnx.Optimizer`): what changes its updates would
-    move frozen weights. A part of the parameters will do, if what it lacks is left alone. Costs a
-    select for each weight, and in the rounds' first steps an assignment.
+    move frozen weights. A part of the parameters will do, if what it lacks is left alone; then
+    `quant_state` wants all of them. Costs a select for each weight, and in the rounds' first steps
+    an assignment.
 
     Source: Xu et al., AAAI 2018, whose rounds it runs; INQ (Zhou et al., ICLR 2017) has the same
     loop.
@@ -329,14 +330,17 @@ def incremental(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def quant_state(opt_state: Any) -> QuantState:
+def quant_state(opt_state: Any, params: Any = None) -> QuantState:
     """Return the `QuantState` in the state of an optimizer that `incremental` is a part of.
 
     Args:
       opt_state: of `incremental`, or of a wrapper or a chain around it; an `nnx.Optimizer`.
+      params: tree of all weights, where the optimizer has a part of them (`optax.masked`,
+        `optax.partition`): the state is then of their structure, as `pack` and others want it, and
+        what the optimizer does not have is left alone. None: the state as the optimizer has it.
 
     Raises:
-      ValueError: unless there is exactly one.
+      ValueError: unless there is exactly one, and for params that lack a leaf of it; names it.
 
     >>> import jaxquant as jq
     >>> params = {"kernel": jnp.eye(8)}
@@ -356,7 +360,28 @@ def quant_state(opt_state: Any) -> QuantState:
             + ("" if found else f" (restored without its type? {_RESTORE})")
         )
     _check_state(found[0])
-    return pure(found[0].quant)
+    quant = pure(found[0].quant)
+    return quant if params is None else _of_all(quant, pure(params, only_parameters=True))
+
+
+def _of_all(quant: QuantState, params: Any) -> QuantState:
+    """Return a state of some leaves as one of all parameters, the others left alone."""
+    paths = [path for path, _ in leaves_with_paths(params)]
+
+    def tree_of(tree: Any, missing: jax.Array) -> Any:
+        own = dict(leaves_with_paths(tree))
+        unknown = own.keys() - set(paths)
+        if unknown:
+            raise ValueError(f"params: expected a leaf {min(unknown)}, got none")
+        leaves = [own.get(path, missing) for path in paths]
+        return jax.tree.structure(params).unflatten(leaves)
+
+    return quant._replace(
+        codebooks=tree_of(quant.codebooks, jnp.zeros(())),
+        frozen=tree_of(quant.frozen, jnp.bool_(False)),
+        frozen_centroids=tree_of(quant.frozen_centroids, jnp.bool_(False)),
+        scales=None if quant.scales is None else tree_of(quant.scales, jnp.zeros(())),
+    )
 
 
 _RESTORE = "Restore into the structure of tx.init(params)"
