@@ -75,6 +75,17 @@ class ClusteredBlock(NamedTuple):
     finite: jax.Array  # bool scalar, whether the weights and sample weights can be clustered
 
 
+def no_clusters(numbers: tuple[int, ...], k: int, dtype: jax.typing.DTypeLike) -> ClusteredBlock:
+    """Return zeros in the place of what is found of blocks, [*numbers, ...]."""
+    return ClusteredBlock(
+        centroids=jnp.zeros((*numbers, k), dtype),
+        counts=jnp.zeros((*numbers, k), jnp.int32),
+        losses=jnp.zeros((*numbers, k), jnp.float32),
+        norm=jnp.zeros(numbers, jnp.float32),
+        finite=jnp.zeros(numbers, bool),
+    )
+
+
 def is_small(size: int) -> bool:
     """Return whether blocks of `size` weights are solved raveled, many at a time.
 

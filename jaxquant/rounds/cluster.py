@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxquant import loops
 from jaxquant.clustering.blocks import by_batch, elementwise, nearest, reduced
 from jaxquant.clustering.options import Clustering
-from jaxquant.clustering.solver import ClusteredBlock, cluster_block, is_small
+from jaxquant.clustering.solver import ClusteredBlock, cluster_block, is_small, no_clusters
 from jaxquant.rounds.selection import Layer
 
 _ALTERNATIONS = 6  # of codebook and scales
@@ -80,8 +80,8 @@ def cluster_leaf(
         new = jnp.where(fresh, _best_scale(weights, sensitivity, found.clusters, scale), scale)
         return new, best, jnp.minimum(loss, least)
 
-    zeros = jax.eval_shape(solve, scale)
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zeros)
+    *numbers, k = codebook.shape
+    nothing = no_clusters(tuple(numbers), k, layer.centroid_dtype)
     start = scale, ClusteredLeaf(nothing, scale), jnp.full(fresh.shape, jnp.inf, jnp.float32)
     turns = jnp.where(jnp.any(fresh), _ALTERNATIONS, 1)
     return loops.fori_loop(0, turns, turn, start)[1]
