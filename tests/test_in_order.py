@@ -64,6 +64,14 @@ def test_weights_that_no_product_uses_are_in_the_last_part():
     assert all(jax.tree.leaves(jq.is_on_codebook(new, state)))
 
 
+def test_a_plan_that_draws_has_its_key():
+    plan = jq.slq(PARAMS, rounds=(1,), rules=RULES, init="quantile", partition="random")
+    new, state = jq.quantize_in_order(
+        plan, function, PARAMS, BATCHES, parts=1, key=jax.random.key(3)
+    )
+    assert all(jax.tree.leaves(jq.is_on_codebook(new, state)))
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="expected a plan of one round"):
         several = jq.slq(PARAMS, rounds=(1, 3), rules=RULES)

@@ -84,3 +84,5 @@ def test_what_the_layout_does_not_hold_is_refused():
     ):
         with pytest.raises(ValueError, match=r"expected uint8 \[\.\.\., 192\] and float8_e4m3fn"):
             jq.from_lut_b(tensors | {name: tensor})
+    with pytest.raises(ValueError, match="expected a dtype of floating point, got int32"):
+        jq.from_lut_b(tensors, dtype="int32")

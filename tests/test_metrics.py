@@ -41,6 +41,15 @@ def test_a_report_worked_by_hand():
     assert report.frozen == 0.5 and report.quantized == (layer,)
 
 
+def test_bytes_are_those_of_pack_whatever_axes_are_inputs():
+    params = {"w": normal(6, 4, 7)}
+    for inputs in (1, 2):
+        plan = jq.slq(params, rounds=(3,), rules=[jq.LayerRule("w", k=3, inputs=inputs)])
+        new, state = quantized(params, plan)
+        packed = jq.pack(new, state, inputs=plan.selection.inputs)
+        assert jq.report(new, state, plan=plan).layers[0].code_bytes == packed["w"].codes.size
+
+
 def test_codes_take_whole_bytes_and_an_empty_cluster_no_entropy():
     params = {"w": jnp.array([[5.0, 5.0, 5.0], [6.0, 6.0, 6.0], [6.0, 6.0, 6.0]])}
     layer = jq.report(*quantized(params, jq.slq(params, bits=2, rounds=(3,), zero=True))).layers[0]

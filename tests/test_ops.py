@@ -497,6 +497,15 @@ def test_conv_takes_blocks():
         np.testing.assert_allclose(jq.conv(x, packed), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_conv_takes_a_kernel_whatever_axes_are_said_to_be_inputs():
+    kernel, x = normal(3, 3, 4, 5), normal(2, 8, 8, 4)
+    codebook = jnp.linspace(-2.0, 2.0, 5)
+    expected = jq.conv(x, jq.pack_array(kernel, codebook))
+    for inputs in (1, -2):
+        got = jq.conv(x, jq.pack_array(kernel, codebook, inputs=inputs))
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_conv_in_groups_and_one_dimension():
     packed, x = packed_array(3, (3, 2, 6)), normal(2, 9, 4)
     expected = jax.lax.conv_general_dilated(

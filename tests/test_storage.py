@@ -429,7 +429,7 @@ UNFIT = {
     ),
     "two axes of layers": (
         {"a": jax.tree.map(lambda x: jnp.stack([x, x]), packed_array(3, (2, 8, 4), axis=0))},
-        "a: expected a codebook for weights",
+        "a: expected at most one axis of stacked layers, got 2",
     ),
     "a stack of products": (
         {"a": jq.ProductArray(codes=packed_array(3, (8, 4)), words=jnp.ones((2, 8, 3, 2)))},

@@ -72,7 +72,9 @@ def quantize_in_order(
         paths = {layer.path for layer in layers}
         seen = calibrate(function, params, batches, rules=list(map(_rule, layers)), **options)
         own = _limited(plan, paths)
-        params, new, _ = quantize_round(own, params, init(own, params), calibration=seen)
+        params, new, _ = quantize_round(
+            own, params, init(own, params), calibration=seen, key=options.get("key")
+        )
         state = _joined(plan, state, new, paths)
     return params, state
 

@@ -89,8 +89,10 @@ def from_lut_b(
       PackedArray of blocks (8, 64), or (64, 8) if transposed.
 
     Raises:
-      ValueError: for tensors of other shapes or dtypes.
+      ValueError: for tensors of other shapes or dtypes, and a dtype that is not floating point.
     """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"expected a dtype of floating point, got {jnp.dtype(dtype)}")
     indices, codebook = (np.asarray(tensors[f"weight_{name}"]) for name in ("packed", "codebook"))
     tiles = indices.shape[:-1]
     fits = len(tiles) >= 2 and indices.shape[-1] == _BYTES and codebook.shape == (*tiles, _K)

@@ -150,7 +150,8 @@ def report(
       params: tree of weights; of ProductArrays (`jaxquant.product`) too.
       state: of the same structure; None for a network of which no leaf has a codebook.
       reference: tree like `params`, such as the weights before the first round; or None.
-      plan: gives the reasons why leaves were left alone in the rules' words.
+      plan: gives the reasons why leaves were left alone in the rules' words, and tells which axes
+        of inputs `pack` is told of.
 
     Raises:
       ValueError: if the trees differ, or the shapes of params and reference.
@@ -178,10 +179,12 @@ def report(
         check_leaves("reference", reference, [(path, jnp.shape(leaf)) for path, leaf in pairs])
         columns.append(jax.tree.leaves(reference))
     reasons: dict[str, str | None] = dict(vector_reasons(params))
+    inputs: dict[str, int] = {}
     if plan is not None:
         reasons = {x.path: x.reason for x in plan.selection.layers}
+        inputs = plan.selection.inputs
     layers = [
-        _layer(path, *leaves, reason=reasons.get(path))
+        _layer(path, *leaves, reason=reasons.get(path), inputs=inputs.get(path))
         for (path, _), *leaves in zip(pairs, *columns, strict=True)
     ]
     return Report(layers=tuple(sorted(layers, key=lambda layer: natural_key(layer.path))))
@@ -200,6 +203,7 @@ def _layer(
     reference: jax.Array | None = None,
     *,
     reason: str | None,
+    inputs: int | None,
 ) -> LayerReport:
     if isinstance(leaf, ProductArray):
         return _product(path, leaf, reference)
@@ -225,7 +229,7 @@ def _layer(
         size=size,
         float_bytes=float_bytes,
         k=k,
-        code_bytes=_code_bytes(shape, apart, k),
+        code_bytes=_code_bytes(shape, apart, k, inputs),
         distinct=_most_distinct(weights),
         frozen=float(np.mean(np.asarray(frozen), dtype=np.float64)),
         error=None if reference is None else _error(leaf, reference),
@@ -282,8 +286,10 @@ def _product(path: str, array: ProductArray, reference: jax.Array | None) -> Lay
     )
 
 
-def _code_bytes(shape: tuple[int, ...], numbers: tuple[int, ...], k: int) -> int:
-    stacked, rows, columns = split_shape(shape, numbers)
+def _code_bytes(
+    shape: tuple[int, ...], numbers: tuple[int, ...], k: int, inputs: int | None
+) -> int:
+    stacked, rows, columns = split_shape(shape, numbers, inputs)
     matrices = math.prod(stacked) * math.prod(columns)
     return matrices * packed_rows(math.prod(rows), k)
 

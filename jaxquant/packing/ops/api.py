@@ -152,7 +152,7 @@ def conv(
     if space < 1 or x.ndim != packed.ndim:
         raise ValueError(f"expected x of {packed.ndim} axes, one or more of space, got {x.shape}")
     groups = checks.integer("feature_group_count", feature_group_count, least=1)
-    channels = packed.rows[-1] * groups
+    channels = packed.shape[-2] * groups
     if x.shape[-1] != channels:
         raise ValueError(f"expected x with {channels} channels last, got {x.shape}")
 

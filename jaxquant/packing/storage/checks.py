@@ -260,8 +260,11 @@ def _check_packed(entry: Mapping[str, Any]) -> None:
         raise InvalidError(f"expected a codebook of 1 to 256 centroids, got shape {codebook}")
     if "scale" in entry:
         _check_scale(entry["scale"], shape, codebook)
-    fits = len(codebook) == 1 or _is_in_blocks(codebook[:-1], shape)
-    if not fits or len(entry["stacked"]) > 1:
+    if len(entry["stacked"]) > 1:
+        raise InvalidError(
+            f"expected at most one axis of stacked layers, got {len(entry['stacked'])} in {shape}"
+        )
+    if len(codebook) > 1 and not _is_in_blocks(codebook[:-1], shape):
         raise InvalidError(
             f"expected a codebook for weights of shape {shape}, got shape {codebook}"
         )
