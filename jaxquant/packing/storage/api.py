@@ -64,7 +64,7 @@ def save(
         leaf. Nothing is written.
       OSError: if the file cannot be written; an older one of that name is as it was.
 
-    >>> import jaxquant as jq, tempfile
+    >>> import jax.numpy as jnp, jaxquant as jq, tempfile
     >>> codebook = jnp.array([-1.0, 0.0, 1.0])
     >>> packed = {"w": jq.pack_array(jnp.eye(64), codebook), "b": jnp.ones(3)}
     >>> path = tempfile.mktemp()
