@@ -1,8 +1,12 @@
 """Tables over runs, and those that the documentation shows."""
 
+from types import SimpleNamespace
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxquant as jq
 from tests.cases import unpadded
 from train import plots, summary
 
@@ -39,6 +43,20 @@ def test_curves_are_the_accuracies_after_the_rounds():
     table = summary.curves({"a": {**run(0.8754), "rounds": rounds}, "float": {}})
     lines = unpadded(table).splitlines()
     assert lines[2:] == ["| a | 90.00, 87.54 | 50.00 |"]
+
+
+def test_a_packed_network_has_the_inputs_that_rules_say(tmp_path):
+    params = {"w": jnp.arange(24.0).reshape(2, 3, 4) % 3}
+    plan = jq.slq(params, rounds=(3,), rules=[jq.LayerRule("w", k=3, inputs=1)])
+    params, quant, _ = jq.quantize_round(plan, params, jq.init(plan, params))
+    job = SimpleNamespace(
+        plan=plan, config=SimpleNamespace(model="own"), dataset=SimpleNamespace(name="own")
+    )
+    state = SimpleNamespace(train=SimpleNamespace(params=params, batch_stats={}), quant=quant)
+    size = summary.write_packed(tmp_path / "x", job, state)  # pyright: ignore[reportArgumentType]
+    assert size == (tmp_path / "x").stat().st_size
+    packed = jq.load(tmp_path / "x")["params"]["w"]
+    assert (packed.rows, packed.columns) == ((2,), (3, 4))
 
 
 def test_a_figure_has_a_curve_for_each_run_and_one_for_those_that_differ_in_their_seed(

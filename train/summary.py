@@ -113,7 +113,9 @@ def write(job: Job, state: RunState, events: Sequence[Mapping[str, Any]]) -> Non
 def write_packed(path: Path, job: Job, state: RunState) -> int:
     """Write the quantized network as `train.pretrained` reads it; return the file's bytes."""
     params = state.train.params  # of products: packed already
-    variables = {"params": params if job.plan is None else jq.pack(params, state.quant)}
+    if job.plan is not None:
+        params = jq.pack(params, state.quant, inputs=job.plan.selection.inputs)
+    variables = {"params": params}
     if jax.tree.leaves(state.train.batch_stats):
         variables["batch_stats"] = state.train.batch_stats
     metadata = {"model": name_of(job.config.model), "data": job.dataset.name}
