@@ -65,9 +65,10 @@ def test_weights_that_no_product_uses_are_in_the_last_part():
 
 
 def test_a_plan_that_draws_has_its_key():
-    plan = jq.slq(PARAMS, rounds=(1,), rules=RULES, init="quantile", partition="random")
+    params, key = {"b": PARAMS["b"]}, jax.random.key(3)
+    plan = jq.slq(params, rounds=(1,), rules=RULES[:1], init="quantile", partition="random")
     new, state = jq.quantize_in_order(
-        plan, function, PARAMS, BATCHES, parts=1, key=jax.random.key(3)
+        plan, lambda params, x: x @ params["b"], params, BATCHES, parts=1, key=key
     )
     assert all(jax.tree.leaves(jq.is_on_codebook(new, state)))
 
