@@ -221,7 +221,9 @@ def test_matmul_has_the_dtype_of_the_plain_product(x_dtype, dtype, result, imple
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("implementation", ["unpack", "native", "blocks"])
+@pytest.mark.parametrize(
+    "implementation", [name for name in HERE if name in ("unpack", "native", "blocks")]
+)
 def test_gradients_have_the_dtypes_of_narrow_floats(dtype, implementation):
     packed, x = packed_array(4, (40, 8), dtype=dtype), normal(3, 40, dtype=dtype)
     product = product_with(packed, implementation, preferred_element_type="float32")
