@@ -248,15 +248,15 @@ def _settled(
     weights: jax.Array, frozen: jax.Array, frozen_centroids: jax.Array, centroids: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return a leaf on its centroids, and the masks: blocks that are not on them stay free."""
-    weights = _seen(weights, frozen, centroids)
-    numbers = numbers_of(centroids.shape, weights.shape)
-    done = reduced(jnp.all, nearest(weights, centroids) == weights, numbers)
-    frozen = elementwise(_joined, (frozen,), (done[..., None],))
-    several = zip(numbers_of(frozen_centroids.shape, weights.shape), numbers, strict=True)
-    shared = tuple(axis for axis, (own, blocks) in enumerate(several) if own != blocks)
-    done = jnp.all(done, axis=shared, keepdims=True)
-    done = done.reshape(*frozen_centroids.shape[:-1], 1)
-    return weights, frozen, frozen_centroids | done
+    near = nearest(weights, centroids)
+    settled = jnp.where(frozen | _is_float(weights, centroids), weights, near)
+
+    def are_done(table: jax.Array) -> jax.Array:
+        numbers = numbers_of(table.shape, weights.shape)
+        return reduced(jnp.all, settled == near, numbers).reshape(*table.shape[:-1], 1)
+
+    frozen = elementwise(_joined, (frozen,), (are_done(centroids),))
+    return settled, frozen, frozen_centroids | are_done(frozen_centroids)
 
 
 def _joined(frozen: jax.Array, done: jax.Array) -> jax.Array:

@@ -68,5 +68,5 @@ def supports(
 
 @functools.cache
 def _module(name: str) -> Any:
-    """Return the module of an implementation, imported now: Pallas takes a third of a second."""
+    """Return the module of an implementation, imported when it is asked for: Pallas takes long."""
     return importlib.import_module(f"jaxquant.packing.ops.{name}")
